@@ -1,0 +1,40 @@
+# The commands of this repository. Each builds its own .venv from the pinned lock when that is missing or out of date.
+
+PYTHON ?= python3
+BUILT := .venv/.built
+
+.PHONY: help demo test check bench
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    a small Gemma Scope of the bundled model, in runs/tiny"
+	@echo "make test    all tests"
+	@echo "make check   style, types, floors and house rules"
+	@echo "make bench   the measurements in benchmarks/"
+
+demo: $(BUILT)
+	.venv/bin/everyscope run tiny --out runs/tiny
+
+test: $(BUILT)
+	.venv/bin/python -m pytest
+
+check: $(BUILT)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest tests/unit/test_house.py
+
+bench: $(BUILT)
+	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; .venv/bin/python "$$file"; done
+
+# torch comes first and alone: a torch that is in .venv already, as one built for another CUDA version, is kept if it has
+# this version. The last line builds with the setuptools of the lock, so that nothing unpinned is fetched.
+$(BUILT): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "everyscope needs Python 3.11 or newer; $(PYTHON) is\
+	 $$($(PYTHON) --version 2>&1). Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install torch==2.13.0
+	.venv/bin/pip install -r requirements.lock
+	.venv/bin/pip install --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,12 @@
+"""The models that come with the package: their names and where they lie."""
+
+from pathlib import Path
+
+BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
+BUNDLED_MODELS = ("tiny", "tiny-it")
+"""`tiny`: Gemma-2 architecture, trained from scratch on the Python standard library; `tiny-it`: its instruction-tuned sibling."""
+
+
+def model_location(name: str) -> str:
+    """The folder of a bundled model, or `name` itself (a hub id or a path) for any other."""
+    return str(BUNDLED_FOLDER / name) if name in BUNDLED_MODELS else name

@@ -1,0 +1,91 @@
+"""The language model as a harvest sees it: a fingerprint, widths of sites, and a function from token ids to activations.
+
+Widths come from a model without weights, so that the disk is measured and a wrong site refused before anything is loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from everyscope.base.bundled import model_location
+from everyscope.base.errors import ConfigError, ModelError
+from everyscope.harvest.config import HarvestConfig
+from everyscope.sites.capture import capture
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.model import load_language_model
+from everyscope.sites.names import Site
+from everyscope.sites.registry import anatomy_of
+from everyscope.text.tokenizer import load_tokenizer
+
+Capture = Callable[[tuple[Site, ...], Int[Tensor, "batch ctx"]], dict[Site, Tensor]]
+"""Sites and token ids to the activations at each site, [batch ctx d_in]."""
+FINGERPRINTED = (".safetensors", ".bin", ".json", ".model")
+"""Endings of the files that make a model what it is."""
+FINGERPRINT_BYTES = 1 << 20
+"""Bytes read at each end of a model's file: enough to tell two trainings apart, in no time for any size [bytes]."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a harvest needs of a language model and its tokenizer."""
+
+    widths: dict[Site, int]
+    """Size of the activations at each wanted site [d_in]."""
+    tokenizer: Any
+    """A Hugging Face tokenizer."""
+    open: Callable[[], Capture]
+    """Loads the model; called once, after everything else has been checked."""
+
+
+def model_identity(config: ModelConfig) -> str:
+    """A fingerprint of a model in a local folder (the ends of its files), or the name and revision of one on the hub."""
+    folder = Path(model_location(config.name))
+    if not folder.is_dir():
+        return f"{config.name}@{config.revision or 'newest'}"
+    digest = xxhash.xxh3_128()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in FINGERPRINTED):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(size - FINGERPRINT_BYTES, 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def subject_of(config: HarvestConfig) -> Subject:
+    """The configured model, not loaded yet.
+
+    ModelError where there is no such model or tokenizer, ConfigError where it has no such site or the context is too long.
+    """
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+
+    def open_model() -> Capture:
+        model = load_language_model(config.model).model
+        return lambda sites, input_ids: capture(model, sites, input_ids)
+
+    return Subject(_widths(config), tokenizer, open_model)
+
+
+def _widths(config: HarvestConfig) -> dict[Site, int]:
+    name = config.model.name
+    try:
+        described = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision)
+        with torch.device("meta"):
+            anatomy = anatomy_of(AutoModelForCausalLM.from_config(described))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"no model {name!r}: {reason}; give a bundled model, a local folder or a hub id") from error
+    longest = getattr(anatomy.config, "max_position_embeddings", None)
+    if longest is not None and config.text.context > longest:
+        raise ConfigError(
+            f"text.context={config.text.context}, but {name!r} reads at most {longest} tokens; set text.context={longest}"
+        )
+    return {site: anatomy.width(site) for site in config.sites}

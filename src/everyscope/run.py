@@ -1,0 +1,111 @@
+"""A whole recipe, or one of its stages, in one folder: each stage skips what is whole and goes on where it stopped."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from everyscope.base.bundled import model_location
+from everyscope.base.errors import ConfigError, ModelError, first_line
+from everyscope.base.files import make_folder, storage_errors, write_json
+from everyscope.base.progress import heading, human_count, say
+from everyscope.evaluate.run import run as evaluate
+from everyscope.harvest.run import run as harvest
+from everyscope.jobs.pool import Job, default_workers, run_jobs
+from everyscope.publish.run import PublishResult
+from everyscope.publish.run import run as publish
+from everyscope.recipe import RunConfig
+from everyscope.train.run import is_finished
+from everyscope.train.run import run as train_bank
+
+RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
+
+
+def quiet_transformers() -> None:
+    """Leave the terminal to our own progress: no bar for every load of a small model, no advice about its arguments."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def run_folder(config: RunConfig, out: Path) -> Iterator[None]:
+    """Hold `out` for this process and write the resolved recipe into it; ConfigError while another process holds it.
+
+    An error before any stage has written something takes the folder away again, if it was not there before.
+    """
+    quiet_transformers()
+    is_new = not out.exists()
+    make_folder(out)
+    with storage_errors(out), (out / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{out}: another run is at work here; wait for it, or choose another --out") from None
+        write_json(out / RECIPE_FILE, config.as_json())
+        try:
+            yield
+        except Exception:
+            if is_new and {path.name for path in out.iterdir()} == {RECIPE_FILE, LOCK_FILE}:
+                shutil.rmtree(out)
+            raise
+
+
+def check_shape(config: RunConfig) -> None:
+    """ConfigError where the recipe's sizes are not those of the model: its plan, and what it calls all layers, would be wrong."""
+    name = config.model.name
+    try:
+        described = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model {name!r}: {first_line(error)}; give a bundled model, a local folder or a hub id") from error
+    head_dim = getattr(described, "head_dim", None) or described.hidden_size // described.num_attention_heads
+    sizes = {
+        "num_layers": described.num_hidden_layers,
+        "d_model": described.hidden_size,
+        "d_attention": described.num_attention_heads * head_dim,
+    }
+    for field, size in sizes.items():
+        if getattr(config.shape, field) != size:
+            raise ConfigError(f"shape.{field}={getattr(config.shape, field)}, but {name!r} has {size}; set shape.{field}={size}")
+
+
+def run_harvest(config: RunConfig, out: Path) -> None:
+    """Text and model to shards."""
+    heading("harvest")
+    check_shape(config)
+    result = harvest(config.harvest_config(out))
+    say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {out / 'shards'}")
+
+
+def run_training(config: RunConfig, out: Path, workers: int | None = None) -> None:
+    """Shards to folded SAEs, one bank a job; `workers` processes (None: one a core on the CPU)."""
+    heading("train")
+    banks = config.train_configs(out)
+    pending = [bank for bank in banks if not is_finished(bank)]
+    count = default_workers(len(banks), config.train.device) if workers is None else workers
+    run_jobs([Job(train_bank, bank) for bank in pending], count, "banks", sum(bank.steps for bank in pending), "steps")
+    say(f"  {sum(len(bank.saes) for bank in banks)} SAEs of {len(banks)} banks in {out / 'train'}")
+
+
+def run_evaluation(config: RunConfig, out: Path) -> None:
+    """SAEs and held-out text to scores."""
+    heading("evaluate")
+    evaluate(config.evaluate_config(out))
+
+
+def run_publication(config: RunConfig, out: Path) -> PublishResult:
+    """SAEs and scores to the suite."""
+    heading("publish")
+    return publish(config.publish_config(out))
+
+
+def run_recipe(config: RunConfig, out: Path, workers: int | None = None) -> PublishResult:
+    """All stages, from text to suite. Typed again, it does nothing twice."""
+    with run_folder(config, out):
+        run_harvest(config, out)
+        run_training(config, out, workers)
+        run_evaluation(config, out)
+        return run_publication(config, out)

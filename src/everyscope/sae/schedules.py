@@ -1,0 +1,20 @@
+"""Learning rate and sparsity coefficient as functions of the step (Gemma Scope, section 3.2)."""
+
+import math
+
+from everyscope.sae.config import SaeConfig, SaeRecipe
+
+
+def learning_rate_share(recipe: SaeRecipe, step: int, steps: int) -> float:
+    """The share of the learning rate in force at `step` of `steps`: cosine from 0.1 to 1, flat, then linear to 0 if asked."""
+    warm = 1.0
+    if step < recipe.learning_rate_warmup_steps:
+        warm = 0.1 + 0.9 * (1 - math.cos(math.pi * step / recipe.learning_rate_warmup_steps)) / 2
+    decay_steps = recipe.learning_rate_decay * steps
+    return warm * (min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0)
+
+
+def sparsity_coefficient(config: SaeConfig, step: int) -> float:
+    """Lambda at `step`: linear from 0 over the warm-up, then constant."""
+    warmup = config.recipe.sparsity_warmup_steps
+    return config.sparsity_coefficient * (min(1.0, step / warmup) if warmup else 1.0)

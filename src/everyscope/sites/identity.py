@@ -1,0 +1,97 @@
+"""The proof that we hook what we claim: each block's output is its input plus what attention and MLP add.
+
+Architectures where that does not hold (BLOOM adds inside its sublayers, Granite scales what it adds) are refused, and so is
+a registry entry that takes, say, Gemma 2's `mlp` where the block adds its post-norm's output.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from everyscope.base.errors import ModelError
+from everyscope.sites.hooks import Visitor, visiting
+from everyscope.sites.names import Site
+from everyscope.sites.registry import Anatomy, Place, anatomy_of
+
+TOY_BATCH, TOY_CONTEXT = 2, 16
+"""Size of the pass that the check makes [sequences] and [tokens]."""
+
+
+@torch.no_grad()
+def check_residual_identity(model: nn.Module, tolerance: float | None = None, anatomy: Anatomy | None = None) -> float:
+    """Check every layer on a short batch of arbitrary tokens and return the largest error [1].
+
+    Two errors per layer, each at its worst token: of resid_post = resid_pre + attention's part + MLP's part, relative to
+    the longest of these four vectors, and of W_O's output against the attention module's. `anatomy` is the registry's
+    unless given; `tolerance` is `default_tolerance` of the model's dtype unless given. ModelError, naming layer and
+    error, where one is larger.
+    """
+    anatomy = anatomy_of(model) if anatomy is None else anatomy
+    tolerance = default_tolerance(next(model.parameters()).dtype) if tolerance is None else tolerance
+    places: dict[tuple[int, str], Place] = {}
+    for layer, block in enumerate(anatomy.blocks):
+        places[layer, "pre"] = Place(block, "input")
+        places[layer, "post"] = anatomy.place(Site("resid_post", layer))
+        places[layer, "attention"] = anatomy.attention_added(layer)
+        places[layer, "mlp"] = anatomy.place(Site("mlp_out", layer))
+        places[layer, "projected"] = anatomy.projected(layer)
+        places[layer, "attended"] = anatomy.attention(layer)
+    found = _run(model, places, anatomy.config.vocab_size)
+    worst = 0.0
+    for layer in range(anatomy.num_layers):
+        pre, post, attention, mlp, projected, attended = (
+            _seen(found, layer, name) for name in ("pre", "post", "attention", "mlp", "projected", "attended")
+        )
+        errors = {
+            "its output is not its input plus what its attention and MLP add": _error(post, pre, attention, mlp),
+            "its attention does not end in the projection that attn_out is read from": _error(attended, projected),
+        }
+        for complaint, error in errors.items():
+            if not error <= tolerance:  # so that NaN fails too
+                raise ModelError(
+                    f"{type(model).__name__}, layer {layer}: {complaint} (relative error {error:.2g}, allowed {tolerance:.2g}); "
+                    "SAEs on its sublayers would mean nothing: use a supported model, or mend its entry in sites/registry.py"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """The relative error that rounding explains: 1e-5 for float32 and better, more for the short formats [1].
+
+    A block rounds twice, after each addition, and each time by at most eps / 2 of a sum no longer than two of its terms:
+    1.5 eps in all, of which we allow 2 (bfloat16, with its 8 bits: 0.016).
+    """
+    return max(1e-5, 2 * torch.finfo(dtype).eps)
+
+
+def _run(model: nn.Module, places: dict[tuple[int, str], Place], vocab_size: int) -> dict[tuple[int, str], Tensor]:
+    """The activations at all places, in float64, from one pass over a few scattered token ids."""
+    found: dict[tuple[int, str], Tensor] = {}
+
+    def keep(name: tuple[int, str]) -> Visitor:
+        def visit(x: Tensor) -> None:
+            found[name] = x.double()
+
+        return visit
+
+    device = next(model.parameters()).device
+    input_ids = (torch.arange(TOY_BATCH * TOY_CONTEXT, device=device) * 7919 + 11).remainder(vocab_size)
+    with visiting([(place, keep(name)) for name, place in places.items()]):
+        model(input_ids=input_ids.view(TOY_BATCH, TOY_CONTEXT), use_cache=False)
+    return found
+
+
+def _seen(found: dict[tuple[int, str], Tensor], layer: int, name: str) -> Tensor:
+    if (layer, name) not in found:
+        raise ModelError(f"layer {layer}: the pass did not run the module of {name!r}; mend its entry in sites/registry.py")
+    return found[layer, name]
+
+
+def _error(whole: Tensor, *parts: Tensor) -> float:
+    """The worst token's |whole - sum of parts|, relative to the longest of these vectors there.
+
+    Relative to the longest, for a block may cancel a huge residual (at BOS), and what is left is then mostly rounding.
+    """
+    longest = torch.stack([x.norm(dim=-1) for x in (whole, *parts)]).amax(0)
+    difference = (whole - torch.stack(parts).sum(0)).norm(dim=-1)
+    return (difference / longest.clamp(min=torch.finfo(torch.float64).tiny)).max().item()

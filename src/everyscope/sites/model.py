@@ -1,0 +1,73 @@
+"""A language model, loaded for reading: frozen, in evaluation mode, its sites proved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from everyscope.base.bundled import BUNDLED_MODELS, model_location
+from everyscope.base.errors import ModelError
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.identity import check_residual_identity
+from everyscope.sites.registry import Anatomy, anatomy_of
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model and where its sites are."""
+
+    model: nn.Module
+    """The Hugging Face model, with its head."""
+    anatomy: Anatomy
+    name: str
+    """As the config names it: bundled name, folder or hub id."""
+
+
+def load_language_model(config: ModelConfig) -> LanguageModel:
+    """Load the model, freeze it and run the residual-identity gate.
+
+    Attention is eager: on some versions of transformers, sdpa silently drops Gemma 2's soft-cap. ModelError, in one line,
+    where the model or device is not to be had, the architecture is unknown, or the gate fails.
+    """
+    device = _device(config.device)
+    try:
+        # `torch_dtype`, not `dtype`: transformers 4.51 knows only the former, and 5 takes both.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_location(config.name),
+            revision=config.revision,
+            torch_dtype=getattr(torch, config.dtype),
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"model {config.name!r} cannot be loaded: {reason[:300]}; "
+            f"give a bundled model ({', '.join(BUNDLED_MODELS)}), a folder with config.json and safetensors, or a hub id"
+        ) from error
+    model, report = loaded
+    # transformers fills weights that the files lack with random numbers and only warns.
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"model {config.name!r} lacks {len(missing)} of its weights, as {missing[0]}; fetch or save it again")
+    anatomy = anatomy_of(model)
+    model.eval().requires_grad_(False)
+    model.to(device=device)
+    check_residual_identity(model, anatomy=anatomy)
+    return LanguageModel(model, anatomy, config.name)
+
+
+def _device(name: str) -> torch.device:
+    """The torch device; ModelError where the name is none or the machine has no such device."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ModelError(
+            f"device {name!r} cannot be used ({reason}); set the model's device to cpu or to one that is here"
+        ) from error
+    return device

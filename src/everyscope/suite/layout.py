@@ -1,0 +1,28 @@
+"""Where things lie in a published suite. Torch-free."""
+
+from pathlib import Path
+
+from everyscope.sites.names import Site
+
+INDEX_FILE, CARD_FILE, REPORT_FILE = "suite.json", "README.md", "report/index.html"
+NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE = "params.npz", "cfg.json", "sae_weights.safetensors"
+METRICS_FILE, LATENTS_FILE = "metrics.json", "latents.parquet"
+SAE_FILES = (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, LATENTS_FILE)
+"""What lies in the folder of one SAE."""
+
+
+def width_label(width: int) -> str:
+    """`width` as Gemma Scope's folders write it: powers of two in thousands, cut off (1k, 16k, 131k, 1m), others in digits."""
+    if width < 2**10 or width & (width - 1):
+        return str(width)
+    return f"{width // 10**6}m" if width >= 10**6 else f"{width // 10**3}k"
+
+
+def sae_folder(site: Site, width: int, l0: float) -> str:
+    """The folder of an SAE below its suite, as in resid_post/layer_3/width_16k/average_l0_71; l0 [latents] is rounded."""
+    return f"{site.folder}/width_{width_label(width)}/average_l0_{round(l0)}"
+
+
+def sae_folders(suite: Path) -> list[Path]:
+    """Every folder below `suite` that has the name of an SAE's folder, indexed or not, in order of name."""
+    return sorted(path for path in suite.glob("*/layer_*/width_*/average_l0_*") if path.is_dir())

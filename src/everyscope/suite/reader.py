@@ -1,0 +1,177 @@
+"""Reading SAEs from wherever they lie: suites of ours, original Gemma Scope releases, SAELens folders, the Hugging Face hub.
+
+One function per format; `load_sae` only decides which of them it has before it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import huggingface_hub
+import numpy as np
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from everyscope.base.errors import ConfigError, DataError
+from everyscope.base.files import read_json
+from everyscope.sae.files import has_sae, read_sae
+from everyscope.sae.folded import PARAMETERS, Sae, from_tensors
+from everyscope.sites.names import Site
+from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE
+from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
+
+
+def load_sae(path_or_hub_id: str | Path) -> Sae:
+    """One folded SAE: raw activations in, raw reconstruction out, float32.
+
+    Takes an SAE's folder in a suite or in a run, a folder or a params.npz of a Gemma Scope release, a SAELens JumpReLU folder
+    (cfg.json + sae_weights.safetensors), or `org/repo/path/in/repo` on the Hugging Face hub. DataError where nothing
+    readable is there, ConfigError for a kind of SAE that is not ours, ShapeMismatch and NonFinite for damaged tensors.
+    """
+    path = Path(path_or_hub_id)
+    return _read_local(path if path.exists() else _download(str(path_or_hub_id)))
+
+
+def _read_local(path: Path) -> Sae:
+    if path.is_file() and path.suffix == ".npz":
+        return read_npz(path)
+    if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        return read_saelens(path)
+    if (path / NPZ_FILE).is_file():
+        return read_npz(path / NPZ_FILE)
+    if has_sae(path):
+        return read_sae(path)[0]
+    if (path / INDEX_FILE).is_file():
+        raise DataError(f"{path}: is a whole suite; use load_suite, or give the folder of one SAE below it")
+    raise DataError(f"{path}: holds no SAE; expected {NPZ_FILE}, or {CONFIG_FILE} with {WEIGHTS_FILE}")
+
+
+def read_npz(path: Path) -> Sae:
+    """The SAE in a Gemma Scope params.npz, with the old names of its keys too; pickled content is refused, as DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = {name.lower(): name for name in arrays.files}
+            tensors = {
+                key: torch.from_numpy(np.asarray(arrays[names[key.lower()]], np.float32).copy())
+                for key in PARAMETERS.values()
+                if key.lower() in names
+            }
+            factor = np.asarray(arrays["scaling_factor"]) if "scaling_factor" in names.values() else np.ones(1)
+    except (ValueError, OSError, BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as an npz of plain arrays ({error}); download or publish it again") from error
+    if not np.all(factor == 1):
+        raise ConfigError(f"{path}: scaling_factor is not 1 everywhere; only folded SAEs are read, rescale W_enc and W_dec first")
+    return from_tensors(tensors)
+
+
+def read_saelens(folder: Path) -> Sae:
+    """The JumpReLU SAE in a SAELens folder, folded: b_dec that is subtracted from the input goes into b_enc.
+
+    Pre-activations (x - b_dec) @ W_enc + b_enc equal x @ W_enc + (b_enc - b_dec @ W_enc). ConfigError for another
+    architecture, or activations that must be normalised first.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    architecture, normalised = config.get("architecture"), config.get("normalize_activations") or "none"
+    if architecture != "jumprelu" or normalised != "none":
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: architecture={architecture!r}, normalize_activations={normalised!r}; "
+            "only jumprelu with none can be read, fold the normalisation in first"
+        )
+    try:
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    except SafetensorError as error:
+        raise DataError(f"{folder / WEIGHTS_FILE}: is no safetensors file ({error}); download or publish it again") from error
+    # SAELens itself takes a missing flag for true.
+    return _subtraction_folded(tensors) if config.get("apply_b_dec_to_input", True) else from_tensors(tensors)
+
+
+def _subtraction_folded(tensors: dict[str, Tensor]) -> Sae:
+    sae = from_tensors(tensors)
+    bias = sae.b_enc.double() - sae.b_dec.double() @ sae.w_enc.double()
+    return Sae(sae.w_enc, sae.w_dec, bias.float(), sae.b_dec, sae.threshold)
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch `org/repo/path/in/repo` from the hub: that file, or the files of that folder; the local path."""
+    parts = hub_id.strip("/").split("/")
+    if len(parts) < 3 or hub_id.startswith((".", "/", "~")):
+        raise DataError(f"{hub_id}: no such path, and no hub id either; a hub id is written org/repo/path/in/repo")
+    repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        if inside.endswith(".npz"):
+            return Path(huggingface_hub.hf_hub_download(repo, inside))
+        patterns = [f"{inside}/{name}" for name in (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE)]
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / inside
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{hub_id}: no local path, and not to be had from the hub ({reason}); check name and network") from error
+
+
+@dataclass(frozen=True)
+class SuiteEntry:
+    """One SAE of a suite on disk: its numbers at once, its tensors when asked."""
+
+    root: Path
+    """The suite's folder."""
+    record: SaeRecord
+
+    @property
+    def folder(self) -> Path:
+        """The SAE's own folder."""
+        return self.root / self.record.folder
+
+    @property
+    def site(self) -> Site:
+        """Where in the model it sits."""
+        return self.record.where
+
+    @property
+    def width(self) -> int:
+        """Number of latents [latents]."""
+        return self.record.width
+
+    @property
+    def metrics(self) -> Headline:
+        """Its headline numbers."""
+        return self.record.metrics
+
+    def sae(self) -> Sae:
+        """Load its tensors, anew each time; raises as `load_sae` does."""
+        return _read_local(self.folder)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A published suite: iterate over its SAEs, or look some up."""
+
+    root: Path
+    index: SuiteIndex
+
+    def __iter__(self) -> Iterator[SuiteEntry]:
+        """All SAEs, by site, layer, width and L0."""
+        return (SuiteEntry(self.root, record) for record in self.index.saes)
+
+    def __len__(self) -> int:
+        """Number of SAEs."""
+        return len(self.index.saes)
+
+    def find(self, site: Site | None = None, width: int | None = None) -> list[SuiteEntry]:
+        """The SAEs at `site` and of `width` [latents], in order; None takes any."""
+        return [entry for entry in self if site in (None, entry.site) and width in (None, entry.width)]
+
+    def nearest(self, site: Site, width: int, l0: float) -> SuiteEntry:
+        """The SAE at `site` of `width` whose L0 is nearest to `l0` [latents]; DataError where the suite has none there."""
+        found = self.find(site, width)
+        if not found:
+            have = ", ".join(map(str, sorted({entry.width for entry in self.find(site)}))) or "none"
+            raise DataError(f"{self.root}: no SAE of width {width} at {site}; widths there: {have}")
+        return min(found, key=lambda entry: abs(entry.metrics.l0 - l0))
+
+
+def load_suite(path: str | Path) -> Suite:
+    """The suite in a folder; tensors are read only when an entry's `sae()` is called. DataError where there is none."""
+    return Suite(Path(path), read_index(Path(path)))

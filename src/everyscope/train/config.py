@@ -1,0 +1,70 @@
+"""One bank: all SAEs of one site that see the same batches for the same number of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from everyscope.base.ids import content_id
+from everyscope.base.schema import Schema
+from everyscope.sae.config import SaeConfig
+from everyscope.sites.names import Site
+
+
+class BankSettings(Schema):
+    """How every bank of a run is trained; what is trained is in the recipe's groups."""
+
+    batch_rows: int = Field(default=4096, ge=1)
+    """Activation vectors in a batch [rows]."""
+    checkpoint_steps: int = Field(default=5000, ge=1)
+    """Steps between two checkpoints [steps]."""
+    log_steps: int = Field(default=100, ge=1)
+    """Steps between two lines in metrics.jsonl [steps]."""
+    device: str = "cpu"
+    """Torch device that SAEs train on."""
+
+
+class TrainConfig(Schema):
+    """A bank: its activations, its SAEs and its length."""
+
+    site: Site
+    """Where the activations are from."""
+    shards: Path
+    """The site's folder of shards, written by `everyscope harvest`."""
+    saes: tuple[SaeConfig, ...] = Field(min_length=1)
+    """The SAEs to train, all on the same batches."""
+    num_tokens: int = Field(ge=1)
+    """Activation vectors that each SAE sees; the shards are read again where they hold fewer [rows]."""
+    settings: BankSettings = BankSettings()
+    """Batch, checkpoints, logging, device."""
+    out: Path
+    """Folder for this site's trained SAEs, checkpoints and metrics."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "TrainConfig":
+        names = [sae_name(config) for config in self.saes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"saes={names}: two SAEs of a bank share width, sparsity_coefficient and seed; change one")
+        if self.num_tokens < self.settings.batch_rows:
+            raise ValueError(f"num_tokens={self.num_tokens} is less than one batch of batch_rows={self.settings.batch_rows}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Updates of each SAE [steps]."""
+        return self.num_tokens // self.settings.batch_rows
+
+    def record(self) -> dict[str, Any]:
+        """All fields but folders, as JSON values, so that a run's folder may be moved."""
+        return {name: value for name, value in self.as_json().items() if name not in ("shards", "out")}
+
+    @property
+    def bank_id(self) -> str:
+        """An identity of what is trained and how, whatever folders and log intervals are."""
+        what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows]
+        return content_id([self.site.folder, what])
+
+
+def sae_name(config: SaeConfig) -> str:
+    """The folder name of a trained SAE within its site."""
+    return f"width_{config.width}_sparsity_{config.sparsity_coefficient:g}_seed_{config.seed}"

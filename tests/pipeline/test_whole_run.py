@@ -1,0 +1,175 @@
+"""A whole recipe on a tiny random model, from the command line: killed, resumed, run again, damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import everyscope
+from everyscope.cli import main
+from everyscope.recipes import find_recipe
+from everyscope.run import run_folder
+from everyscope.sites.capture import capture
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.model import load_language_model
+from everyscope.sites.names import Site
+
+RECIPE = """
+from everyscope.recipe import *
+from everyscope.sites.names import SUBLAYERS
+from everyscope_recipes.tiny import recipe as tiny
+
+def recipe():
+    return tiny().model_copy(update=dict(
+        name="small",
+        model=ModelConfig(name={model!r}),
+        shape=ModelShape(num_layers=2, d_model=32, d_attention=48, num_parameters=150_000),
+        text=TextConfig(source="files", paths=({text!r},), context=32, held_out_fraction=0.3),
+        groups=(SaeGroup(sites=SUBLAYERS, widths=(48, 64), sparsity_coefficients=(1e-3, 1e-2), num_tokens=4096),),
+        harvest=HarvestSettings(bucket_rows=1024, dtype="bfloat16", batch_blocks=8),
+        train=BankSettings(batch_rows=64, checkpoint_steps=8, log_steps=4),
+        evaluate=EvaluateSettings(num_sequences=24, batch_blocks=4, checkpoint_batches=1, pca_rows=1024),
+    ))
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_random_model_folder) -> Path:
+    """A recipe file over some of the library's own files."""
+    folder = tmp_path_factory.mktemp("recipe")
+    text = folder / "text"
+    text.mkdir()
+    for module in (json, signal, subprocess, os, time, np):
+        source = Path(getattr(module, "__file__", None) or subprocess.__file__).read_text()
+        for number in range(0, min(len(source), 12_000), 1500):
+            (text / f"{module.__name__}_{number}.txt").write_text(source[number : number + 1500])
+    path = folder / "small.py"
+    path.write_text(RECIPE.format(model=str(tiny_random_model_folder), text=str(text)))
+    return path
+
+
+def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "everyscope", "run", str(recipe), "--out", str(out), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files below."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    child = start(recipe, out, "--json")
+    text, errors = child.communicate()
+    assert child.returncode == 0, errors
+    assert len(json.loads(text)["saes"]) == 24
+    return out
+
+
+@pytest.mark.parametrize(
+    "moment", ["shards/*/*/shard_00002.safetensors", "train/*/*/bank_*.safetensors", "train/*/*/*/sae.json", "scores/*progress*"]
+)
+def test_killed_at_any_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path, moment):
+    out = tmp_path / "run"
+    child = start(recipe, out)
+    while child.poll() is None and not list(out.glob(moment)):
+        time.sleep(0.002)
+    assert child.poll() is None, f"the run ended before {moment} was there: {child.communicate()}"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    again = start(recipe, out)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    want, got = tree(finished), tree(out)
+    assert sorted(got) == sorted(want)
+    assert [name for name in want if want[name] != got[name]] == []
+
+
+def test_typed_again_it_changes_nothing(recipe, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    child = start(recipe, finished)
+    table, errors = child.communicate()
+    assert child.returncode == 0, errors
+    assert "average_l0" in table
+    rewritten = {"recipe.json", ".lock"}
+    assert [path.name for path, when in before.items() if path.stat().st_mtime_ns != when and path.name not in rewritten] == []
+
+
+def test_a_published_sae_reconstructs_raw_activations(recipe, finished, tiny_random_model_folder):
+    suite = everyscope.load_suite(finished / "suite")
+    assert len(suite) == 24
+    model = load_language_model(ModelConfig(name=str(tiny_random_model_folder))).model
+    input_ids = torch.arange(60).view(2, 30) + 6
+    for entry in suite:
+        site = Site(entry.site.kind, entry.site.layer)
+        x = capture(model, [site], input_ids)[site]
+        sae = entry.sae()
+        assert sae(x).shape == x.shape
+        arrays = np.load(entry.folder / "params.npz")
+        f = np.maximum(x.numpy() @ arrays["W_enc"] + arrays["b_enc"], 0)
+        f *= f > arrays["threshold"]
+        np.testing.assert_allclose(sae(x).numpy(), f @ arrays["W_dec"] + arrays["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+def test_verify_finds_it_whole_and_names_a_flipped_byte(finished):
+    def verify() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "everyscope", "verify", str(finished)], capture_output=True, text=True)
+
+    assert verify().returncode == 0
+    shard = next((finished / "shards").rglob("shard_00001.safetensors"))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-3] + bytes([original[-3] ^ 4]) + original[-2:])
+    try:
+        result = verify()
+    finally:
+        shard.write_bytes(original)
+    assert result.returncode == 1
+    assert str(shard.relative_to(finished)) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--groups.0.layers", "0", "7"), "layers 0 to 1"),
+        (("--shape.num-layers", "3"), "shape.num_layers=3, but"),
+        (("--shape.d-attention", "32"), "set shape.d_attention=48"),
+        (("--model.name", "/nowhere/model"), "/nowhere/model"),
+        (("--text.paths", "/nowhere/text"), "/nowhere/text"),
+        (("--text.context", "4096"), "text.context=4096"),
+        (("--model.device", "cuda:9"), "cuda:9"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_leaves_nothing(recipe, tmp_path, capsys, flags, complaint):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(recipe), "--out", str(tmp_path / "run"), *flags])
+    assert caught.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("everyscope: ")]
+    assert len(lines) == 1
+    assert complaint in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_text_is_one_line_and_leaves_nothing(recipe, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(SystemExit):
+        main(["run", str(recipe), "--out", str(tmp_path / "run"), "--text.paths", str(tmp_path / "empty.txt")])
+    assert "every document is empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, capsys):
+    config = find_recipe(str(recipe))
+    with run_folder(config, tmp_path / "run"), pytest.raises(SystemExit) as caught:
+        main(["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert caught.value.code == 1
+    assert "another run is at work" in capsys.readouterr().err

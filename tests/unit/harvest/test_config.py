@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from everyscope.harvest.config import HarvestConfig
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.names import Site
+from everyscope.text.config import TextConfig
+
+FIELDS = {"model": ModelConfig(), "text": TextConfig(), "sites": (Site("embed", 0),), "num_tokens": 1, "out": Path("shards")}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sites", ()),
+        ("sites", (Site("embed", 0), Site("embed", 0))),
+        ("num_tokens", 0),
+        ("bucket_rows", 0),
+        ("batch_blocks", 0),
+        ("dtype", "float16"),
+        ("seed", -1),
+        ("rows", 5),
+    ],
+)
+def test_what_cannot_be_harvested_is_refused_by_field(field, value):
+    with pytest.raises(ValidationError, match=field):
+        HarvestConfig(**FIELDS | {field: value})
+
+
+def test_the_record_reads_back_and_leaves_out_only_the_folder():
+    config = HarvestConfig(**FIELDS)
+    assert set(HarvestConfig.model_fields) - set(config.record()) == {"out"}
+    assert HarvestConfig.model_validate(config.record() | {"out": "shards"}) == config

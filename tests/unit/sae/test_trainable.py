@@ -1,0 +1,103 @@
+"""One update of an SAE in training, its initial state, and what folding keeps."""
+
+import copy
+
+import pytest
+import torch
+
+from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.functional import loss_gradients, unit_rows, without_parallel_part
+from everyscope.sae.trainable import TENSORS, TrainableSae, adam_without_momentum, dense_update, fold, new_sae
+
+RECIPE = SaeRecipe(
+    learning_rate=1e-2, learning_rate_warmup_steps=0, sparsity_warmup_steps=0, bandwidth=0.2, initial_threshold=0.1
+)
+
+
+def trained(width=48, d_in=16, steps=30, recipe=RECIPE) -> tuple[TrainableSae, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, d_in, generator=generator)
+    x /= x.square().sum(1).mean().sqrt()
+    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=1e-2, recipe=recipe), d_in)
+    for step in range(steps):
+        dense_update(sae, x, step, steps)
+    return sae, x
+
+
+def test_initial_state_is_the_papers():
+    sae = new_sae(SaeConfig(width=64, sparsity_coefficient=1e-3), d_in=24)
+    p = sae.parameters
+    torch.testing.assert_close(p["w_dec"].norm(dim=1), torch.ones(64))
+    assert torch.equal(p["w_enc"], p["w_dec"].T)
+    assert p["b_enc"].eq(0).all()
+    assert p["b_dec"].eq(0).all()
+    assert p["threshold"].eq(torch.tensor(0.001)).all()
+
+
+def test_seeds_decide_the_initial_state():
+    first, again, other = (new_sae(SaeConfig(width=8, sparsity_coefficient=0, seed=seed), 4) for seed in (0, 0, 1))
+    assert torch.equal(first.parameters["w_dec"], again.parameters["w_dec"])
+    assert not torch.equal(first.parameters["w_dec"], other.parameters["w_dec"])
+
+
+def test_adam_equals_torchs_own_with_beta1_zero():
+    generator = torch.Generator().manual_seed(2)
+    ours = torch.randn(40, generator=generator, dtype=torch.float64)
+    theirs = torch.nn.Parameter(ours.clone())
+    optimiser = torch.optim.Adam([theirs], lr=1e-2, betas=(0.0, 0.999), eps=1e-8)
+    squared = torch.zeros_like(ours)
+    for step in range(50):
+        gradient = torch.randn(40, generator=generator, dtype=torch.float64)
+        theirs.grad = gradient.clone()
+        optimiser.step()
+        adam_without_momentum(ours, gradient, squared, 1e-2, 0.999, 1e-8, step)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_projection_leaves_nothing_along_the_latents_own_direction():
+    generator = torch.Generator().manual_seed(3)
+    w_dec = unit_rows(torch.randn(20, 12, generator=generator))
+    projected = without_parallel_part(torch.randn(20, 12, generator=generator), w_dec)
+    assert (projected * w_dec).sum(1).abs().max() < 1e-6
+
+
+def test_update_order_is_project_then_adam_then_unit_norm():
+    sae, x = trained(steps=5)
+    before = copy.deepcopy(sae)
+    dense_update(sae, x, 5, 30)
+    p = before.parameters
+    gradient = loss_gradients(x, **p, sparsity_coefficient=1e-2, bandwidth=0.2).w_dec
+    w_dec, squared = p["w_dec"].clone(), before.squared["w_dec"].clone()
+    adam_without_momentum(w_dec, without_parallel_part(gradient, w_dec), squared, 1e-2, 0.999, 1e-8, 5)
+    torch.testing.assert_close(sae.parameters["w_dec"], unit_rows(w_dec))
+    torch.testing.assert_close(sae.parameters["w_dec"].norm(dim=1), torch.ones(48))
+
+
+def test_training_lowers_the_loss_and_more_sparsity_means_less_l0():
+    losses = []
+    for coefficient in (1e-3, 3e-2):
+        sae = new_sae(SaeConfig(width=48, sparsity_coefficient=coefficient, recipe=RECIPE), 16)
+        _, x = trained(steps=0)
+        history = [dense_update(sae, x, step, 200) for step in range(200)]
+        losses.append((history[-1].l0.item(), history[-1].reconstruction.item()))
+        assert history[-1].reconstruction < history[0].reconstruction
+    (l0_dense, loss_dense), (l0_sparse, loss_sparse) = losses
+    assert l0_sparse < l0_dense
+    assert loss_sparse > loss_dense
+
+
+def test_thresholds_never_fall_below_zero():
+    recipe = RECIPE.model_copy(update={"threshold_learning_rate": 1.0})
+    sae, _ = trained(recipe=recipe, steps=10)
+    assert sae.parameters["threshold"].min() >= 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 750.0])
+def test_folded_equals_unfolded_to_float32_rounding(scale):
+    sae, x = trained()
+    folded = fold(sae, scale)
+    torch.testing.assert_close(folded(x * scale), sae(x) * scale, rtol=2e-5, atol=2e-5 * scale)
+    agree = (folded.encode(x * scale) > 0) == (sae.encode(x) > 0)
+    assert agree.float().mean() > 0.9999
+    assert set(folded.tensors()) == {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+    assert set(TENSORS) == set(sae.parameters)

@@ -1,0 +1,159 @@
+"""The rules of the house (CONTRIBUTING.md) that neither ruff nor import-linter can check."""
+
+import ast
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import everyscope
+import everyscope_recipes
+from everyscope.base.schema import Schema
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (ROOT / "src/everyscope", ROOT / "src/everyscope_recipes")
+FILES = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+EMPTY_WORDS = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
+HEAVY = ("torch", "transformers", "matplotlib")
+"""What nothing torch-free may load."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    line = f":{node.lineno}" if isinstance(node, ast.stmt) else ""
+    return f"{path.relative_to(ROOT)}{line}"
+
+
+def functions(path: Path) -> Iterator[Function]:
+    return (node for node in ast.walk(TREES[path]) if isinstance(node, Function))
+
+
+def public_definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | Function]:
+    """Public classes and functions of a module, and public methods and classes inside public classes."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node.body)
+
+
+def module_names() -> list[str]:
+    packages = (everyscope, everyscope_recipes)
+    return [found.name for package in packages for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+
+
+def loads_heavy(modules: list[str]) -> list[str]:
+    """Which heavy packages a fresh interpreter holds after importing `modules`."""
+    code = f"import importlib, json, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+    code += f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    return json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_files_are_short():
+    long = {place(path): count for path in FILES if (count := len(path.read_text().splitlines())) > MAX_FILE_LINES}
+    assert not long, f"files of more than {MAX_FILE_LINES} lines hold more than one subject: {long}"
+
+
+def test_functions_are_short():
+    lengths = {
+        f"{place(path, node)} {node.name}": (node.end_lineno or 0) - node.lineno + 1 for path in FILES for node in functions(path)
+    }
+    long = {name: count for name, count in lengths.items() if count > MAX_FUNCTION_LINES}
+    assert not long, f"functions of more than {MAX_FUNCTION_LINES} lines do more than one thing: {long}"
+
+
+def test_folder_inits_are_empty():
+    full = [place(path) for path in FILES if path.name == "__init__.py" and path.parent != PACKAGES[0] and path.stat().st_size]
+    assert not full, f"only the root lists public names: {full}"
+
+
+def test_names_say_something():
+    empty = [place(path) for path in FILES if EMPTY_WORDS & {*path.stem.split("_"), *path.parent.name.split("_")}]
+    assert not empty, f"a name says what is inside: {empty}"
+
+
+def test_everything_public_has_a_docstring():
+    silent = [place(path) for path in FILES if TREES[path].body and not ast.get_docstring(TREES[path])]
+    silent += [
+        f"{place(path, node)} {node.name}"
+        for path in FILES
+        for node in public_definitions(TREES[path].body)
+        if not ast.get_docstring(node)
+    ]
+    assert not silent, f"no docstring: {silent}"
+
+
+def test_imports_stand_at_the_top():
+    hidden = [
+        place(path, node)
+        for path in FILES
+        if path.name != "cli.py"
+        for function in functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not hidden, f"imports inside functions (an optional package goes through base.extras.import_extra): {hidden}"
+
+
+def test_imports_are_declared_dependencies():
+    declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in PYPROJECT["project"]["dependencies"]}
+    known = declared | sys.stdlib_module_names | {package.name for package in PACKAGES}
+    unknown = []
+    for path in FILES:
+        for node in ast.walk(TREES[path]):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            unknown += [f"{place(path, node)} {name}" for name in names if name.split(".")[0] not in known]
+    assert not unknown, f"not in pyproject's dependencies (extras go through base.extras.import_extra): {unknown}"
+
+
+def test_every_config_field_is_described():
+    for name in module_names():
+        importlib.import_module(name)
+    schemas, found = [Schema], []
+    while schemas:
+        schema = schemas.pop()
+        schemas += schema.__subclasses__()
+        if schema.__module__.startswith("everyscope"):
+            found += [f"{schema.__name__}.{name}" for name, field in schema.model_fields.items() if not field.description]
+    assert not found, f"fields without a docstring: {found}"
+
+
+def test_configs_and_the_command_line_load_no_torch():
+    light = [
+        name
+        for name in module_names()
+        if name.startswith("everyscope.base") or name.endswith(".config") or name in ("everyscope.cli", "everyscope.sites.names")
+    ]
+    assert "everyscope.text.config" in light
+    assert not loads_heavy(["everyscope", *light])
+
+
+def test_public_names_resolve_and_are_documented():
+    silent = [name for name in everyscope.__all__ if not getattr(everyscope, name).__doc__]
+    assert not silent
+
+
+def test_public_names_are_those_of_the_lazy_table():
+    assert everyscope.__all__ == sorted(everyscope._HOMES) == dir(everyscope)
+    assert {"Site", "capture", "load_sae", "load_suite", "splice", "train_saes"} <= set(everyscope.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        everyscope.no_such_name  # noqa: B018
+
+
+def test_every_module_stands_on_a_floor():
+    floors = " ".join(PYPROJECT["tool"]["importlinter"]["contracts"][0]["layers"])
+    named = set(floors.replace("(", " ").replace(")", " ").replace("|", " ").split())
+    children = {name for name in module_names() if name.count(".") == 1 and name.startswith("everyscope.")}
+    assert children <= named, f"add to the layers in pyproject.toml: {children - named}"
