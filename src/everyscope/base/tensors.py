@@ -1,8 +1,8 @@
 """Tensors on disk in the safetensors layout, which the public `safetensors` package reads.
 
 We write it ourselves: the package's `save_file` (0.8) writes to a file of a random name beside the one asked for, which a killed
-process leaves behind for ever, and wants every tensor in the host's memory at once. Format: the header's length as a little-endian
-uint64, the header as JSON padded with spaces, then the tensors' bytes, row-major, little-endian.
+process leaves behind for ever, and wants every tensor in the host's memory at once. The format: the header's length as a
+little-endian uint64, the header as JSON padded with spaces, then the tensors' bytes, row-major and little-endian.
 """
 
 import json

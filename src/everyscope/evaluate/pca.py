@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from everyscope.base.errors import DataError
-from everyscope.base.tensors import write_tensors
 from everyscope.base.progress import say
+from everyscope.base.tensors import write_tensors
 from everyscope.sae.metrics import centred_squares, fraction_unexplained
 from everyscope.shards.reader import Shards
 

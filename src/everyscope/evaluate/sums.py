@@ -11,8 +11,8 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from everyscope.base.tensors import write_tensors
 from everyscope.base.progress import say
+from everyscope.base.tensors import write_tensors
 from everyscope.evaluate.losses import LossSums
 from everyscope.evaluate.pca import PcaSums
 from everyscope.sae.metrics import ReconstructionSums

@@ -10,6 +10,11 @@ from safetensors.torch import load_file
 
 from everyscope.base.tensors import write_tensors
 
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 TENSORS = {
     "weights": torch.arange(12, dtype=torch.float32).reshape(3, 4).T,
     "sums": torch.tensor([1.5, -2.25], dtype=torch.float64),
@@ -31,7 +36,7 @@ def test_the_public_package_reads_what_we_wrote(tmp_path):
         assert torch.equal(read[name], tensor)
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "place": "7", "who": "us"}
-    assert os.listdir(path.parent) == [path.name]
+    assert names(path.parent) == [path.name]
 
 
 def test_equal_tensors_give_equal_bytes_in_any_order_of_the_mapping(tmp_path):
@@ -43,11 +48,11 @@ def test_equal_tensors_give_equal_bytes_in_any_order_of_the_mapping(tmp_path):
 def test_a_write_that_never_ends_leaves_only_its_partial_file(tmp_path, monkeypatch):
     seen: list[list[str]] = []
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append(os.listdir(tmp_path)), sync(descriptor)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append(names(tmp_path)), sync(descriptor)))
     path = tmp_path / "x.safetensors"
     write_tensors(path, TENSORS)
     write_tensors(path, TENSORS)
-    assert [sorted(names) for names in seen] == [["x.safetensors.partial"], ["x.safetensors", "x.safetensors.partial"]]
+    assert seen == [["x.safetensors.partial"], ["x.safetensors", "x.safetensors.partial"]]
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -57,4 +62,4 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(KeyError, match="complex64"):
         write_tensors(path, {"odd": torch.zeros(2, dtype=torch.complex64)})
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]
+    assert names(tmp_path) == [path.name]
