@@ -10,7 +10,7 @@ help:
 	@echo "make demo    a small Gemma Scope of the bundled model, in runs/tiny"
 	@echo "make test    all tests"
 	@echo "make check   style, types, floors and house rules"
-	@echo "make bench   the measurements in benchmarks/"
+	@echo "make bench   training beside other trainers, which are installed the first time; options in BENCH='...'"
 
 demo: $(BUILT)
 	.venv/bin/everyscope run tiny --out runs/tiny
@@ -26,7 +26,7 @@ check: $(BUILT)
 	.venv/bin/python -m pytest tests/unit/test_house.py
 
 bench: $(BUILT)
-	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; .venv/bin/python "$$file"; done
+	.venv/bin/python benchmarks/training.py $(BENCH)
 
 # torch comes first and alone: a torch that is in .venv already, as one built for another CUDA version, is kept if it has
 # this version. The last line builds with the setuptools of the lock, so that nothing unpinned is fetched.

@@ -17,7 +17,7 @@ from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind, sites_of
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.config import BankSettings, TrainConfig, sae_name
 
 
 class ModelShape(Schema):
@@ -47,7 +47,9 @@ class SaeGroup(Schema):
     widths: tuple[int, ...] = Field(min_length=1)
     """Numbers of latents [latents]."""
     sparsity_coefficients: tuple[float, ...] = Field(min_length=1)
-    """Lambdas; more makes sparser SAEs [1]."""
+    """Lambdas; more makes sparser SAEs. With target_l0s, how firmly these are held [1]."""
+    target_l0s: tuple[float | None, ...] = (None,)
+    """L0s to aim at; None has no target, so that the lambda alone decides [latents]."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial decoders."""
     num_tokens: int = Field(ge=1)
@@ -141,12 +143,10 @@ class RunConfig(Schema):
         for site in self.all_sites:
             for group in (group for group in self.groups if site in self.sites(group)):
                 banks.setdefault((site, group.num_tokens), []).extend(self.saes_of(group))
-        names = [(site, sae.width, sae.sparsity_coefficient, sae.seed) for (site, _), saes in banks.items() for sae in saes]
+        names = [(site, sae_name(sae)) for (site, _), saes in banks.items() for sae in saes]
         doubled = next((name for name in names if names.count(name) > 1), None)
         if doubled:
-            raise ConfigError(
-                f"{doubled[0]}: width {doubled[1]}, sparsity {doubled[2]:g}, seed {doubled[3]} is asked for twice; mend groups"
-            )
+            raise ConfigError(f"{doubled[0]}: {doubled[1]} is asked for twice; mend groups")
         return tuple(
             TrainConfig(
                 site=site,
@@ -162,9 +162,10 @@ class RunConfig(Schema):
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
         """The SAEs that a group wants at each of its sites."""
         return [
-            SaeConfig(width=width, sparsity_coefficient=coefficient, seed=seed, recipe=self.recipe)
+            SaeConfig(width=width, sparsity_coefficient=coefficient, target_l0=target, seed=seed, recipe=self.recipe)
             for width in group.widths
             for coefficient in group.sparsity_coefficients
+            for target in group.target_l0s
             for seed in group.seeds
         ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from everyscope.base.errors import ConfigError, DamagedData, DataError
 from everyscope.base.files import read_json
@@ -21,6 +22,7 @@ from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import checkpoint_path, is_finished, run
 
 ROWS, D_IN, BATCH, STEPS = 600, 12, 32, 400
+RARE_CHECKPOINTS = BankSettings(batch_rows=BATCH, checkpoint_steps=10**6, log_steps=10)
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
@@ -68,16 +70,16 @@ def start(config: TrainConfig) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", CHILD, config.model_dump_json()], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def kill_after_lines(config: TrainConfig, lines: int) -> None:
-    """Run the bank in a process of its own and kill it once its metrics have so many lines."""
+def kill_after_lines(config: TrainConfig, lines: int, sent: signal.Signals = signal.SIGKILL) -> int:
+    """Run the bank in a process of its own, send it a signal once its metrics have so many lines; what it exits with."""
     child = start(config)
     log = config.out / f"bank_{config.bank_id}.metrics.jsonl"
     while child.poll() is None:
         if log.exists() and log.read_bytes().count(b"\n") >= lines:
-            child.send_signal(signal.SIGKILL)
+            child.send_signal(sent)
             break
         time.sleep(0.001)
-    child.wait()
+    return child.wait()
 
 
 def test_killed_training_ends_in_the_same_bytes(shards, tmp_path):
@@ -91,6 +93,20 @@ def test_killed_training_ends_in_the_same_bytes(shards, tmp_path):
     assert got == tree(undisturbed.out)
     assert len([name for name in got if name.endswith("sae.safetensors")]) == 2
     assert not [name for name in got if name.endswith(".partial")]
+
+
+def test_sigterm_keeps_every_step_done(shards, tmp_path):
+    torch.set_num_threads(1)
+    undisturbed, ended = bank(shards, tmp_path / "undisturbed"), bank(shards, tmp_path / "ended", settings=RARE_CHECKPOINTS)
+    run(undisturbed)
+    assert kill_after_lines(ended, 20, signal.SIGTERM) == 128 + signal.SIGTERM
+    with safe_open(checkpoint_path(ended), "pt") as file:
+        assert int(file.metadata()["num_steps_done"]) >= 100  # twenty lines are ten reports of both SAEs
+    steps: list[int] = []
+    run(ended, steps.append)
+    assert steps[0] >= 100
+    sae = "width_48_sparsity_0.01_seed_0/sae.safetensors"
+    assert (ended.out / sae).read_bytes() == (undisturbed.out / sae).read_bytes()
 
 
 def test_a_finished_bank_is_not_trained_again(shards, tmp_path):

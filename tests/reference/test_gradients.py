@@ -1,9 +1,13 @@
 """The closed-form gradients against float64 autograd with the paper's pseudo-derivatives, and against plain sums."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import Gradients, jumprelu, loss_gradients
+from everyscope.sae.objective import penalty
 from everyscope.sae.trainable import TENSORS
 
 
@@ -55,13 +59,20 @@ def problem(rows, d_in, d_sae, seed):
     return draw(rows, d_in), p
 
 
-def oracle(x, p, sparsity_coefficient, bandwidth) -> dict[str, torch.Tensor]:
+def flat(coefficient):
+    """The penalty of the paper's loss: every latent costs the same."""
+    return lambda rates: torch.full_like(rates, coefficient)
+
+
+def oracle(x, p, sparsity_coefficient, bandwidth, prefixes=None, sparsity=None) -> dict[str, torch.Tensor]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
     pre = (x - leaves["b_dec"]) @ leaves["w_enc"] + leaves["b_enc"]
     f = OracleJumpRelu.apply(pre, leaves["threshold"], bandwidth)
-    l0 = OracleStep.apply(pre, leaves["threshold"], bandwidth).sum(1)
-    x_hat = f @ leaves["w_dec"] + leaves["b_dec"]
-    loss = ((x - x_hat).square().sum(1) + sparsity_coefficient * l0).mean()
+    fires = OracleStep.apply(pre, leaves["threshold"], bandwidth)
+    l0 = fires.sum(1)
+    prefixes = prefixes or [len(p["threshold"])]
+    squares = [(x - f[:, :m] @ leaves["w_dec"][:m] - leaves["b_dec"]).square().sum(1).mean() for m in prefixes]
+    loss = sum(squares) / len(prefixes) + (sparsity(fires.mean(0)) if sparsity else sparsity_coefficient * l0.mean())
     gradients = torch.autograd.grad(loss, [leaves[name] for name in TENSORS])
     return dict(zip(TENSORS, gradients, strict=True)) | {"loss": loss.detach(), "l0": l0.mean().detach()}
 
@@ -70,10 +81,35 @@ def oracle(x, p, sparsity_coefficient, bandwidth) -> dict[str, torch.Tensor]:
 def test_all_five_gradients_equal_the_float64_oracle(rows, d_in, d_sae, bandwidth):
     x, p = problem(rows, d_in, d_sae, seed=rows)
     want = oracle(x, p, 0.2, bandwidth)
-    got = loss_gradients(x, **p, sparsity_coefficient=0.2, bandwidth=bandwidth)
+    got = loss_gradients(x, **p, penalty=flat(0.2), bandwidth=bandwidth)
     for name in TENSORS:
         torch.testing.assert_close(getattr(got, name), want[name], rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(got.reconstruction_loss + 0.2 * got.l0, want["loss"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefixes", [[8], [3, 8], [1, 2, 8]])
+def test_prefixes_reconstruct_each_by_itself(prefixes):
+    x, p = problem(40, 5, 8, seed=11)
+    want = oracle(x, p, 0.2, 0.6, prefixes)
+    got = loss_gradients(x, **p, penalty=flat(0.2), bandwidth=0.6, prefixes=prefixes)
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(got, name), want[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("target", "limit"), [(None, None), (3.0, None), (None, 0.3), (3.0, 0.3)])
+def test_penalties_are_the_derivatives_of_the_costs_they_name(target, limit):
+    x, p = problem(200, 6, 12, seed=12)
+    recipe = SaeRecipe(frequency_limit=limit, frequency_coefficient=0.7)
+    config = SaeConfig(width=12, sparsity_coefficient=0.4, target_l0=target, recipe=recipe)
+
+    def cost(rates):
+        l0 = rates.sum()
+        value = 0.4 * l0 if target is None else 0.4 * (l0 / target - 1) ** 2
+        return value if limit is None else value + 0.7 * (rates / limit - 1).clamp(min=0).square().sum()
+
+    want = oracle(x, p, None, 0.9, sparsity=cost)
+    got = loss_gradients(x, **p, penalty=partial(penalty, config, 0.4), bandwidth=0.9)
+    torch.testing.assert_close(got.threshold, want["threshold"], rtol=1e-12, atol=1e-12)
 
 
 def test_threshold_gradient_is_the_closed_form_of_the_spec():
@@ -82,7 +118,7 @@ def test_threshold_gradient_is_the_closed_form_of_the_spec():
     bandwidth, coefficient = 0.8, 0.3
     pre = (x - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
     x_hat = (pre * (pre > p["threshold"])) @ p["w_dec"] + p["b_dec"]
-    got = loss_gradients(x, **p, sparsity_coefficient=coefficient, bandwidth=bandwidth).threshold
+    got = loss_gradients(x, **p, penalty=flat(coefficient), bandwidth=bandwidth).threshold
     for i in range(6):
         total = 0.0
         for a in range(20):
@@ -93,7 +129,7 @@ def test_threshold_gradient_is_the_closed_form_of_the_spec():
 
 def test_the_sparsity_term_moves_thresholds_only():
     x, p = problem(rows=50, d_in=8, d_sae=20, seed=5)
-    without, with_it = (loss_gradients(x, **p, sparsity_coefficient=c, bandwidth=0.5) for c in (0.0, 9.0))
+    without, with_it = (loss_gradients(x, **p, penalty=flat(c), bandwidth=0.5) for c in (0.0, 9.0))
     for name in set(TENSORS) - {"threshold"}:
         assert torch.equal(getattr(without, name), getattr(with_it, name))
     assert not torch.equal(without.threshold, with_it.threshold)
@@ -101,8 +137,8 @@ def test_the_sparsity_term_moves_thresholds_only():
 
 def test_float32_gradients_follow_float64_within_rounding():
     x, p = problem(rows=256, d_in=64, d_sae=200, seed=6)
-    want = loss_gradients(x, **p, sparsity_coefficient=0.1, bandwidth=0.4)
-    low = loss_gradients(x.float(), **{n: t.float() for n, t in p.items()}, sparsity_coefficient=0.1, bandwidth=0.4)
+    want = loss_gradients(x, **p, penalty=flat(0.1), bandwidth=0.4)
+    low = loss_gradients(x.float(), **{n: t.float() for n, t in p.items()}, penalty=flat(0.1), bandwidth=0.4)
     assert isinstance(low, Gradients)
     for name in TENSORS:
         difference = (getattr(low, name).double() - getattr(want, name)).norm() / getattr(want, name).norm()

@@ -1,6 +1,9 @@
 """What one SAE is to become: its width, its sparsity and its training recipe. Defaults are Gemma Scope's (section 3.2)."""
 
-from pydantic import Field
+import math
+from itertools import pairwise
+
+from pydantic import Field, model_validator
 
 from everyscope.base.schema import Schema
 
@@ -28,6 +31,23 @@ class SaeRecipe(Schema):
     """Adam's decay of squared gradients; the decay of gradients is 0, so there is no momentum [1]."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the squared gradients' mean [1]."""
+    warm_start: bool = False
+    """Begin with b_dec at the first batch's mean and, given a target_l0, thresholds at the quantile that meets it there."""
+    driven_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the run, at its start, in which all thresholds are moved together to hold target_l0, not learned [1]."""
+    frequency_limit: float | None = Field(default=None, gt=0, le=1)
+    """Share of rows above which a latent's firing costs extra; None never [1]."""
+    frequency_coefficient: float = Field(default=1e-3, ge=0)
+    """Weight of that cost, sum_i max(0, rate_i / frequency_limit - 1)^2 [1]."""
+    prefix_shares: tuple[float, ...] = (1.0,)
+    """Matryoshka: the first latents, by these shares of the width, must reconstruct alone; ascending, the last is 1 [1]."""
+
+    @model_validator(mode="after")
+    def _check_prefixes(self) -> "SaeRecipe":
+        shares = self.prefix_shares
+        if not shares or shares[-1] != 1 or shares[0] <= 0 or any(a >= b for a, b in pairwise(shares)):
+            raise ValueError(f"prefix_shares={shares}: expected ascending shares of the width that end in 1, as 0.25 0.5 1")
+        return self
 
 
 class SaeConfig(Schema):
@@ -37,7 +57,22 @@ class SaeConfig(Schema):
     """Number of latents, d_sae [latents]."""
     sparsity_coefficient: float = Field(ge=0)
     """Lambda: what an active latent costs, in units of the mean squared norm of the activations [1]."""
+    target_l0: float | None = Field(default=None, gt=0)
+    """Sparsity costs sparsity_coefficient * (L0 / target_l0 - 1)^2 instead of sparsity_coefficient * L0; None has no target."""
     seed: int = 0
     """Seed of the decoder's initial directions."""
     recipe: SaeRecipe = SaeRecipe()
     """Optimiser, schedules and initial values."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SaeConfig":
+        if self.recipe.driven_share and self.target_l0 is None:
+            raise ValueError(f"driven_share={self.recipe.driven_share} needs target_l0: to what L0 are thresholds to be driven?")
+        if len(set(self.prefixes)) < len(self.prefixes):
+            raise ValueError(f"width={self.width} is too narrow for prefix_shares={self.recipe.prefix_shares}")
+        return self
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Ends of the prefixes that reconstruct alone; the last is the width [latents]."""
+        return tuple(math.ceil(share * self.width) for share in self.recipe.prefix_shares)

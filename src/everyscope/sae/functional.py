@@ -4,7 +4,9 @@ Row vectors throughout. Training works on x = x_raw / scale, where E||x||^2 = 1:
 nothing without it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -42,6 +44,8 @@ class Gradients:
     threshold: Float[Tensor, " d_sae"]
     reconstruction_loss: Float[Tensor, ""]
     l0: Float[Tensor, ""]
+    pairs: Float[Tensor, ""]
+    """Mean number of latents per row that are active or within half a bandwidth of their threshold."""
 
 
 def loss_gradients(
@@ -52,14 +56,19 @@ def loss_gradients(
     b_dec: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"],
     *,
-    sparsity_coefficient: float,
+    penalty: Callable[[Float[Tensor, " d_sae"]], Float[Tensor, " d_sae"]],
     bandwidth: float,
+    prefixes: Sequence[int] = (),
 ) -> Gradients:
-    """Gradients of mean ||x - x_hat||^2 + sparsity_coefficient * mean ||f||_0 over the batch, in closed form.
+    """Gradients of mean ||x - x_hat||^2 plus sparsity terms over the batch, in closed form.
+
+    `penalty` gives the sparsity terms' derivative by the latents' firing rates, given those. With `prefixes`, ends of nested
+    dictionaries of which the last is d_sae (Matryoshka, arXiv 2503.17547), the first term is its mean over the prefixes' own
+    reconstructions; the loss reported is that of all latents.
 
     Straight-through estimates reach the threshold alone, through a box kernel of width `bandwidth` on the pre-activation
     (arXiv 2407.14435, eq. 10 to 12): d jumprelu / d threshold = -(threshold / bandwidth) K, d step / d threshold =
-    -(1 / bandwidth) K. The sparsity term therefore sends nothing to the encoder. Dense: five products [batch, d_in, d_sae].
+    -(1 / bandwidth) K. The sparsity terms therefore send nothing to the encoder. Dense: five products [batch, d_in, d_sae].
     """
     rows = x.shape[0]
     centred = x - b_dec
@@ -67,23 +76,31 @@ def loss_gradients(
     # Masks as numbers, written straight into a float tensor: a product with a bool tensor takes five times as long on CPUs.
     active = torch.gt(pre, threshold, out=torch.empty_like(pre))
     near = torch.lt((pre - threshold).abs_(), bandwidth / 2, out=torch.empty_like(pre))
+    pairs = torch.maximum(active, near).sum() / rows
     f = pre.mul_(active)
-    error = decode(f, w_dec, b_dec).sub_(x)
-    reconstruction_loss = error.square().sum() / rows
-    d_x_hat = error.mul_(2 / rows)
-    d_f = d_x_hat @ w_dec.T
-    d_threshold = (d_f * near).sum(0).mul_(threshold).add_(near.sum(0), alpha=sparsity_coefficient / rows).mul_(-1 / bandwidth)
-    d_w_dec = f.T @ d_x_hat
+    errors, groups = [b_dec - x], list(pairwise((0, *(prefixes or (len(threshold),)))))
+    for start, stop in groups:
+        errors.append(torch.addmm(errors[-1], f[:, start:stop], w_dec[start:stop]))
+    reconstruction_loss = errors[-1].square().sum() / rows
+    d_x_hat, d_f, d_w_dec = torch.zeros_like(x), torch.empty_like(pre), torch.empty_like(w_dec)
+    for (start, stop), error in reversed(list(zip(groups, errors[1:], strict=True))):
+        d_x_hat.add_(error, alpha=2 / (rows * len(groups)))  # each group of latents serves its own prefix and all longer ones
+        torch.mm(d_x_hat, w_dec[start:stop].T, out=d_f[:, start:stop])
+        torch.mm(f[:, start:stop].T, d_x_hat, out=d_w_dec[start:stop])
+    fired, close = active.sum(0), near.sum(0)
+    sparsity = close.mul_(penalty(fired / rows) / rows)
+    d_threshold = (d_f * near).sum(0).mul_(threshold).add_(sparsity).mul_(-1 / bandwidth)
     d_pre = d_f.mul_(active)
     d_b_enc = d_pre.sum(0)
     return Gradients(
-        w_enc=centred.T @ d_pre,
+        w_enc=(d_pre.T @ centred).T,  # in the layout of w_enc, which is stored by latent
         w_dec=d_w_dec,
         b_enc=d_b_enc,
         b_dec=d_x_hat.sum(0) - w_enc @ d_b_enc,
         threshold=d_threshold,
         reconstruction_loss=reconstruction_loss,
-        l0=active.sum() / rows,
+        l0=fired.sum() / rows,
+        pairs=pairs,
     )
 
 

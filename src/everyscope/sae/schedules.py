@@ -14,6 +14,18 @@ def learning_rate_share(recipe: SaeRecipe, step: int, steps: int) -> float:
     return warm * (min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0)
 
 
+def threshold_rate(config: SaeConfig, step: int, steps: int) -> float:
+    """Adam's step size for thresholds at `step` of `steps`; zero while they are driven."""
+    recipe = config.recipe
+    rate = recipe.threshold_learning_rate or recipe.learning_rate
+    return 0.0 if is_driven(config, step, steps) else rate * learning_rate_share(recipe, step, steps)
+
+
+def is_driven(config: SaeConfig, step: int, steps: int) -> bool:
+    """True in the phase in which thresholds are set from the L0 they give, not learned."""
+    return step < config.recipe.driven_share * steps
+
+
 def sparsity_coefficient(config: SaeConfig, step: int) -> float:
     """Lambda at `step`: linear from 0 over the warm-up, then constant."""
     warmup = config.recipe.sparsity_warmup_steps

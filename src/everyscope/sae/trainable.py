@@ -4,15 +4,17 @@ The state lives on normalised activations, with the pre-encoder bias; `fold` tur
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.folded import Sae
 from everyscope.sae.functional import decode, jumprelu, loss_gradients, pre_activations, unit_rows, without_parallel_part
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
+from everyscope.sae.objective import penalty
+from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
 
 TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 
@@ -25,17 +27,22 @@ class StepLosses:
     """Mean ||x - x_hat||^2 over the batch, in normalised units."""
     l0: Float[Tensor, ""]
     """Mean number of active latents per row."""
+    pairs: Float[Tensor, ""]
+    """Mean number of latents per row that are active or within half a bandwidth of their threshold."""
 
 
 @dataclass(frozen=True)
 class TrainableSae:
-    """The tensors of one SAE in training, changed in place by `dense_update`."""
+    """The tensors of one SAE in training, changed in place by its engine. w_enc is stored by latent: w_enc.T is contiguous."""
 
     config: SaeConfig
     parameters: dict[str, Tensor]
     """w_enc [d_in, d_sae], w_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in], threshold [d_sae]; float32."""
     squared: dict[str, Tensor]
     """Adam's running mean of each parameter's squared gradient, of the same shapes."""
+    touched: Int32[Tensor, " d_sae"]
+    """Steps that each latent's means include. A latent without gradient does not move, and its means only decay, so that may
+    wait until it has one again (`catch_up`)."""
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations of normalised activations."""
@@ -48,7 +55,11 @@ class TrainableSae:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, by name; the tensors themselves, not copies."""
-        return {name: self.parameters[name] for name in TENSORS} | {f"squared.{name}": self.squared[name] for name in TENSORS}
+        return (
+            {name: self.parameters[name] for name in TENSORS}
+            | {f"squared.{name}": self.squared[name] for name in TENSORS}
+            | {"touched": self.touched}
+        )
 
 
 def new_sae(config: SaeConfig, d_in: int, device: str = "cpu") -> TrainableSae:
@@ -60,36 +71,53 @@ def new_sae(config: SaeConfig, d_in: int, device: str = "cpu") -> TrainableSae:
     generator = torch.Generator().manual_seed(config.seed)
     w_dec = unit_rows(torch.empty(config.width, d_in).uniform_(-1, 1, generator=generator))
     parameters = {
-        "w_enc": (w_dec.T * config.recipe.encoder_scale).contiguous(),
+        "w_enc": (w_dec * config.recipe.encoder_scale).T,
         "w_dec": w_dec,
         "b_enc": torch.zeros(config.width),
         "b_dec": torch.zeros(d_in),
         "threshold": torch.full((config.width,), config.recipe.initial_threshold),
     }
     on_device = {name: tensor.to(device) for name, tensor in parameters.items()}
-    return TrainableSae(config, on_device, {name: torch.zeros_like(tensor) for name, tensor in on_device.items()})
+    squared = {name: torch.zeros_like(tensor) for name, tensor in on_device.items()}
+    return TrainableSae(config, on_device, squared, torch.zeros(config.width, dtype=torch.int32, device=device))
 
 
 @torch.no_grad()
 def dense_update(sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> StepLosses:
-    """One training step on normalised activations, in place: gradients, projection, Adam, unit decoder rows (section 3.2)."""
+    """One training step on normalised activations, in place: gradients, projection, Adam, unit decoder rows (section 3.2).
+
+    The means of squared gradients must be up to date, as dense steps leave them and `catch_up` makes them.
+    """
     recipe = sae.config.recipe
     gradients = loss_gradients(
-        x, **sae.parameters, sparsity_coefficient=sparsity_coefficient(sae.config, step), bandwidth=recipe.bandwidth
+        x,
+        **sae.parameters,
+        penalty=partial(penalty, sae.config, sparsity_coefficient(sae.config, step)),
+        bandwidth=recipe.bandwidth,
+        prefixes=sae.config.prefixes,
     )
-    share = learning_rate_share(recipe, step, steps)
+    rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
+    rates = dict.fromkeys(TENSORS, rate) | {"threshold": threshold_rate(sae.config, step, steps)}
     for name in TENSORS:
         parameter, gradient = sae.parameters[name], getattr(gradients, name)
-        rate = recipe.learning_rate
         if name == "w_dec":
             gradient = without_parallel_part(gradient, parameter)
-        if name == "threshold" and recipe.threshold_learning_rate is not None:
-            rate = recipe.threshold_learning_rate
-        adam_without_momentum(parameter, gradient, sae.squared[name], rate * share, recipe.beta2, recipe.epsilon, step)
+        adam_without_momentum(parameter, gradient, sae.squared[name], rates[name], recipe.beta2, recipe.epsilon, step)
     sae.parameters["w_dec"].copy_(unit_rows(sae.parameters["w_dec"]))
     # Below zero a threshold would let negative values pass, which the released form cannot express.
     sae.parameters["threshold"].clamp_(min=0)
-    return StepLosses(gradients.reconstruction_loss, gradients.l0)
+    sae.touched.fill_(step + 1)
+    return StepLosses(gradients.reconstruction_loss, gradients.l0, gradients.pairs)
+
+
+@torch.no_grad()
+def catch_up(sae: TrainableSae, steps: int) -> None:
+    """Let the means of squared gradients of all latents include `steps` steps: those left out had gradients of zero."""
+    decay = (sae.config.recipe.beta2 ** (steps - sae.touched).double()).to(sae.squared["b_enc"].dtype)
+    for name in ("w_enc", "b_enc", "threshold"):
+        sae.squared[name].mul_(decay)
+    sae.squared["w_dec"].mul_(decay[:, None])
+    sae.touched.fill_(steps)
 
 
 def adam_without_momentum(
@@ -111,4 +139,4 @@ def fold(sae: TrainableSae, scale: float) -> Sae:
         "b_dec": scale * p["b_dec"],
         "threshold": scale * p["threshold"],
     }
-    return Sae(**{name: tensor.float() for name, tensor in folded.items()})
+    return Sae(**{name: tensor.float().contiguous() for name, tensor in folded.items()})

@@ -1,16 +1,17 @@
 """Many SAEs of one site on the same batches: one read, one copy to the device, one update each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.trainable import StepLosses, TrainableSae, dense_update, new_sae
-
-Update = Callable[[TrainableSae, Float[Tensor, "batch d_in"], int, int], StepLosses]
-"""One training step of one SAE, in place: (sae, normalised batch, step, steps). Engines are such functions."""
+from everyscope.sae.schedules import is_driven
+from everyscope.sae.thresholds import drive_thresholds, warm_start
+from everyscope.sae.trainable import StepLosses, new_sae
+from everyscope.train.config import EngineName
+from everyscope.train.engines import engine_for
 
 
 class Bank:
@@ -23,26 +24,41 @@ class Bank:
         scale: float,
         steps: int,
         device: str = "cpu",
-        update: Update = dense_update,
+        engine: EngineName = "auto",
     ) -> None:
         """New SAEs for activations whose root mean squared norm is `scale` (frozen for the whole run)."""
         self.saes = [new_sae(config, d_in, device) for config in configs]
         self.scale, self.steps, self.num_steps_done = scale, steps, 0
-        self._device, self._update = torch.device(device), update
+        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device)
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> list[StepLosses]:
         """One update of every SAE on raw activations; the losses stay on the device."""
-        x = batch.to(self._device, non_blocking=True) / self.scale
-        losses = [self._update(sae, x, self.num_steps_done, self.steps) for sae in self.saes]
+        x = batch.to(self.device) / self.scale
+        if self.num_steps_done == 0:
+            self._start_warm(x)
+        losses = self._engine.step(x, self.num_steps_done, self.steps)
+        for sae, loss in zip(self.saes, losses, strict=True):
+            if is_driven(sae.config, self.num_steps_done, self.steps):
+                drive_thresholds(sae, loss)
         self.num_steps_done += 1
         return losses
 
+    def _start_warm(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Let SAEs that ask for it take their first biases and thresholds from the first batch."""
+        for sae in self.saes:
+            if sae.config.recipe.warm_start:
+                warm_start(sae, x)
+        self._engine.refresh()
+
     def tensors(self) -> dict[str, Tensor]:
-        """All state but the step count, by name."""
-        return {f"{number}.{name}": tensor for number, sae in enumerate(self.saes) for name, tensor in sae.tensors().items()}
+        """All state but the step count, by name; the tensors themselves, not copies."""
+        saes = {f"{number}.{name}": tensor for number, sae in enumerate(self.saes) for name, tensor in sae.tensors().items()}
+        return saes | {f"engine.{name}": tensor for name, tensor in self._engine.tensors().items()}
 
     def restore(self, tensors: dict[str, Tensor], num_steps_done: int) -> None:
         """Take over the state that `tensors()` gave after `num_steps_done` steps."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+            if name in tensors or not name.startswith("engine."):  # another engine may go on, with a state of its own
+                tensor.copy_(tensors[name])
+        self._engine.refresh()
         self.num_steps_done = num_steps_done

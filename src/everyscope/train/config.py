@@ -1,7 +1,7 @@
 """One bank: all SAEs of one site that see the same batches for the same number of tokens."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,9 @@ from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema
 from everyscope.sae.config import SaeConfig
 from everyscope.sites.names import Site
+
+EngineName = Literal["auto", "dense", "pairs"]
+"""auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
 
 
 class BankSettings(Schema):
@@ -22,6 +25,8 @@ class BankSettings(Schema):
     """Steps between two lines in metrics.jsonl [steps]."""
     device: str = "cpu"
     """Torch device that SAEs train on."""
+    engine: EngineName = "auto"
+    """How a step is computed; auto takes pairs where there are kernels for the device."""
 
 
 class TrainConfig(Schema):
@@ -44,7 +49,7 @@ class TrainConfig(Schema):
     def _check_names(self) -> "TrainConfig":
         names = [sae_name(config) for config in self.saes]
         if len(set(names)) < len(names):
-            raise ValueError(f"saes={names}: two SAEs of a bank share width, sparsity_coefficient and seed; change one")
+            raise ValueError(f"saes={names}: two SAEs of a bank share width, sparsity (or target_l0) and seed; change one")
         if self.num_tokens < self.settings.batch_rows:
             raise ValueError(f"num_tokens={self.num_tokens} is less than one batch of batch_rows={self.settings.batch_rows}")
         return self
@@ -67,4 +72,5 @@ class TrainConfig(Schema):
 
 def sae_name(config: SaeConfig) -> str:
     """The folder name of a trained SAE within its site."""
-    return f"width_{config.width}_sparsity_{config.sparsity_coefficient:g}_seed_{config.seed}"
+    sparsity = f"sparsity_{config.sparsity_coefficient:g}" if config.target_l0 is None else f"l0_{config.target_l0:g}"
+    return f"width_{config.width}_{sparsity}_seed_{config.seed}"

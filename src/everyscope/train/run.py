@@ -12,6 +12,7 @@ from everyscope.base.errors import ConfigError, NonFinite
 from everyscope.base.files import write_json
 from everyscope.base.ids import content_id
 from everyscope.base.logs import JsonLines
+from everyscope.base.signals import EXIT_CODE, termination
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import has_sae, read_record, save_sae
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
@@ -21,6 +22,7 @@ from everyscope.stream.source import Source
 from everyscope.train.bank import Bank
 from everyscope.train.checkpoint import load_checkpoint, save_checkpoint
 from everyscope.train.config import TrainConfig, sae_name
+from everyscope.train.feed import batches
 
 Hook = Callable[[Bank, list[StepLosses]], None]
 """Called after every step; looks, never changes weights."""
@@ -29,7 +31,7 @@ Hook = Callable[[Bank, list[StepLosses]], None]
 def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: None) -> None:
     """Train every SAE of the bank that is not finished; `progress` hears of steps done. Idempotent, resumes to the same bits.
 
-    Raises DamagedData for shards that changed, ConfigError where the folder holds SAEs of another config, NonFinite
+    SIGTERM saves a checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the folder holds SAEs of another config, NonFinite
     where training diverges.
     """
     source = LocalSource(config.shards)
@@ -40,7 +42,7 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
         progress(config.steps)
         return
     write_json(config.out / f"bank_{config.bank_id}.json", config.record() | {"parents": [source.identity]})
-    bank = Bank(config.saes, source.d_in, source.scale, config.steps, config.settings.device)
+    bank = Bank(config.saes, source.d_in, source.scale, config.steps, config.settings.device, config.settings.engine)
     place = load_checkpoint(checkpoint, bank, run_id)
     progress(place.num_steps_done)
     log = JsonLines(config.out / f"bank_{config.bank_id}.metrics.jsonl", keep_bytes=place.log_bytes)
@@ -50,10 +52,14 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
             log_losses(log, config, bank.num_steps_done, losses)
 
     def keep(bank: Bank, losses: list[StepLosses]) -> None:
-        if bank.num_steps_done % config.settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps:
+        is_due = bank.num_steps_done % config.settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
+        if is_due or is_asked_to_stop():
             save_checkpoint(checkpoint, bank, run_id, log.num_bytes)
+        if is_asked_to_stop():
+            raise SystemExit(EXIT_CODE)
 
-    fit(bank, source, config.settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
+    with termination() as is_asked_to_stop:
+        fit(bank, source, config.settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
     log.close()
     for sae in bank.saes:
         save_sae(config.out / sae_name(sae.config), fold(sae, bank.scale), record_of(config, sae.config, source, run_id))
@@ -62,8 +68,7 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
 
 def fit(bank: Bank, source: Source, batch_rows: int, hooks: list[Hook]) -> None:
     """Take the bank from where it stands to its last step. A batch is a function of the step, so resuming needs no more."""
-    while bank.num_steps_done < bank.steps:
-        batch = source.batch(bank.num_steps_done, batch_rows)
+    for batch in batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device):
         losses = bank.step(batch)
         for hook in hooks:
             hook(bank, losses)
@@ -112,6 +117,7 @@ def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[Step
                 "reconstruction_loss": reconstruction,
                 "l0": loss.l0.item(),
                 "sparsity_coefficient": sparsity_coefficient(sae, step - 1),
+                "target_l0": sae.target_l0,
                 "learning_rate": sae.recipe.learning_rate * learning_rate_share(sae.recipe, step - 1, config.steps),
             }
         )

@@ -7,7 +7,7 @@ import torch
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import loss_gradients, unit_rows, without_parallel_part
-from everyscope.sae.trainable import TENSORS, TrainableSae, adam_without_momentum, dense_update, fold, new_sae
+from everyscope.sae.trainable import TENSORS, TrainableSae, adam_without_momentum, catch_up, dense_update, fold, new_sae
 
 RECIPE = SaeRecipe(
     learning_rate=1e-2, learning_rate_warmup_steps=0, sparsity_warmup_steps=0, bandwidth=0.2, initial_threshold=0.1
@@ -29,6 +29,7 @@ def test_initial_state_is_the_papers():
     p = sae.parameters
     torch.testing.assert_close(p["w_dec"].norm(dim=1), torch.ones(64))
     assert torch.equal(p["w_enc"], p["w_dec"].T)
+    assert p["w_enc"].T.is_contiguous()  # stored by latent, as the pair kernels read it
     assert p["b_enc"].eq(0).all()
     assert p["b_dec"].eq(0).all()
     assert p["threshold"].eq(torch.tensor(0.001)).all()
@@ -66,7 +67,7 @@ def test_update_order_is_project_then_adam_then_unit_norm():
     before = copy.deepcopy(sae)
     dense_update(sae, x, 5, 30)
     p = before.parameters
-    gradient = loss_gradients(x, **p, sparsity_coefficient=1e-2, bandwidth=0.2).w_dec
+    gradient = loss_gradients(x, **p, penalty=lambda rates: torch.full_like(rates, 1e-2), bandwidth=0.2).w_dec
     w_dec, squared = p["w_dec"].clone(), before.squared["w_dec"].clone()
     adam_without_momentum(w_dec, without_parallel_part(gradient, w_dec), squared, 1e-2, 0.999, 1e-8, 5)
     torch.testing.assert_close(sae.parameters["w_dec"], unit_rows(w_dec))
@@ -84,6 +85,18 @@ def test_training_lowers_the_loss_and_more_sparsity_means_less_l0():
     (l0_dense, loss_dense), (l0_sparse, loss_sparse) = losses
     assert l0_sparse < l0_dense
     assert loss_sparse > loss_dense
+
+
+def test_latents_left_alone_catch_up_to_the_means_that_decay_gives():
+    sae, _ = trained(steps=5)
+    before = copy.deepcopy(sae)
+    sae.touched[::2] = 2
+    catch_up(sae, 5)
+    assert sae.touched.eq(5).all()
+    for name, axis in (("w_enc", 1), ("w_dec", 0), ("b_enc", 0), ("threshold", 0)):
+        got, was = (side.squared[name].movedim(axis, 0) for side in (sae, before))
+        torch.testing.assert_close(got[::2], was[::2] * 0.999**3)
+        assert torch.equal(got[1::2], was[1::2])
 
 
 def test_thresholds_never_fall_below_zero():

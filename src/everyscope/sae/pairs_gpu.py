@@ -1,0 +1,244 @@
+"""Training on a GPU by pairs: only the encoder's product is dense, and that one in bfloat16; nothing waits for the device.
+
+How many pairs a batch has, only the device knows. Lists of pairs therefore have a fixed room: a step whose pairs do not fit
+changes nothing, and is counted. Whether a step goes by pairs or densely depends on the count of the step LAG before, which
+has long arrived when it is read, so the choice is the same on every run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everyscope.sae.kernels.gpu import (
+    count_marks,
+    decode_errors,
+    gradients_at,
+    list_marks,
+    pre_activations_at,
+    round_rows,
+    screen,
+    to_rows,
+)
+from everyscope.sae.kernels.gpu_triton import blocks
+from everyscope.sae.kernels.gpu_update import (
+    SEGMENT,
+    AdamStep,
+    LatentSums,
+    PairLists,
+    sum_latents,
+    sum_through_encoder,
+    update_latents,
+)
+from everyscope.sae.objective import penalty
+from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
+from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
+
+LAG = 8
+"""Steps after which a count of pairs is looked at [steps]."""
+DENSE_SHARE, PAIRS_SHARE = 0.004, 0.003
+"""Share of all (row, latent) that are pairs above which steps are dense, and below which they go by pairs. A pair's gathers take
+as long as 1 / 0.004 entries of a product: arithmetic for an H100, not a measurement."""
+ROOM = 4
+"""Lists have room for so many times the pairs at which steps become dense."""
+LEAST_ROOM = 4096
+"""And for at least so many [pairs]."""
+
+
+forgiving = torch._dynamo.config.patch(suppress_errors=True)  # pyright: ignore[reportAttributeAccessIssue]
+"""Runs what torch.compile cannot compile as it stands, with a warning."""
+
+
+class GpuPairs:
+    """The SAEs of a bank, stepped by pairs where the code is sparse and densely where it is not."""
+
+    def __init__(self, saes: Sequence[TrainableSae], max_pairs: int | None = None) -> None:
+        """Take over `saes`, whose tensors change in place; lists have room for `max_pairs`, or for what ROOM says."""
+        self.saes, self.max_pairs = saes, max_pairs
+        device = saes[0].touched.device
+        self._on_cuda = device.type == "cuda"
+        self._uses_pairs = torch.zeros(len(saes), dtype=torch.bool)
+        self._counts = torch.full((LAG, len(saes)), -1, pin_memory=self._on_cuda)
+        self._arrivals: list[torch.cuda.Event | None] = [None] * LAG
+        self._skipped = torch.zeros(len(saes), dtype=torch.int64, device=device)
+        self._reconstruction = torch.zeros(len(saes), device=device)
+        self._dense_update = forgiving(torch.compile(dense_update)) if self._on_cuda else dense_update
+        self._screened = [Rounded(sae.parameters["w_enc"].T) for sae in saes]
+        self._buffers: dict[tuple[int, ...], Buffers] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beyond the SAEs; waits for counts under way. `skipped` counts steps that did not fit."""
+        for arrival in filter(None, self._arrivals):
+            arrival.synchronize()
+        return {
+            "uses_pairs": self._uses_pairs,
+            "counts": self._counts,
+            "skipped": self._skipped,
+            "reconstruction": self._reconstruction,
+        }
+
+    def refresh(self) -> None:
+        """Make anew what is derived from the parameters; call it where they were changed from outside."""
+        for screened in self._screened:
+            screened.refresh()
+
+    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations, in place; losses stay on the device.
+
+        A step that was skipped for want of room reports the reconstruction of the last one that was not.
+        """
+        with torch.no_grad(), torch.cuda.device_of(x):  # Triton launches on the current device
+            return self._step(x.contiguous(), step, steps)
+
+    def _step(self, x: Tensor, step: int, steps: int) -> list[StepLosses]:
+        slot = step % LAG
+        if arrival := self._arrivals[slot]:
+            arrival.synchronize()  # recorded LAG steps ago: holds back only a host that runs so far ahead
+        losses, counts = [], []
+        for number, sae in enumerate(self.saes):
+            self._choose(number, int(self._counts[slot, number]), len(x), step)
+            if self._uses_pairs[number]:
+                loss, count = self._pairs_step(number, x, step, steps)
+            else:
+                loss = self._dense_update(sae, x, step, steps)
+                count = (loss.pairs * len(x)).long()
+            losses.append(loss)
+            counts.append(count)
+        self._counts[slot].copy_(torch.stack(counts), non_blocking=True)
+        if self._on_cuda:
+            arrival = self._arrivals[slot] = self._arrivals[slot] or torch.cuda.Event()
+            arrival.record()
+        return losses
+
+    def _choose(self, number: int, count: int, rows: int, step: int) -> None:
+        """Pairs or dense, by a count of pairs (-1: not known); keeps the present way where that lies between both limits."""
+        sae, uses_pairs = self.saes[number], bool(self._uses_pairs[number])
+        share = count / (rows * sae.config.width)
+        if uses_pairs and share > DENSE_SHARE:
+            catch_up(sae, step)
+            self._uses_pairs[number] = False
+        elif not uses_pairs and 0 <= share < PAIRS_SHARE:
+            self._screened[number].refresh()
+            self._uses_pairs[number] = True
+
+    def _pairs_step(self, number: int, x: Tensor, step: int, steps: int) -> tuple[StepLosses, Tensor]:
+        """The step's losses, and the number of pairs that the screen let through."""
+        sae, screened = self.saes[number], self._screened[number]
+        config, p = sae.config, sae.parameters
+        buffers = self._buffers_for(len(x), x.shape[1], config.prefixes)
+        count, fits = buffers.find_pairs(x, sae, screened)
+        squares = buffers.forward(x, sae)
+        sums = sum_latents(buffers.lists, p["threshold"], config.recipe.bandwidth)
+        cost = penalty(config, sparsity_coefficient(config, step), sums.active / len(x)).contiguous()
+        adam = adam_at(sae, step, steps)
+        self._update_b_dec(sae, sums, buffers.errors[0].sum(0), fits, adam)
+        update_latents(
+            p, sae.squared, sae.touched, screened.parts, buffers.lists, sums, cost, buffers.centred, buffers.errors,
+            buffers.prefixes, buffers.segment_sums, config.recipe.bandwidth, adam,
+        )  # fmt: skip
+        self._skipped[number] += ~fits
+        # Not a number in, not a number out, also of a step that was skipped for the many pairs which that makes.
+        past = self._reconstruction[number] + 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
+        self._reconstruction[number] = torch.where(fits, squares, past)
+        pairs = torch.where(fits, sums.pairs.sum(), count)
+        return StepLosses(self._reconstruction[number].clone(), sums.active.sum() / len(x), pairs / len(x)), count
+
+    @staticmethod
+    def _update_b_dec(sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:
+        """The decoder's bias, whose gradient every pair reaches; its means of squared gradients are always up to date."""
+        p, v = sae.parameters["b_dec"], sae.squared["b_dec"]
+        gradient = d_x_hat - sum_through_encoder(sums.d_b_enc, sae.parameters["w_enc"].T)
+        moved, squared = p.clone(), v.clone()
+        adam_without_momentum(moved, gradient, squared, adam.rate, adam.beta2, adam.epsilon, adam.step)
+        p.copy_(torch.where(fits, moved, p))
+        v.copy_(torch.where(fits, squared, v))
+
+    def _buffers_for(self, rows: int, d_in: int, prefixes: tuple[int, ...]) -> "Buffers":
+        key = (rows, d_in, *prefixes)
+        if key not in self._buffers:
+            room = self.max_pairs or max(LEAST_ROOM, int(ROOM * DENSE_SHARE * rows * prefixes[-1]))
+            self._buffers[key] = Buffers(rows, d_in, prefixes, room, self.saes[0].touched.device)
+        return self._buffers[key]
+
+
+class Rounded:
+    """Rows in bfloat16 with bounds of their norms and of what rounding took, as the screen needs them."""
+
+    def __init__(self, rows: Float[Tensor, "rows d_in"]) -> None:
+        """For `rows`, whose values `refresh` takes."""
+        self.rows = rows
+        self.norms, self.residuals = rows.new_empty(len(rows)), rows.new_empty(len(rows))
+        self.parts = (torch.empty_like(rows, dtype=torch.bfloat16), self.norms, self.residuals)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Round the rows as they are now."""
+        with torch.cuda.device_of(self.rows):  # Triton launches on the current device
+            round_rows(self.rows, *self.parts)
+
+
+class Buffers:
+    """Memory for one step of one SAE, shared by all of the same shapes."""
+
+    def __init__(self, rows: int, d_in: int, prefixes: tuple[int, ...], room: int, device: torch.device) -> None:
+        """Room for `room` pairs."""
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        width, self.room = prefixes[-1], room
+        self.prefixes = torch.tensor(prefixes, device=device)
+        self.centred = torch.zeros(rows, d_in, device=device)
+        self.rounded = Rounded(self.centred)
+        self.by_row, self.by_latent = empty(rows, blocks(width, 32)), empty(width, blocks(rows, 32))
+        self.row_start = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.latent, self.line = empty(room), empty(room)
+        self.pre_by_row = empty(room, dtype=torch.float32)
+        latent_start = torch.zeros(width + 1, dtype=torch.int64, device=device)
+        numbers = [empty(room, dtype=torch.float32) for _ in range(2)]
+        self.lists = PairLists(latent_start, empty(room), empty(room), *numbers)
+        self.errors = empty(len(prefixes), rows, d_in, dtype=torch.float32)
+        self.segment_sums = empty(blocks(room, SEGMENT), 2, d_in, dtype=torch.float32)
+
+    def find_pairs(self, x: Tensor, sae: TrainableSae, screened: Rounded) -> tuple[Tensor, Tensor]:
+        """Fill in the lists, by row and by latent, with float32 pre-activations; how many the screen let through, if they fit.
+
+        If they do not, the lists are empty, so that nothing which goes through them changes anything.
+        """
+        p, lists = sae.parameters, self.lists
+        round_rows(x, *self.rounded.parts, bias=p["b_dec"], centred=self.centred)
+        bandwidth = sae.config.recipe.bandwidth
+        screen(self.rounded.parts, screened.parts, p["b_enc"], p["threshold"], bandwidth, self.by_row, self.by_latent)
+        count_marks(self.by_row, self.row_start)
+        count_marks(self.by_latent, lists.start)
+        count = self.row_start[-1].clone()
+        fits = count <= self.room
+        self.row_start.mul_(fits)
+        lists.start.mul_(fits)
+        list_marks(self.by_row, self.row_start, self.latent, self.line)
+        list_marks(self.by_latent, lists.start, lists.row, lists.latent)
+        total = lists.start[-1]
+        pre_activations_at(lists.pre, self.centred, lists.row, p["w_enc"].T, lists.latent, p["b_enc"], total)
+        to_rows(lists.pre, lists.row, lists.latent, self.row_start, self.latent, self.pre_by_row, total, sae.config.width)
+        return count, fits
+
+    def forward(self, x: Tensor, sae: TrainableSae) -> Tensor:
+        """Fill in the errors and the loss's derivative by each pair's activation; the mean ||x - x_hat||^2."""
+        p, lists = sae.parameters, self.lists
+        squares = decode_errors(
+            self.errors, x, p["b_dec"], p["w_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"], self.prefixes
+        )
+        gradients_at(
+            lists.d_f, self.errors, lists.row, p["w_dec"], lists.latent, lists.pre, p["threshold"], sae.config.recipe.bandwidth,
+            self.prefixes, lists.start[-1],
+        )  # fmt: skip
+        return squares
+
+
+def adam_at(sae: TrainableSae, step: int, steps: int) -> AdamStep:
+    """Adam's numbers at `step` of `steps`."""
+    recipe = sae.config.recipe
+    share = learning_rate_share(recipe, step, steps)
+    threshold_rate = recipe.threshold_learning_rate or recipe.learning_rate
+    return AdamStep(step, recipe.beta2, recipe.epsilon, recipe.learning_rate * share, threshold_rate * share)

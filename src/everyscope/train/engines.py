@@ -1,0 +1,64 @@
+"""Ways to compute a training step. All give the paper's gradients; they differ in what they do not compute."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from everyscope.sae.pairs_cpu import CpuPairs
+from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
+from everyscope.train.config import EngineName
+
+
+class Engine(Protocol):
+    """Steps the SAEs of one bank, in place."""
+
+    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beyond the SAEs."""
+        ...
+
+    def refresh(self) -> None:
+        """Take notice that SAEs and tensors were changed from outside."""
+        ...
+
+
+class Dense:
+    """The oracle and the way on any device: five products [batch, d_in, d_sae] a step."""
+
+    def __init__(self, saes: Sequence[TrainableSae]) -> None:
+        """Take over `saes`, whose tensors change in place."""
+        self.saes = saes
+        self.refresh()
+
+    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations."""
+        if self._may_lag:
+            for sae in self.saes:
+                catch_up(sae, step)
+            self._may_lag = False
+        return [dense_update(sae, x, step, steps) for sae in self.saes]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def refresh(self) -> None:
+        """SAEs that another engine trained may have means of squared gradients that lag behind."""
+        self._may_lag = True
+
+
+def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str) -> Engine:
+    """The engine of that name for SAEs on `device`."""
+    kind = device.partition(":")[0]
+    if name == "dense" or kind not in ("cpu", "cuda"):
+        return Dense(saes)
+    if kind == "cpu":
+        return CpuPairs(saes)
+    # Only here: it needs Triton, which comes with CUDA builds of torch alone.
+    return import_module("everyscope.sae.pairs_gpu").GpuPairs(saes)

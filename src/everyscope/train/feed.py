@@ -1,0 +1,35 @@
+"""Batches a step ahead of the trainer: read by another thread and, for a GPU, copied while it computes."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everyscope.stream.source import Source
+
+
+def batches(source: Source, first: int, stop: int, rows: int, device: torch.device) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """Batches `first` to `stop` (excluded) of raw activations, on `device`; the next one is under way while one is in use."""
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(step: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        batch = source.batch(step, rows)
+        if copies is None:
+            return batch.to(device), None
+        with torch.cuda.stream(copies):  # a stream of its own: the copy need not wait for the step that is computing
+            on_device, arrival = batch.pin_memory().to(device, non_blocking=True), torch.cuda.Event()
+            arrival.record(copies)
+            return on_device, arrival
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(fetch, first) if first < stop else None
+        for step in range(first, stop):
+            assert ahead is not None
+            batch, arrival = ahead.result()
+            ahead = reader.submit(fetch, step + 1) if step + 1 < stop else None
+            if arrival is not None:
+                torch.cuda.current_stream(device).wait_event(arrival)
+                batch.record_stream(torch.cuda.current_stream(device))  # else its memory could be the next copy's at once
+            yield batch

@@ -1,0 +1,45 @@
+"""Thresholds set from a batch and held at an L0."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.thresholds import drive_thresholds, warm_start
+from everyscope.sae.trainable import dense_update, new_sae
+
+RECIPE = SaeRecipe(
+    learning_rate=1e-3, learning_rate_warmup_steps=0, sparsity_warmup_steps=0, bandwidth=0.05, warm_start=True, driven_share=0.5
+)
+
+
+def rows(count, seed=0) -> torch.Tensor:
+    x = torch.randn(count, 24, generator=torch.Generator().manual_seed(seed)) + 0.3
+    return x / x.square().sum(1).mean().sqrt()
+
+
+def test_a_warm_start_meets_the_target_on_its_batch_and_centres_it():
+    sae = new_sae(SaeConfig(width=200, sparsity_coefficient=0, target_l0=9, recipe=RECIPE), 24)
+    x = rows(500)
+    warm_start(sae, x)
+    torch.testing.assert_close(sae.parameters["b_dec"], x.mean(0))
+    assert (sae.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(9, abs=0.01)
+
+
+def test_driven_thresholds_come_to_the_target_and_stay():
+    sae = new_sae(SaeConfig(width=200, sparsity_coefficient=0, target_l0=9, recipe=RECIPE), 24)
+    warm_start(sae, rows(500))
+    sae.parameters["threshold"].mul_(0.5)
+    history = []
+    for step in range(60):
+        losses = dense_update(sae, rows(500, step), step, 1000)
+        history.append(losses.l0.item())
+        assert len(sae.parameters["threshold"].unique()) == 1  # nothing else moves them in this phase
+        drive_thresholds(sae, losses)
+    assert history[0] > 30
+    assert max(abs(l0 - 9) for l0 in history[20:]) < 1.5
+
+
+def test_driving_needs_a_target():
+    with pytest.raises(ValidationError, match="needs target_l0"):
+        SaeConfig(width=4, sparsity_coefficient=0, recipe=RECIPE)
