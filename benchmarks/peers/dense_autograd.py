@@ -6,10 +6,29 @@ Initial values and schedules are everyscope's, so that both train the same SAE; 
 import torch
 from torch import Tensor
 
+from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
 from everyscope.sae.trainable import new_sae
-from peers.everyscope import config_of
 from peers.worker import Rows, Settings, serve, threshold_for
+
+RECIPE = {
+    "learning_rate": 3e-3,
+    "learning_rate_warmup_steps": 20,
+    "learning_rate_decay": 0.3,
+    "bandwidth": 0.05,
+    "encoder_scale": 0.5,
+}
+"""The paper's loss, with what lets it come to something within some hundred steps."""
+
+
+def config_of(settings: Settings, d_in: int) -> SaeConfig:
+    """The SAE to train; every knob but `coefficient` is a field of SaeRecipe."""
+    knobs = dict(settings.knobs)
+    coefficient = knobs.pop("coefficient", 1e-3)
+    # 0.1 at a d_in of 128, and what as many first pre-activations pass at others: they have size 1 / sqrt(d_in).
+    start = {"initial_threshold": 0.1 * (128 / d_in) ** 0.5, "sparsity_warmup_steps": settings.steps // 4}
+    recipe = SaeRecipe(**start | RECIPE | knobs)
+    return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, seed=settings.seed, recipe=recipe)
 
 
 class JumpRelu(torch.autograd.Function):

@@ -4,27 +4,17 @@ from torch import Tensor
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import decode, pre_activations
+from everyscope.sae.recipes import fast
 from everyscope.train.bank import Bank
 from peers.worker import Rows, Settings, serve, threshold_for
 
-RECIPE = {
-    "learning_rate": 3e-3,
-    "learning_rate_warmup_steps": 20,
-    "learning_rate_decay": 0.3,
-    "bandwidth": 0.05,
-    "encoder_scale": 0.5,
-}
-"""For runs of some hundred steps, as in the recipe `tiny`."""
-
 
 def config_of(settings: Settings, d_in: int) -> SaeConfig:
-    """The SAE to train; every knob but `coefficient` is a field of SaeRecipe."""
+    """The SAE to train, by the recipe `fast`; knobs are `target_l0`, `coefficient` and the fields of SaeRecipe."""
     knobs = dict(settings.knobs)
-    coefficient = knobs.pop("coefficient", 1e-3)
-    # Of first pre-activations about as many pass as with the 0.1 of `tiny` at its d_in of 128: they are of size 1 / sqrt(d_in).
-    start = {"initial_threshold": 0.1 * (128 / d_in) ** 0.5, "sparsity_warmup_steps": settings.steps // 4}
-    recipe = SaeRecipe(**start | RECIPE | knobs)
-    return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, seed=settings.seed, recipe=recipe)
+    target, coefficient = knobs.pop("target_l0", settings.l0), knobs.pop("coefficient", 4.0)
+    recipe = SaeRecipe.model_validate(fast(d_in).model_dump() | knobs)
+    return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, target_l0=target, seed=settings.seed, recipe=recipe)
 
 
 class Everyscope:

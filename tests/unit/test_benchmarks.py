@@ -57,7 +57,8 @@ def test_fvu_is_0_for_the_identity_and_1_for_the_mean():
     assert mean["fvu"] == pytest.approx(1, abs=1e-6)
 
 
-def test_the_baseline_takes_the_same_steps_as_everyscope(settings):
+def test_the_baseline_takes_the_same_steps_as_everyscope(settings, monkeypatch):
+    monkeypatch.setattr(everyscope_peer, "config_of", dense_peer.config_of)
     rows = worker.Rows(settings.data)
     ours, baseline = everyscope_peer.Everyscope(settings, rows), dense_peer.DenseAutograd(settings, rows)
     for step in range(3):

@@ -24,22 +24,24 @@ from everyscope.sae.kernels.cpu import (
     round_rows,
     screen_rows,
 )
-from everyscope.sae.kernels.cpu_update import Adam, update_latents
+from everyscope.sae.kernels.cpu_update import Adam, update_b_dec, update_latents
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
-from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
+from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
 TILE_NUMBERS = 6 * 2**15
 """A tile's rows hold about so many numbers: rows and errors fit a core's second cache."""
 TILE_PRODUCTS = 2**26
 """A thread screens at most so many products at a time, which bounds its memory."""
 LEAST_TILE_ROWS = 64
+TILES, LEAST_PRODUCTS = 8, 2**21
+"""A batch is cut into up to so many tiles, for threads to share, but not into tiles of fewer products than that."""
 LATENT_CHUNK = 512
 """Latents updated by one thread at a time [latents]."""
 DENSE_SHARE, PAIRS_SHARE = 0.2, 0.15
 """Share of all (row, latent) that are pairs above which a step is dense, and below which pairs are tried again."""
-USUAL = np.float32(1.5)
-"""Rows beyond so many median norms get screening bounds of their own."""
+LEVELS = 8
+"""Groups of rows by norm, in each tile, that share bounds of the screen."""
 
 
 class Threads:
@@ -106,10 +108,10 @@ class CpuPairs:
         def forward(tile: int) -> float:
             start, stop = buffers.tiles[tile]
             centre_rows(rows, b_dec, start, stop)
-            screened = torch.mm(buffers.rounded[start:stop], as_bfloat16(latents.w_rounded).T).view(torch.int16).numpy()
-            norm, residual = (USUAL * np.median(bounds[start:stop]) for bounds in (rows.norms, rows.residuals))
-            found = buffers.candidates()
-            if screen_rows(start, screened, norm, residual, rows, latents, bandwidth, found) < 0:
+            found, screened = buffers.of_this_thread()
+            torch.mm(buffers.rounded[start:stop], as_bfloat16(latents.w_rounded).T, out=screened[: stop - start])
+            bits = screened[: stop - start].view(torch.int16).numpy()
+            if screen_rows(start, bits, rows, latents, bandwidth, found) < 0:
                 return -1.0
             reconstruct(tile, start, stop, rows, latents, b_dec, bandwidth, prefixes, found, pairs)
             return float(differentiate(tile, start, stop, rows, latents, prefixes, pairs, row_sums[tile]))
@@ -130,9 +132,8 @@ class CpuPairs:
             return 0.0
 
         self._threads.map(update, range(len(starts)))
-        d_b_dec = torch.from_numpy(row_sums.sum(0) + latent_sums.sum(0))
-        rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
-        adam_without_momentum(sae.parameters["b_dec"], d_b_dec, sae.squared["b_dec"], rate, recipe.beta2, recipe.epsilon, step)
+        # Not by torch: its sqrt, however short, wakes threads that then spin for milliseconds on cores that the next step wants.
+        update_b_dec(adam, b_dec, row_sums.sum(0) + latent_sums.sum(0), sae.squared["b_dec"].numpy())
         num_pairs = torch.tensor(pairs.start[:, -1].sum() / len(x))
         return StepLosses(torch.tensor(sum(squares) / len(x)), fired.sum() / len(x), num_pairs)
 
@@ -148,8 +149,10 @@ class Buffers:
 
     def __init__(self, batch: int, d_in: int, width: int, groups: int) -> None:
         """Room for a batch of which DENSE_SHARE are pairs."""
-        tile_rows = min(batch, max(LEAST_TILE_ROWS, min(TILE_NUMBERS // d_in, TILE_PRODUCTS // width)))
+        enough = max(-(-batch // TILES), LEAST_PRODUCTS // width)
+        tile_rows = min(batch, max(LEAST_TILE_ROWS, min(enough, TILE_NUMBERS // d_in, TILE_PRODUCTS // width)))
         self.tiles = [(start, min(start + tile_rows, batch)) for start in range(0, batch, tile_rows)]
+        self._tile_rows = tile_rows
         self._room, self._width = max(1, int(DENSE_SHARE * width * tile_rows)), width
         self._local = threading.local()
         self.rounded = torch.empty(batch, d_in, dtype=torch.bfloat16)
@@ -170,20 +173,22 @@ class Buffers:
             fired=np.empty((len(self.tiles), width), np.int32),
         )
 
-    def candidates(self) -> Candidates:
-        """This thread's memory for one tile's candidates."""
-        if not hasattr(self._local, "candidates"):
+    def of_this_thread(self) -> tuple[Candidates, Tensor]:
+        """Memory for one tile's candidates and for its products, bfloat16 [tile, d_sae]."""
+        if not hasattr(self._local, "memory"):
             hits = np.zeros(-(-self._width // 8) * 8, np.int8)
-            self._local.candidates = Candidates(
+            candidates = Candidates(
                 row=np.empty(self._room, np.int32),
                 latent=np.empty(self._room, np.int32),
                 start=np.empty(self._width + 1, np.int32),
                 row_by_latent=np.empty(self._room, np.int32),
-                bounds=np.empty((2, self._width), np.int16),
+                bounds=np.empty((LEVELS, self._width), np.int16),
+                level=np.empty(self._tile_rows, np.int32),
                 hits=hits,
                 eight_hits=hits.view(np.int64),
             )
-        return self._local.candidates
+            self._local.memory = candidates, torch.empty(self._tile_rows, self._width, dtype=torch.bfloat16)
+        return self._local.memory
 
 
 def as_bfloat16(bits: np.ndarray) -> Tensor:

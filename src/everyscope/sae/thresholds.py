@@ -9,6 +9,8 @@ from everyscope.sae.trainable import StepLosses, TrainableSae
 
 PRODUCTS = 2**24
 """Pre-activations that an initial quantile is taken from, at most."""
+DAMPING = 0.5
+"""Share of a Newton step that is taken: the batch's L0 is noisy, and directions move at the same time [1]."""
 LARGEST_MOVE = 0.2
 """A step moves thresholds by at most this share of their mean [1]."""
 
@@ -27,7 +29,7 @@ def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"]) -> None:
 
 @torch.no_grad()
 def drive_thresholds(sae: TrainableSae, losses: StepLosses) -> None:
-    """Move all thresholds by what brings L0 to its target, to first order: one Newton step, on the pairs just seen.
+    """Move all thresholds by what brings L0 to its target, to first order: a Newton step, damped, on the pairs just seen.
 
     Pairs below their threshold fill half a bandwidth, so (pairs - L0) / (bandwidth / 2) is how much L0 falls per unit of
     threshold. Meanwhile latents compete as in BatchTopK (arXiv 2412.06410), whose common cut this is.
@@ -36,5 +38,5 @@ def drive_thresholds(sae: TrainableSae, losses: StepLosses) -> None:
     assert target is not None
     density = (losses.pairs - losses.l0) / (sae.config.recipe.bandwidth / 2)
     limit = LARGEST_MOVE * threshold.mean()
-    move = ((losses.l0 - target) / density.clamp(min=1e-6)).clamp(-limit, limit)
+    move = (DAMPING * (losses.l0 - target) / density.clamp(min=1e-6)).clamp(-limit, limit)
     threshold.add_(move.to(threshold.dtype)).clamp_(min=0)

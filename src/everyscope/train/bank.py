@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,7 +34,7 @@ class Bank:
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> list[StepLosses]:
         """One update of every SAE on raw activations; the losses stay on the device."""
-        x = batch.to(self.device) / self.scale
+        x = self._normalised(batch)
         if self.num_steps_done == 0:
             self._start_warm(x)
         losses = self._engine.step(x, self.num_steps_done, self.steps)
@@ -42,6 +43,12 @@ class Bank:
                 drive_thresholds(sae, loss)
         self.num_steps_done += 1
         return losses
+
+    def _normalised(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        if self.device.type != "cpu":
+            return batch.to(self.device) / self.scale
+        # By numpy: torch would wake threads that go on spinning, for some milliseconds, on cores that the step's own need.
+        return torch.from_numpy(batch.numpy() / np.float32(self.scale))
 
     def _start_warm(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Let SAEs that ask for it take their first biases and thresholds from the first batch."""

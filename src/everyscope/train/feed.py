@@ -23,7 +23,7 @@ def batches(source: Source, first: int, stop: int, rows: int, device: torch.devi
             arrival.record(copies)
             return on_device, arrival
 
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:  # cores are for the trainer
         ahead = reader.submit(fetch, first) if first < stop else None
         for step in range(first, stop):
             assert ahead is not None

@@ -31,8 +31,8 @@ Hook = Callable[[Bank, list[StepLosses]], None]
 def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: None) -> None:
     """Train every SAE of the bank that is not finished; `progress` hears of steps done. Idempotent, resumes to the same bits.
 
-    SIGTERM saves a checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the folder holds SAEs of another config, NonFinite
-    where training diverges.
+    SIGTERM saves a checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the
+    folder holds SAEs of another config, NonFinite where training diverges.
     """
     source = LocalSource(config.shards)
     run_id = run_id_of(config, source)

@@ -176,11 +176,12 @@ def screened_candidates(x, latents, bandwidth) -> np.ndarray:
         latent=np.empty(batch * width, np.int32),
         start=np.empty(width + 1, np.int32),
         row_by_latent=np.empty(batch * width, np.int32),
-        bounds=np.empty((2, width), np.int16),
+        bounds=np.empty((pairs_cpu.LEVELS, width), np.int16),
+        level=np.empty(batch, np.int32),
         hits=hits,
         eight_hits=hits.view(np.int64),
     )
-    count = screen_rows(0, screened, table.norms[0], table.residuals[0], table, latents, np.float32(bandwidth), found)
+    count = screen_rows(0, screened, table, latents, np.float32(bandwidth), found)
     return np.sort(found.latent[:count])
 
 

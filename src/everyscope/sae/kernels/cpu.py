@@ -99,7 +99,9 @@ class Candidates(NamedTuple):
     row_by_latent: np.ndarray
     """Rows by latent, ascending; int32 [room]"""
     bounds: np.ndarray
-    """Of the tile's usual rows, and of one that is not; int16 keys [2, d_sae]"""
+    """For each level of row norms; int16 keys [levels, d_sae]"""
+    level: np.ndarray
+    """Of the tile's rows; int32 [tile]"""
     hits: np.ndarray
     """1 where a latent is a candidate of the row at hand; int8 [d_sae, and zeros up to a multiple of 8]"""
     eight_hits: np.ndarray
@@ -153,6 +155,12 @@ def centre_rows(rows, b_dec, start, stop):
         rows.norms[b], rows.residuals[b] = round_row(rows.centred[b], rows.rounded[b])
 
 
+@inlined
+def max_or_nan(left, right):
+    """The larger number, or NaN where one is."""
+    return left if left >= right or left != left else right
+
+
 @compiled
 def lower_bounds(latents, bandwidth, norm, residual, bounds):
     """Per latent, a lower bound of its screened product with a row, of at most this norm, with which it makes a pair.
@@ -201,21 +209,25 @@ def screen_row(screened, bounds, row, at, found):
 
 
 @compiled
-def screen_rows(first, screened, norm, residual, rows, latents, bandwidth, found):
+def screen_rows(first, screened, rows, latents, bandwidth, found):
     """Find the candidates of one tile, which begins with row `first`, by latent; return their number, or -1 for no room.
 
-    `screened` are the tile's products in bfloat16, as bits; int16 [tile, d_sae]. `norm` and `residual` are usual bounds of a
-    row's; rows beyond them get bounds of their own, so that one huge row does not make candidates of all others' products.
+    `screened` are the tile's products in bfloat16, as bits; int16 [tile, d_sae]. Rows of similar norms share their bounds, so
+    that a huge row widens the margin of few others.
     """
-    lower_bounds(latents, bandwidth, norm, residual, found.bounds[0])
+    last, levels = first + screened.shape[0], found.bounds.shape[0]
+    by_norm = np.argsort(rows.norms[first:last])
+    for level in range(levels):
+        norm, residual = np.float32(0), np.float32(0)
+        for offset in by_norm[level * len(by_norm) // levels : (level + 1) * len(by_norm) // levels]:
+            found.level[offset] = level
+            norm = max_or_nan(norm, rows.norms[first + offset])
+            residual = max_or_nan(residual, rows.residuals[first + offset])
+        lower_bounds(latents, bandwidth, norm, residual, found.bounds[level])
     found.start[:] = 0
     at = 0
     for offset in range(screened.shape[0]):
-        row = first + offset
-        is_usual = rows.norms[row] <= norm and rows.residuals[row] <= residual
-        if not is_usual:
-            lower_bounds(latents, bandwidth, rows.norms[row], rows.residuals[row], found.bounds[1])
-        at = screen_row(screened[offset], found.bounds[0 if is_usual else 1], row, at, found)
+        at = screen_row(screened[offset], found.bounds[found.level[offset]], first + offset, at, found)
         if at < 0:
             return -1
     start, width = found.start, screened.shape[1]

@@ -39,6 +39,12 @@ def move_row(adam, decay, row, gradient, squared):
 
 
 @compiled
+def update_b_dec(adam, b_dec, gradient, squared):
+    """Move b_dec [d_in], which has a gradient at every step."""
+    move_row(adam, np.float32(adam.beta2), b_dec, gradient, squared)
+
+
+@compiled
 def update_latents(start, stop, rows, pairs, latents, group_of, penalty, bandwidth, adam, d_b_dec):
     """Update latents [start, stop) in place; those without pairs stay as they are, for their gradients are zero.
 
