@@ -7,6 +7,7 @@ touches these pairs alone. Results therefore depend neither on how the product w
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.sae.kernels.cpu import (
+    SUM_ROWS,
     Candidates,
     Latents,
     Pairs,
@@ -29,13 +31,10 @@ from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
-TILE_NUMBERS = 6 * 2**15
-"""A tile's rows hold about so many numbers: rows and errors fit a core's second cache."""
+TILE_NUMBERS = 12 * 2**15
+"""Rows of a tile hold at most about so many numbers, to stay in cache beside their errors while all latents pass by."""
 TILE_PRODUCTS = 2**26
 """A thread screens at most so many products at a time, which bounds its memory."""
-LEAST_TILE_ROWS = 64
-TILES, LEAST_PRODUCTS = 8, 2**21
-"""A batch is cut into up to so many tiles, for threads to share, but not into tiles of fewer products than that."""
 LATENT_CHUNK = 512
 """Latents updated by one thread at a time [latents]."""
 DENSE_SHARE, PAIRS_SHARE = 0.2, 0.15
@@ -44,14 +43,18 @@ LEVELS = 8
 """Groups of rows by norm, in each tile, that share bounds of the screen."""
 
 
+Result = TypeVar("Result")
+
+
 class Threads:
     """Work spread over threads that leave one another's cores alone: torch's own products stay within their thread."""
 
     def __init__(self, count: int) -> None:
         """A pool of `count` threads; one is no pool at all."""
+        self.count = count
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
 
-    def map(self, work: Callable[[int], float], items: Iterable[int]) -> list[float]:
+    def map(self, work: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
         """Results of `work`, in the order of `items`."""
         return list(self._pool.map(work, items) if self._pool else map(work, items))
 
@@ -103,21 +106,20 @@ class CpuPairs:
         buffers = self._buffers_for(len(x), x.shape[1], width, len(prefixes))
         rows, pairs = buffers.rows._replace(x=x.contiguous().numpy()), buffers.pairs
         b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(recipe.bandwidth)
-        row_sums = np.zeros((len(buffers.tiles), x.shape[1]), np.float32)
 
-        def forward(tile: int) -> float:
+        def forward(tile: int) -> bool:
             start, stop = buffers.tiles[tile]
             centre_rows(rows, b_dec, start, stop)
             found, screened = buffers.of_this_thread()
             torch.mm(buffers.rounded[start:stop], as_bfloat16(latents.w_rounded).T, out=screened[: stop - start])
             bits = screened[: stop - start].view(torch.int16).numpy()
             if screen_rows(start, bits, rows, latents, bandwidth, found) < 0:
-                return -1.0
+                return False
             reconstruct(tile, start, stop, rows, latents, b_dec, bandwidth, prefixes, found, pairs)
-            return float(differentiate(tile, start, stop, rows, latents, prefixes, pairs, row_sums[tile]))
+            differentiate(tile, start, stop, rows, latents, prefixes, pairs)
+            return True
 
-        squares = self._threads.map(forward, range(len(buffers.tiles)))
-        if min(squares) < 0:
+        if not all(self._threads.map(forward, range(len(buffers.tiles)))):
             return None
         fired = torch.from_numpy(pairs.fired.sum(0))
         cost = penalty(sae.config, sparsity_coefficient(sae.config, step), fired / len(x)).numpy()
@@ -126,34 +128,35 @@ class CpuPairs:
         starts = range(0, width, LATENT_CHUNK)
         latent_sums = np.zeros((len(starts), x.shape[1]), np.float32)
 
-        def update(chunk: int) -> float:
+        def update(chunk: int) -> None:
             start, stop = starts[chunk], min(starts[chunk] + LATENT_CHUNK, width)
             update_latents(start, stop, rows, pairs, latents, group_of, cost, bandwidth, adam, latent_sums[chunk])
-            return 0.0
 
         self._threads.map(update, range(len(starts)))
         # Not by torch: its sqrt, however short, wakes threads that then spin for milliseconds on cores that the next step wants.
-        update_b_dec(adam, b_dec, row_sums.sum(0) + latent_sums.sum(0), sae.squared["b_dec"].numpy())
-        num_pairs = torch.tensor(pairs.start[:, -1].sum() / len(x))
-        return StepLosses(torch.tensor(sum(squares) / len(x)), fired.sum() / len(x), num_pairs)
+        update_b_dec(adam, b_dec, rows.d_b_dec.sum(0) + latent_sums.sum(0), sae.squared["b_dec"].numpy())
+        num_pairs = torch.tensor(pairs.start[:, -1].sum() / len(x), dtype=torch.float32)
+        return StepLosses(
+            torch.tensor(rows.squares.sum(dtype=np.float64) / len(x), dtype=torch.float32), fired.sum() / len(x), num_pairs
+        )
 
     def _buffers_for(self, batch: int, d_in: int, width: int, groups: int) -> "Buffers":
         key = (batch, d_in, width, groups)
         if key not in self._buffers:
-            self._buffers[key] = Buffers(batch, d_in, width, groups)
+            self._buffers[key] = Buffers(batch, d_in, width, groups, self._threads.count)
         return self._buffers[key]
 
 
 class Buffers:
     """Memory for one step, shared by SAEs of equal shapes."""
 
-    def __init__(self, batch: int, d_in: int, width: int, groups: int) -> None:
-        """Room for a batch of which DENSE_SHARE are pairs."""
-        enough = max(-(-batch // TILES), LEAST_PRODUCTS // width)
-        tile_rows = min(batch, max(LEAST_TILE_ROWS, min(enough, TILE_NUMBERS // d_in, TILE_PRODUCTS // width)))
+    def __init__(self, batch: int, d_in: int, width: int, groups: int, threads: int) -> None:
+        """Room for a batch of which DENSE_SHARE are pairs, in a tile for each thread or smaller ones."""
+        share = min(-(-batch // threads), TILE_NUMBERS // d_in, TILE_PRODUCTS // width)
+        tile_rows = max(1, -(-share // SUM_ROWS)) * SUM_ROWS
         self.tiles = [(start, min(start + tile_rows, batch)) for start in range(0, batch, tile_rows)]
         self._tile_rows = tile_rows
-        self._room, self._width = max(1, int(DENSE_SHARE * width * tile_rows)), width
+        self._room, self._width = max(1, int(DENSE_SHARE * width * min(tile_rows, batch))), width
         self._local = threading.local()
         self.rounded = torch.empty(batch, d_in, dtype=torch.bfloat16)
         self.rows = Rows(
@@ -163,6 +166,8 @@ class Buffers:
             norms=np.empty(batch, np.float32),
             residuals=np.empty(batch, np.float32),
             errors=np.empty((batch, groups, d_in), np.float32),
+            squares=np.empty(batch, np.float32),
+            d_b_dec=np.empty((-(-batch // SUM_ROWS), d_in), np.float32),
         )
         places = (len(self.tiles), self._room)
         self.pairs = Pairs(

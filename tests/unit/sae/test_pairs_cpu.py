@@ -166,6 +166,8 @@ def screened_candidates(x, latents, bandwidth) -> np.ndarray:
         norms=np.empty(batch, np.float32),
         residuals=np.empty(batch, np.float32),
         errors=np.empty((batch, 1, d_in), np.float32),
+        squares=np.empty(batch, np.float32),
+        d_b_dec=np.empty((1, d_in), np.float32),
     )
     centre_rows(table, np.zeros(d_in, np.float32), 0, batch)
     assert torch.equal(rounded, x.bfloat16())

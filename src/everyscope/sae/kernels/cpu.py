@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+SUM_ROWS = 64
+"""Sums over rows go by so many at a time, whatever a tile is, and tiles begin at multiples: so tiling changes no bit [rows]."""
 ROOM = np.float32(1.001)
 """Norms in the screen's margin are taken this much too large: they are rounded sums themselves."""
 SIGN_BITS = np.int16(0x7FFF)
@@ -70,6 +72,10 @@ class Rows(NamedTuple):
     """Upper bounds of the norms of what rounding took from it; float32 [batch]"""
     errors: np.ndarray
     """float32 [batch, groups, d_in]"""
+    squares: np.ndarray
+    """Squared error of each row's whole reconstruction; float32 [batch]"""
+    d_b_dec: np.ndarray
+    """Each SUM_ROWS rows' part of the loss's derivative by b_dec; float32 [ceil(batch / SUM_ROWS), d_in]"""
 
 
 class Pairs(NamedTuple):
@@ -276,27 +282,28 @@ def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, fo
 
 
 @compiled
-def differentiate(tile, first, last, rows, latents, prefixes, pairs, d_b_dec):
-    """Turn errors into the loss's derivatives by the reconstructions, and those into d_f; return the sum of squared errors.
+def differentiate(tile, first, last, rows, latents, prefixes, pairs):
+    """Turn errors into the loss's derivatives by the reconstructions, and those into d_f.
 
     errors[g] becomes the sum over prefixes k >= g of 2 / (batch groups) (x_hat^k - x): latents of group g serve all of them.
-    d_b_dec [d_in] receives the sum over rows for g = 0, which has all prefixes.
+    b_dec serves all prefixes, so it gets the sum over rows for g = 0. `first` is a multiple of SUM_ROWS.
     """
-    squares, groups = 0.0, prefixes.shape[0]
+    groups, d_in = prefixes.shape[0], rows.x.shape[1]
     share = np.float32(2.0 / (rows.x.shape[0] * groups))
     for row in range(first, last):
         errors = rows.errors[row]
-        squares += dot(errors[groups - 1], errors[groups - 1])
+        rows.squares[row] = dot(errors[groups - 1], errors[groups - 1])
         for g in range(groups - 1, -1, -1):
-            for j in range(d_b_dec.shape[0]):
+            for j in range(d_in):
                 errors[g, j] *= share
             if g + 1 < groups:
                 add_scaled(errors[g], np.float32(1), errors[g + 1])
-        add_scaled(d_b_dec, np.float32(1), errors[0])
+        if row % SUM_ROWS == 0:
+            rows.d_b_dec[row // SUM_ROWS] = 0
+        add_scaled(rows.d_b_dec[row // SUM_ROWS], np.float32(1), errors[0])
     group, place = 0, pairs.start[tile]
     for i in range(latents.w_dec.shape[0]):
         while i >= prefixes[group]:
             group += 1
         for p in range(place[i], place[i + 1]):
             pairs.d_f[tile, p] = dot(rows.errors[pairs.row[tile, p], group], latents.w_dec[i])
-    return squares

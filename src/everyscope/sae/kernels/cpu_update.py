@@ -77,9 +77,9 @@ def update_latents(start, stop, rows, pairs, latents, group_of, penalty, bandwid
         latents.touched[i] = adam.steps
         move_row(adam, decay, latents.w_enc[i], d_w_enc, latents.squared_w_enc[i])
         move_row(adam, decay, latents.w_dec[i], d_w_dec, latents.squared_w_dec[i])
-        length = np.sqrt(dot(latents.w_dec[i], latents.w_dec[i]))
+        inverse_norm = np.float32(1) / np.sqrt(dot(latents.w_dec[i], latents.w_dec[i]))
         for j in range(d_in):
-            latents.w_dec[i, j] /= length
+            latents.w_dec[i, j] *= inverse_norm
         latents.squared_b_enc[i], change = move(adam, decay, d_b_enc, latents.squared_b_enc[i], adam.rate)
         latents.b_enc[i] += change
         latents.squared_threshold[i], change = move(adam, decay, d_threshold, latents.squared_threshold[i], adam.threshold_rate)
