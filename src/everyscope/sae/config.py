@@ -35,6 +35,8 @@ class SaeRecipe(Schema):
     """Begin with b_dec at the first batch's mean and, given a target_l0, thresholds at the quantile that meets it there."""
     driven_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the run, at its start, in which all thresholds are moved together to hold target_l0, not learned [1]."""
+    revive_steps: int | None = Field(default=None, ge=1)
+    """In that phase thresholds of latents that have not fired for so long are lowered until they do; None never [steps]."""
     frequency_limit: float | None = Field(default=None, gt=0, le=1)
     """Share of rows above which a latent's firing costs extra; None never [1]."""
     frequency_coefficient: float = Field(default=1e-3, ge=0)

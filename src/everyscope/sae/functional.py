@@ -44,6 +44,8 @@ class Gradients:
     threshold: Float[Tensor, " d_sae"]
     reconstruction_loss: Float[Tensor, ""]
     l0: Float[Tensor, ""]
+    fired: Float[Tensor, " d_sae"]
+    """Rows on which each latent is active."""
     pairs: Float[Tensor, ""]
     """Mean number of latents per row that are active or within half a bandwidth of their threshold."""
 
@@ -100,6 +102,7 @@ def loss_gradients(
         threshold=d_threshold,
         reconstruction_loss=reconstruction_loss,
         l0=fired.sum() / rows,
+        fired=fired,
         pairs=pairs,
     )
 

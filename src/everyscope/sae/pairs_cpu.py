@@ -135,10 +135,9 @@ class CpuPairs:
         self._threads.map(update, range(len(starts)))
         # Not by torch: its sqrt, however short, wakes threads that then spin for milliseconds on cores that the next step wants.
         update_b_dec(adam, b_dec, rows.d_b_dec.sum(0) + latent_sums.sum(0), sae.squared["b_dec"].numpy())
-        num_pairs = torch.tensor(pairs.start[:, -1].sum() / len(x), dtype=torch.float32)
-        return StepLosses(
-            torch.tensor(rows.squares.sum(dtype=np.float64) / len(x), dtype=torch.float32), fired.sum() / len(x), num_pairs
-        )
+        squares = rows.squares.sum(dtype=np.float64)
+        means = torch.tensor([squares, pairs.fired.sum(), pairs.start[:, -1].sum()], dtype=torch.float64) / len(x)
+        return StepLosses(*means.float(), fired)
 
     def _buffers_for(self, batch: int, d_in: int, width: int, groups: int) -> "Buffers":
         key = (batch, d_in, width, groups)

@@ -142,7 +142,7 @@ class GpuPairs:
         past = self._reconstruction[number] + 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
         self._reconstruction[number] = torch.where(fits, squares, past)
         pairs = torch.where(fits, sums.pairs.sum(), count)
-        return StepLosses(self._reconstruction[number].clone(), sums.active.sum() / len(x), pairs / len(x)), count
+        return StepLosses(self._reconstruction[number].clone(), sums.active.sum() / len(x), pairs / len(x), sums.active), count
 
     @staticmethod
     def _update_b_dec(sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:

@@ -34,6 +34,7 @@ def fast(d_in: int) -> SaeRecipe:
         encoder_scale=0.5,
         warm_start=True,
         driven_share=0.5,
+        revive_steps=20,
     )
 
 

@@ -11,6 +11,8 @@ PRODUCTS = 2**24
 """Pre-activations that an initial quantile is taken from, at most."""
 DAMPING = 0.5
 """Share of a Newton step that is taken: the batch's L0 is noisy, and directions move at the same time [1]."""
+REVIVAL = 0.97
+"""What a step multiplies a silent latent's threshold by [1]."""
 LARGEST_MOVE = 0.2
 """A step moves thresholds by at most this share of their mean [1]."""
 
@@ -28,8 +30,10 @@ def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"]) -> None:
 
 
 @torch.no_grad()
-def drive_thresholds(sae: TrainableSae, losses: StepLosses) -> None:
+def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int) -> None:
     """Move all thresholds by what brings L0 to its target, to first order: a Newton step, damped, on the pairs just seen.
+
+    Latents that have been silent for the recipe's revive_steps, of `steps` done, come down besides, until they fire.
 
     Pairs below their threshold fill half a bandwidth, so (pairs - L0) / (bandwidth / 2) is how much L0 falls per unit of
     threshold. Meanwhile latents compete as in BatchTopK (arXiv 2412.06410), whose common cut this is.
@@ -39,4 +43,6 @@ def drive_thresholds(sae: TrainableSae, losses: StepLosses) -> None:
     density = (losses.pairs - losses.l0) / (sae.config.recipe.bandwidth / 2)
     limit = LARGEST_MOVE * threshold.mean()
     move = (DAMPING * (losses.l0 - target) / density.clamp(min=1e-6)).clamp(-limit, limit)
-    threshold.add_(move.to(threshold.dtype)).clamp_(min=0)
+    threshold.add_(move).clamp_(min=0)
+    if sae.config.recipe.revive_steps is not None:
+        threshold.mul_(torch.where(steps - sae.last_fired >= sae.config.recipe.revive_steps, REVIVAL, 1.0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig
@@ -29,6 +29,8 @@ class StepLosses:
     """Mean number of active latents per row."""
     pairs: Float[Tensor, ""]
     """Mean number of latents per row that are active or within half a bandwidth of their threshold."""
+    fired: Shaped[Tensor, " d_sae"]
+    """Rows on which each latent was active [rows]."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class TrainableSae:
     touched: Int32[Tensor, " d_sae"]
     """Steps that each latent's means include. A latent without gradient does not move, and its means only decay, so that may
     wait until it has one again (`catch_up`)."""
+    last_fired: Int32[Tensor, " d_sae"]
+    """Steps done when each latent was last active; 0 for never."""
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations of normalised activations."""
@@ -55,11 +59,8 @@ class TrainableSae:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, by name; the tensors themselves, not copies."""
-        return (
-            {name: self.parameters[name] for name in TENSORS}
-            | {f"squared.{name}": self.squared[name] for name in TENSORS}
-            | {"touched": self.touched}
-        )
+        squared = {f"squared.{name}": self.squared[name] for name in TENSORS}
+        return {**self.parameters, **squared, "touched": self.touched, "last_fired": self.last_fired}
 
 
 def new_sae(config: SaeConfig, d_in: int, device: str = "cpu") -> TrainableSae:
@@ -79,7 +80,8 @@ def new_sae(config: SaeConfig, d_in: int, device: str = "cpu") -> TrainableSae:
     }
     on_device = {name: tensor.to(device) for name, tensor in parameters.items()}
     squared = {name: torch.zeros_like(tensor) for name, tensor in on_device.items()}
-    return TrainableSae(config, on_device, squared, torch.zeros(config.width, dtype=torch.int32, device=device))
+    counts = [torch.zeros(config.width, dtype=torch.int32, device=device) for _ in range(2)]
+    return TrainableSae(config, on_device, squared, *counts)
 
 
 @torch.no_grad()
@@ -107,7 +109,7 @@ def dense_update(sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, s
     # Below zero a threshold would let negative values pass, which the released form cannot express.
     sae.parameters["threshold"].clamp_(min=0)
     sae.touched.fill_(step + 1)
-    return StepLosses(gradients.reconstruction_loss, gradients.l0, gradients.pairs)
+    return StepLosses(gradients.reconstruction_loss, gradients.l0, gradients.pairs, gradients.fired)
 
 
 @torch.no_grad()

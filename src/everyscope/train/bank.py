@@ -38,10 +38,11 @@ class Bank:
         if self.num_steps_done == 0:
             self._start_warm(x)
         losses = self._engine.step(x, self.num_steps_done, self.steps)
-        for sae, loss in zip(self.saes, losses, strict=True):
-            if is_driven(sae.config, self.num_steps_done, self.steps):
-                drive_thresholds(sae, loss)
         self.num_steps_done += 1
+        for sae, loss in zip(self.saes, losses, strict=True):
+            sae.last_fired.masked_fill_(loss.fired > 0, self.num_steps_done)
+            if is_driven(sae.config, self.num_steps_done - 1, self.steps):
+                drive_thresholds(sae, loss, self.num_steps_done)
         return losses
 
     def _normalised(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:

@@ -35,7 +35,7 @@ def test_driven_thresholds_come_to_the_target_and_stay():
         losses = dense_update(sae, rows(500, step), step, 1000)
         history.append(losses.l0.item())
         assert len(sae.parameters["threshold"].unique()) == 1  # nothing else moves them in this phase
-        drive_thresholds(sae, losses)
+        drive_thresholds(sae, losses, step + 1)
     assert history[0] > 30
     assert max(abs(l0 - 9) for l0 in history[20:]) < 1.5
 
