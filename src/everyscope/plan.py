@@ -1,7 +1,8 @@
 """What a recipe costs, before anything is spent: SAEs, tokens, bytes on disk, operations, hours. Torch-free.
 
-Operations are those of dense training, ten per parameter pair and row (five products [batch, d_in, d_sae], two operations a
-product); a harvest costs two per model parameter and token. Hours are operations over one rate, measured here or given.
+Operations of training are, per latent, input and row: on a GPU those of a dense step, ten (five products of two operations each),
+which is an upper bound; on the CPU two, for there a step by pairs takes about as long as its one product does in float32
+(benchmarks/README.md). A harvest costs two per model parameter and token. Hours are operations over one rate, measured or given.
 """
 
 import time
@@ -19,7 +20,8 @@ from everyscope.sites.names import Site
 from everyscope.suite.layout import width_label
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
-FLOP_PER_PARAMETER_PAIR = 10
+FLOP_PER_PARAMETER_PAIR = {"cpu": 2}
+DENSE_FLOP_PER_PARAMETER_PAIR = 10
 FLOP_PER_MODEL_PARAMETER = 2
 
 
@@ -35,7 +37,7 @@ class PlannedSae:
     parameter_bytes: int
     """Size of its float32 weights, once [bytes]."""
     flop: float
-    """Dense training [operations]."""
+    """Its training [operations]."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Plan:
 def plan(config: RunConfig, teraflops: float | None = None) -> Plan:
     """Price a recipe. `teraflops` is the rate to reckon with [10^12 operations/s]; None measures this machine's product."""
     size = NUMBER_BYTES[config.harvest.dtype]
+    flop_per_pair = FLOP_PER_PARAMETER_PAIR.get(config.train.device, DENSE_FLOP_PER_PARAMETER_PAIR)
     tokens = {site: config.tokens_of(site) for site in config.all_sites}
     saes = []
     for group in config.groups:
@@ -90,7 +93,7 @@ def plan(config: RunConfig, teraflops: float | None = None) -> Plan:
                         seed=sae.seed,
                         num_tokens=group.num_tokens,
                         parameter_bytes=4 * (2 * d_in * sae.width + 2 * sae.width + d_in),
-                        flop=float(FLOP_PER_PARAMETER_PAIR) * d_in * sae.width * group.num_tokens,
+                        flop=float(flop_per_pair) * d_in * sae.width * group.num_tokens,
                     )
                 )
     rate, origin = (

@@ -8,6 +8,7 @@ from everyscope.recipe import HarvestSettings, ModelShape, RunConfig, SaeGroup
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import SUBLAYERS, SiteKind
 from everyscope.text.config import TextConfig
+from everyscope.train.config import BankSettings
 
 BILLION = 10**9
 STORED_TOKENS = 8 * BILLION
@@ -43,6 +44,7 @@ def suite(size: str, title: str, shape: ModelShape, groups: tuple[SaeGroup, ...]
         text=text or pretraining_text(),
         groups=groups,
         harvest=HarvestSettings(num_tokens=STORED_TOKENS),
+        train=BankSettings(device="cuda"),
     )
 
 

@@ -39,7 +39,7 @@ class SaeRecipe(Schema):
     """In that phase thresholds of latents that have not fired for so long are lowered until they do; None never [steps]."""
     frequency_limit: float | None = Field(default=None, gt=0, le=1)
     """Share of rows above which a latent's firing costs extra; None never [1]."""
-    frequency_coefficient: float = Field(default=1e-3, ge=0)
+    frequency_coefficient: float = Field(default=0.1, ge=0)
     """Weight of that cost, sum_i max(0, rate_i / frequency_limit - 1)^2 [1]."""
     prefix_shares: tuple[float, ...] = (1.0,)
     """Matryoshka: the first latents, by these shares of the width, must reconstruct alone; ascending, the last is 1 [1]."""

@@ -137,7 +137,8 @@ class CpuPairs:
         update_b_dec(adam, b_dec, rows.d_b_dec.sum(0) + latent_sums.sum(0), sae.squared["b_dec"].numpy())
         squares = rows.squares.sum(dtype=np.float64)
         means = torch.tensor([squares, pairs.fired.sum(), pairs.start[:, -1].sum()], dtype=torch.float64) / len(x)
-        return StepLosses(*means.float(), fired)
+        reconstruction, l0, num_pairs = means.float()
+        return StepLosses(reconstruction, l0, num_pairs, fired)
 
     def _buffers_for(self, batch: int, d_in: int, width: int, groups: int) -> "Buffers":
         key = (batch, d_in, width, groups)

@@ -32,7 +32,7 @@ from everyscope.sae.kernels.gpu_update import (
     update_latents,
 )
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
+from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
 
 LAG = 8
@@ -239,6 +239,5 @@ class Buffers:
 def adam_at(sae: TrainableSae, step: int, steps: int) -> AdamStep:
     """Adam's numbers at `step` of `steps`."""
     recipe = sae.config.recipe
-    share = learning_rate_share(recipe, step, steps)
-    threshold_rate = recipe.threshold_learning_rate or recipe.learning_rate
-    return AdamStep(step, recipe.beta2, recipe.epsilon, recipe.learning_rate * share, threshold_rate * share)
+    rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
+    return AdamStep(step, recipe.beta2, recipe.epsilon, rate, threshold_rate(sae.config, step, steps))

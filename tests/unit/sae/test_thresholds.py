@@ -43,3 +43,21 @@ def test_driven_thresholds_come_to_the_target_and_stay():
 def test_driving_needs_a_target():
     with pytest.raises(ValidationError, match="needs target_l0"):
         SaeConfig(width=4, sparsity_coefficient=0, recipe=RECIPE)
+
+
+def test_silent_latents_come_down_until_they_fire():
+    recipe = RECIPE.model_copy(update={"revive_steps": 3})
+    sae = new_sae(SaeConfig(width=200, sparsity_coefficient=0, target_l0=9, recipe=recipe), 24)
+    warm_start(sae, rows(500))
+    sae.parameters["threshold"][7] = 5.0
+    losses = dense_update(sae, rows(500), 0, 1000)
+    sae.last_fired.masked_fill_(losses.fired > 0, 1)
+    before = sae.parameters["threshold"].clone()
+    drive_thresholds(sae, losses, 2)
+    moved = sae.parameters["threshold"] - before
+    torch.testing.assert_close(moved, moved[:1].expand(200))  # two steps of silence are no reason yet
+    drive_thresholds(sae, losses, 4)
+    silent = 4 - sae.last_fired >= 3
+    assert silent[7]
+    ratio = sae.parameters["threshold"] / (before + 2 * moved)
+    torch.testing.assert_close(ratio, torch.where(silent, 0.97, 1.0), rtol=1e-3, atol=0)
