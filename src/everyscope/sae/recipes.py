@@ -33,10 +33,10 @@ def fast(d_in: int) -> SaeRecipe:
         bandwidth=0.004,
         encoder_scale=0.5,
         warm_start=True,
-        driven_share=0.5,
-        revive_steps=20,
+        driven_share=0.7,
+        revive_steps=10,
     )
 
 
-FAST_RATE = 0.025
+FAST_RATE = 0.035
 """Of a weight's size, what a step changes it by [1]."""
