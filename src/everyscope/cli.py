@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from everyscope.base.errors import ConfigError, EveryscopeError
+from everyscope.base.signals import EXIT_CODE, leave_on_termination
 from everyscope.recipe import RunConfig
 from everyscope.recipes import RECIPES, find_recipe, one_line
 
@@ -194,6 +195,8 @@ def dispatch(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: exit code 0, or non-zero with one line that says what is wrong and how to mend it."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # else this process, and what it does with signals, is somebody else's
+        leave_on_termination()
     try:
         dispatch(given)
     except EveryscopeError as error:
@@ -204,6 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("everyscope: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_CODE:
+            print("everyscope: asked to stop; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def recipe():
         model=ModelConfig(name={model!r}),
         shape=ModelShape(num_layers=2, d_model=32, d_attention=48, num_parameters=150_000),
         text=TextConfig(source="files", paths=({text!r},), context=32, held_out_fraction=0.3),
-        groups=(SaeGroup(sites=SUBLAYERS, widths=(48, 64), sparsity_coefficients=(1e-3, 1e-2), num_tokens=4096),),
+        groups=(
+            SaeGroup(
+                sites=SUBLAYERS, widths=(48, 64), sparsity_coefficients=(4.0,), target_l0s=(4, 8), num_tokens=4096
+            ),
+        ),
         harvest=HarvestSettings(bucket_rows=1024, dtype="bfloat16", batch_blocks=8),
         train=BankSettings(batch_rows=64, checkpoint_steps=8, log_steps=4),
         evaluate=EvaluateSettings(num_sequences=24, batch_blocks=4, checkpoint_batches=1, pca_rows=1024),
@@ -76,16 +80,26 @@ def finished(recipe, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moment", ["shards/*/*/shard_00002.safetensors", "train/*/*/bank_*.safetensors", "train/*/*/*/sae.json", "scores/*progress*"]
+    ("moment", "sent"),
+    [
+        ("shards/*/*/shard_00002.safetensors", signal.SIGKILL),
+        ("train/*/*/bank_*.safetensors", signal.SIGKILL),
+        ("train/*/*/bank_*.safetensors", signal.SIGTERM),
+        ("train/*/*/*/sae.json", signal.SIGKILL),
+        ("scores/*progress*", signal.SIGKILL),
+    ],
 )
-def test_killed_at_any_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path, moment):
+def test_killed_at_any_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path, moment, sent):
     out = tmp_path / "run"
     child = start(recipe, out)
     while child.poll() is None and not list(out.glob(moment)):
         time.sleep(0.002)
     assert child.poll() is None, f"the run ended before {moment} was there: {child.communicate()}"
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.send_signal(sent)
+    _, errors = child.communicate()
+    if sent == signal.SIGTERM:
+        assert child.returncode == 128 + signal.SIGTERM
+        assert errors.splitlines()[-1] == "everyscope: asked to stop; the same command goes on from here"
     again = start(recipe, out)
     _, errors = again.communicate()
     assert again.returncode == 0, errors
