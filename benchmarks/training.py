@@ -177,6 +177,7 @@ def draw(records: Measured, options: argparse.Namespace) -> Figure:
             panel.scatter(x, fvu, s=22, c=faces, edgecolors=colour, zorder=3)
             panel.annotate(f"L0 {curve[-1]['l0']:.0f}", (x[-1], fvu[-1]), (5, 0), textcoords="offset points", color=colour)
         panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.set_ylim(top=min(1.0, panel.get_ylim()[1]))  # 1 is what the mean alone would leave
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
     panels[0].set_ylabel("held-out FVU")
     panels[0].legend(frameon=False)

@@ -12,7 +12,7 @@ from everyscope.sites.names import SUBLAYERS
 from everyscope.text.config import TextConfig
 from everyscope.train.config import BankSettings
 
-TOKENS = 2**18
+TOKENS = 3 * 2**17
 """Activation vectors per SAE [tokens]."""
 
 
@@ -26,7 +26,7 @@ def recipe() -> RunConfig:
         text=TextConfig(source="standard_library", context=256),
         groups=(
             SaeGroup(
-                sites=SUBLAYERS, widths=(1024, 4096), sparsity_coefficients=(4.0,), target_l0s=(12, 25, 50), num_tokens=TOKENS
+                sites=SUBLAYERS, widths=(512, 1024), sparsity_coefficients=(4.0,), target_l0s=(12, 25, 50), num_tokens=TOKENS
             ),
         ),
         recipe=fast(d_in=128),
