@@ -15,6 +15,9 @@ from everyscope.train.config import BankSettings
 TOKENS = 3 * 2**17
 """Activation vectors per SAE [tokens]."""
 
+RATE = 2e-3
+"""Two thirds of fast's own, which at batches of 256 rows let one SAE of 72 collapse (docs/log.md) [1]."""
+
 
 def recipe() -> RunConfig:
     """All three sublayer sites of all four layers, two widths, three sparsities: 72 SAEs."""
@@ -29,7 +32,7 @@ def recipe() -> RunConfig:
                 sites=SUBLAYERS, widths=(512, 1024), sparsity_coefficients=(4.0,), target_l0s=(12, 25, 50), num_tokens=TOKENS
             ),
         ),
-        recipe=fast(d_in=128),
+        recipe=fast(d_in=128).model_copy(update={"learning_rate": RATE}),
         harvest=HarvestSettings(dtype="bfloat16", bucket_rows=2**16, batch_blocks=4),
         train=BankSettings(batch_rows=256, checkpoint_steps=256, log_steps=32),
         evaluate=EvaluateSettings(num_sequences=64, batch_blocks=4, checkpoint_batches=4, pca_rows=2**17),
