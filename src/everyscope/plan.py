@@ -20,8 +20,8 @@ from everyscope.sites.names import Site
 from everyscope.suite.layout import width_label
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
-FLOP_PER_PARAMETER_PAIR = {"cpu": 2}
-DENSE_FLOP_PER_PARAMETER_PAIR = 10
+FLOP_BY_PAIRS, FLOP_DENSE = 2, 10
+"""Of a training step, per latent, input and row [operations]."""
 FLOP_PER_MODEL_PARAMETER = 2
 
 
@@ -32,6 +32,7 @@ class PlannedSae:
     site: Site
     width: int
     sparsity_coefficient: float
+    target_l0: float | None
     seed: int
     num_tokens: int
     parameter_bytes: int
@@ -78,7 +79,8 @@ class Plan:
 def plan(config: RunConfig, teraflops: float | None = None) -> Plan:
     """Price a recipe. `teraflops` is the rate to reckon with [10^12 operations/s]; None measures this machine's product."""
     size = NUMBER_BYTES[config.harvest.dtype]
-    flop_per_pair = FLOP_PER_PARAMETER_PAIR.get(config.train.device, DENSE_FLOP_PER_PARAMETER_PAIR)
+    is_by_pairs = config.train.device == "cpu" and config.train.engine != "dense"
+    flop_per_row = FLOP_BY_PAIRS if is_by_pairs else FLOP_DENSE
     tokens = {site: config.tokens_of(site) for site in config.all_sites}
     saes = []
     for group in config.groups:
@@ -90,10 +92,11 @@ def plan(config: RunConfig, teraflops: float | None = None) -> Plan:
                         site=site,
                         width=sae.width,
                         sparsity_coefficient=sae.sparsity_coefficient,
+                        target_l0=sae.target_l0,
                         seed=sae.seed,
                         num_tokens=group.num_tokens,
                         parameter_bytes=4 * (2 * d_in * sae.width + 2 * sae.width + d_in),
-                        flop=float(flop_per_pair) * d_in * sae.width * group.num_tokens,
+                        flop=float(flop_per_row) * d_in * sae.width * group.num_tokens,
                     )
                 )
     rate, origin = (

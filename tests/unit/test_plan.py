@@ -79,3 +79,11 @@ def test_the_json_names_every_sae():
     assert len(value["saes"]) == value["num_saes"] == 72
     assert sum(site["bytes"] for site in value["sites"]) == value["shard_bytes"]
     assert value["train_hours"] == pytest.approx(sum(sae["flop"] for sae in value["saes"]) / 1e12 / 3600)
+
+
+def test_training_by_pairs_is_priced_at_its_one_product():
+    config = find_recipe("tiny")
+    by_pairs = plan(config, teraflops=1.0)
+    dense = plan(config.model_copy(update={"train": config.train.model_copy(update={"engine": "dense"})}), teraflops=1.0)
+    assert dense.train_flop == 5 * by_pairs.train_flop
+    assert {sae.target_l0 for sae in by_pairs.saes} == {12, 25, 50}

@@ -70,6 +70,7 @@ def saelens_config(sae: Sae, site: Site, model: str, record: dict[str, Any], met
             "neuronpedia_id": None,
             "training_tokens": record.get("num_tokens"),
             "sparsity_coefficient": record.get("config", {}).get("sparsity_coefficient"),
+            "target_l0": record.get("config", {}).get("target_l0"),
             **{name: metrics.get(name) for name in KEPT_METRICS},
         },
     }

@@ -45,10 +45,12 @@ class SaeRecipe(Schema):
     """Matryoshka: the first latents, by these shares of the width, must reconstruct alone; ascending, the last is 1 [1]."""
 
     @model_validator(mode="after")
-    def _check_prefixes(self) -> "SaeRecipe":
+    def _check(self) -> "SaeRecipe":
         shares = self.prefix_shares
         if not shares or shares[-1] != 1 or shares[0] <= 0 or any(a >= b for a, b in pairwise(shares)):
             raise ValueError(f"prefix_shares={shares}: expected ascending shares of the width that end in 1, as 0.25 0.5 1")
+        if self.revive_steps is not None and not self.driven_share:
+            raise ValueError(f"revive_steps={self.revive_steps} acts only while thresholds are driven; set driven_share above 0")
         return self
 
 

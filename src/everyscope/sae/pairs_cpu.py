@@ -78,7 +78,7 @@ class CpuPairs:
     def refresh(self) -> None:
         """Make anew what is derived from the parameters; call it where they were changed from outside."""
         for latents in self._latents:
-            round_rows(latents.w_enc, 0, len(latents.w_enc), latents.w_rounded, latents.w_norms, latents.w_residuals)
+            round_weights(latents)
 
     def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
         """One training step of every SAE on normalised activations, in place."""
@@ -94,8 +94,7 @@ class CpuPairs:
         losses = dense_update(sae, x, step, steps)
         self._uses_pairs[number] = bool(losses.pairs < PAIRS_SHARE * sae.config.width)
         if self._uses_pairs[number]:
-            latents = self._latents[number]
-            round_rows(latents.w_enc, 0, len(latents.w_enc), latents.w_rounded, latents.w_norms, latents.w_residuals)
+            round_weights(self._latents[number])
         return losses
 
     def _pairs_step(self, number: int, x: Tensor, step: int, steps: int) -> StepLosses | None:
@@ -218,6 +217,11 @@ def latents_of(sae: TrainableSae) -> Latents:
         w_norms=np.empty(width, np.float32),
         w_residuals=np.empty(width, np.float32),
     )
+
+
+def round_weights(latents: Latents) -> None:
+    """Make the screen's copy of w_enc anew, where others than the fused update have changed it."""
+    round_rows(latents.w_enc, 0, len(latents.w_enc), latents.w_rounded, latents.w_norms, latents.w_residuals)
 
 
 def adam_at(sae: TrainableSae, step: int, steps: int) -> Adam:

@@ -7,6 +7,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.base.errors import ConfigError
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 from everyscope.train.config import EngineName
@@ -54,9 +55,12 @@ class Dense:
 
 
 def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str) -> Engine:
-    """The engine of that name for SAEs on `device`."""
+    """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels."""
     kind = device.partition(":")[0]
-    if name == "dense" or kind not in ("cpu", "cuda"):
+    has_kernels = kind in ("cpu", "cuda")
+    if name == "pairs" and not has_kernels:
+        raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")
+    if name == "dense" or not has_kernels:
         return Dense(saes)
     if kind == "cpu":
         return CpuPairs(saes)

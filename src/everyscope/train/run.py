@@ -53,9 +53,10 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
 
     def keep(bank: Bank, losses: list[StepLosses]) -> None:
         is_due = bank.num_steps_done % config.settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
-        if is_due or is_asked_to_stop():
+        is_last_chance = is_asked_to_stop()  # asked once: a signal between two questions would leave without saving
+        if is_due or is_last_chance:
             save_checkpoint(checkpoint, bank, run_id, log.num_bytes)
-        if is_asked_to_stop():
+        if is_last_chance:
             raise SystemExit(EXIT_CODE)
 
     with termination() as is_asked_to_stop:

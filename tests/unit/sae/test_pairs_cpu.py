@@ -150,7 +150,7 @@ def test_the_screen_never_loses_a_pair(scale):
     for row in range(batch):
         sae.parameters["threshold"].copy_((pre[row] - 1e-6 * pre[row].abs()).float())
         latents = latents_of(sae)
-        pairs_cpu.round_rows(latents.w_enc, 0, width, latents.w_rounded, latents.w_norms, latents.w_residuals)
+        pairs_cpu.round_weights(latents)
         found = screened_candidates(x[row : row + 1], latents, sae.config.recipe.bandwidth)
         assert found.tolist() == list(range(width))
 

@@ -61,3 +61,8 @@ def test_silent_latents_come_down_until_they_fire():
     assert silent[7]
     ratio = sae.parameters["threshold"] / (before + 2 * moved)
     torch.testing.assert_close(ratio, torch.where(silent, 0.97, 1.0), rtol=1e-3, atol=0)
+
+
+def test_reviving_needs_a_phase_to_act_in():
+    with pytest.raises(ValidationError, match="driven_share"):
+        SaeRecipe(revive_steps=5)

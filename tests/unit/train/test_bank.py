@@ -5,13 +5,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from everyscope.base.errors import DataError, NonFinite, ShapeMismatch
+from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sites.names import Site
 from everyscope.train.arrays import train_saes
 from everyscope.train.bank import Bank
 from everyscope.train.checkpoint import load_checkpoint, save_checkpoint
 from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.engines import engine_for
 
 RECIPE = SaeRecipe(
     learning_rate=1e-2, learning_rate_warmup_steps=5, sparsity_warmup_steps=10, bandwidth=0.1, initial_threshold=0.1
@@ -78,3 +79,8 @@ def test_configs_refuse_what_cannot_be(tmp_path):
         bank(num_tokens=10)
     assert bank().bank_id == bank(settings=BankSettings(log_steps=7)).bank_id
     assert bank().bank_id != bank(num_tokens=16384).bank_id
+
+
+def test_pairs_where_there_are_no_kernels_are_refused():
+    with pytest.raises(ConfigError, match="engine=auto or dense"):
+        engine_for("pairs", [], "mps")

@@ -172,17 +172,18 @@ def lower_bounds(latents, bandwidth, norm, residual, bounds):
     """Per latent, a lower bound of its screened product with a row, of at most this norm, with which it makes a pair.
 
     A pair has x.w > threshold - bandwidth / 2 - b_enc. Of the screened product, with rounded factors x^ and w^, we know
-    |x.w - x^.w^| <= |x - x^| |w| + |x^| |w - w^|; `norm` and `residual` bound |x^| and |x - x^|, those of `latents` their
-    counterparts. Each of the two products is summed in float32, in some order: off by at most d_in 2^-24 |x| |w|, taken four
-    times here for second-order terms, and the few roundings in threshold - bandwidth / 2 - b_enc are allowed for likewise.
-    Rounding the screened product to bfloat16 is monotone, so rounding the bound down to bfloat16 loses nothing. Bounds are
-    int16 keys, ordered as the numbers are; where anything is not finite, the least key, which every product reaches.
+    |x.w - x^.w^| <= |x - x^| |w| + |x^| |w - w^|; `norm` and `residual` bound |x| and |x - x^|, and so their sum |x^|; those
+    of `latents` their counterparts. Each of the two products is summed in float32, in some order: off by at most
+    d_in 2^-24 |x| |w|, taken four times here for second-order terms, and the few roundings in threshold - bandwidth / 2 - b_enc
+    are allowed for likewise. Rounding the screened product to bfloat16 is monotone, so rounding the bound down to bfloat16
+    loses nothing. Bounds are int16 keys, ordered as the numbers are; where anything is not finite, the least key, which every
+    product reaches.
     """
     d_in = np.float32(latents.w_enc.shape[1])
     for i in range(bounds.shape[0]):
         least = latents.threshold[i] - HALF * bandwidth - latents.b_enc[i]
         slack = latents.threshold[i] + bandwidth + np.abs(latents.b_enc[i]) + d_in * norm * latents.w_norms[i]
-        margin = residual * latents.w_norms[i] + norm * latents.w_residuals[i] + EPSILON * slack
+        margin = residual * latents.w_norms[i] + (norm + residual) * latents.w_residuals[i] + EPSILON * slack
         bound = least - ROOM * margin
         word = np.float32(bound).view(np.int32)
         key = word ^ ((word >> np.int32(31)) & np.int32(0x7FFFFFFF))  # ordered as the numbers are
