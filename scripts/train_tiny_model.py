@@ -9,7 +9,6 @@ their last checkpoint in runs/tiny_model.
 """
 
 import argparse
-import ast
 import math
 import shutil
 import time
@@ -26,6 +25,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from everyscope.base.bundled import BUNDLED_FOLDER
 from everyscope.base.files import read_json, whole_file, write_json, write_text
 from everyscope.text.blocks import read_blocks
+from everyscope.text.chats import chats_of
 from everyscope.text.config import Split, TextConfig
 from everyscope.text.corpora import read_documents
 from everyscope.text.tokenizer import load_tokenizer
@@ -226,33 +226,8 @@ def train_base(steps: int, batch: int, work: Path) -> None:
 
 def chats(split: Split) -> list[tuple[str, str]]:
     """(request, answer) pairs made from the library's functions and their docstrings, in a fixed order."""
-    pairs = []
-    for document in read_documents(TEXT):
-        if document.split(TEXT.held_out_fraction) != split:
-            continue
-        try:
-            tree = ast.parse(document.text)
-        except (SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
-            if isinstance(node, ast.FunctionDef) and docstring:
-                pairs += chats_about(node, docstring.split("\n\n")[0])
-    return pairs
-
-
-def chats_about(function: ast.FunctionDef, summary: str) -> list[tuple[str, str]]:
-    """Three tasks about one function: describe it, name it from its description, write its body."""
-    changes = {"body": function.body[1:] or [ast.Pass()], "decorator_list": []}
-    bare = ast.copy_location(ast.FunctionDef(**(dict(ast.iter_fields(function)) | changes)), function)
-    code = ast.unparse(bare)
-    header, _, body = code.partition("\n")
-    quoted = f'    """{summary}"""'
-    return [
-        (f"Write a docstring for this function.\n\n{code}", summary),
-        (f"Which function does this?\n\n{summary}", header),
-        (f"Write the body of this function.\n\n{header}\n{quoted}", body),
-    ]
+    documents = (document for document in read_documents(TEXT) if document.split(TEXT.held_out_fraction) == split)
+    return [chat for document in documents for chat in chats_of(document.text)]
 
 
 def chat_tokens(split: Split) -> tuple[Tensor, Tensor]:

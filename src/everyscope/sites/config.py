@@ -1,6 +1,8 @@
 """Which language model is read, and how it is run."""
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from everyscope.base.schema import Schema
 
@@ -16,3 +18,19 @@ class ModelConfig(Schema):
     """Number format of weights and forward passes."""
     device: str = "cpu"
     """Torch device that the model runs on, as in cpu or cuda:0."""
+    weights: Literal["trained", "random"] = "trained"
+    """The model's own weights, or an untrained sibling's: transformers' initialisation of the same architecture."""
+    weights_seed: int = Field(default=0, ge=0)
+    """Seed of weights="random"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.weights == "trained" and self.weights_seed:
+            raise ValueError(f'weights_seed={self.weights_seed} with weights="trained": only weights="random" are drawn')
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Trained weights go without saying: what is of a trained model has the identity that it had before others were known."""
+        fields = handler(self)
+        return {name: value for name, value in fields.items() if self.weights == "random" or not name.startswith("weights")}

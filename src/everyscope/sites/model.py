@@ -1,4 +1,4 @@
-"""A language model, loaded for reading: frozen, in evaluation mode, its sites proved."""
+"""A language model, loaded for reading: frozen, in evaluation mode, its sites proved; or an untrained one of its shape."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from everyscope.base.bundled import BUNDLED_MODELS, model_location
 from everyscope.base.errors import ModelError
@@ -34,30 +34,48 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     """
     device = _device(config.device)
     try:
-        # `torch_dtype`, not `dtype`: transformers 4.51 knows only the former, and 5 takes both.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_location(config.name),
-            revision=config.revision,
-            torch_dtype=getattr(torch, config.dtype),
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
+        model = _untrained(config) if config.weights == "random" else _trained(config)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"model {config.name!r} cannot be loaded: {reason[:300]}; "
             f"give a bundled model ({', '.join(BUNDLED_MODELS)}), a folder with config.json and safetensors, or a hub id"
         ) from error
-    model, report = loaded
-    # transformers fills weights that the files lack with random numbers and only warns.
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"model {config.name!r} lacks {len(missing)} of its weights, as {missing[0]}; fetch or save it again")
     anatomy = anatomy_of(model)
     model.eval().requires_grad_(False)
     model.to(device=device)
     check_residual_identity(model, anatomy=anatomy)
     return LanguageModel(model, anatomy, config.name)
+
+
+def _trained(config: ModelConfig) -> nn.Module:
+    """The model with the weights of its files; ModelError where some are missing."""
+    # `torch_dtype`, not `dtype`: transformers 4.51 knows only the former, and 5 takes both.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_location(config.name),
+        revision=config.revision,
+        torch_dtype=getattr(torch, config.dtype),
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    model, report = loaded
+    # transformers fills weights that the files lack with random numbers and only warns.
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"model {config.name!r} lacks {len(missing)} of its weights, as {missing[0]}; fetch or save it again")
+    return model
+
+
+def _untrained(config: ModelConfig) -> nn.Module:
+    """The same architecture as transformers initialises it, by the config's seed; its files of weights are not opened.
+
+    Drawn in float32 on the CPU and rounded then, so that the weights are the same ones in every format and on every device.
+    """
+    described = AutoConfig.from_pretrained(model_location(config.name), revision=config.revision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.weights_seed)
+        model = AutoModelForCausalLM.from_config(described, torch_dtype=torch.float32, attn_implementation="eager")
+    return model.to(getattr(torch, config.dtype))
 
 
 def _device(name: str) -> torch.device:

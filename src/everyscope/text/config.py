@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 
 from everyscope.base.schema import Schema
 
-TextSource = Literal["standard_library", "standard_library_docstrings", "files", "dataset"]
+TextSource = Literal[
+    "standard_library", "standard_library_docstrings", "standard_library_instructions", "arithmetic", "files", "dataset"
+]
 Split = Literal["train", "held_out"]
 
 
@@ -15,8 +17,8 @@ class TextConfig(Schema):
     """A corpus, its packing and its split."""
 
     source: TextSource = "standard_library"
-    """Where documents come from: the Python library on this machine (its files, or their docstrings), local files, or a
-    Hugging Face dataset."""
+    """Where documents come from: the Python library on this machine (its files, their docstrings, or requests about its
+    functions with their answers, in Gemma's turns), generated arithmetic, local files, or a Hugging Face dataset."""
     paths: tuple[Path, ...] = ()
     """Files or folders for source="files": .txt (a document a file), .jsonl and .parquet (a document a row)."""
     dataset: str | None = None

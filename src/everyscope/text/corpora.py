@@ -1,4 +1,4 @@
-"""Documents from wherever they lie: the running interpreter's own library, local files, Hugging Face datasets.
+"""Documents from wherever they lie: the running interpreter's own library, local files, Hugging Face datasets, or a generator.
 
 A corpus is an iterator of documents in an order that depends on nothing but the text, so that a cursor into it keeps its
 meaning. Every document carries the content by which it is split: two documents made from one file never part.
@@ -19,6 +19,8 @@ import pyarrow.parquet
 from everyscope.base.errors import TextError, first_line
 from everyscope.base.extras import import_extra
 from everyscope.base.ids import unit_interval
+from everyscope.text.arithmetic import PAGES, arithmetic_page
+from everyscope.text.chats import chat, chats_of
 from everyscope.text.config import Split, TextConfig
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"})
@@ -42,10 +44,8 @@ class Document:
 
 def read_documents(config: TextConfig) -> Iterator[Document]:
     """All documents of the corpus, those of both splits; TextError where there is nothing to read."""
-    if config.source == "standard_library":
-        return standard_library()
-    if config.source == "standard_library_docstrings":
-        return standard_library_docstrings()
+    if config.source in GIVEN:
+        return GIVEN[config.source]()
     if config.source == "files":
         return local_files(config.paths, config.column)
     assert config.dataset is not None
@@ -83,6 +83,29 @@ def standard_library_docstrings() -> Iterator[Document]:
         text = "\n\n".join(docstring for docstring in docstrings if docstring)
         if text.strip():
             yield Document(document.name, _encodable(text), document.split_key)
+
+
+def standard_library_instructions() -> Iterator[Document]:
+    """A document for each request about a library function and its answer, in Gemma's turns. They share their file's split."""
+    for document in standard_library():
+        for number, (request, answer) in enumerate(chats_of(document.text), start=1):
+            yield Document(f"{document.name}:{number}", _encodable(chat(request, answer)), document.split_key)
+
+
+def arithmetic() -> Iterator[Document]:
+    """Pages of problems with their answers, the same on every machine."""
+    for number in range(PAGES):
+        page = arithmetic_page(number)
+        yield Document(f"page {number}", page, page)
+
+
+GIVEN = {
+    "standard_library": standard_library,
+    "standard_library_docstrings": standard_library_docstrings,
+    "standard_library_instructions": standard_library_instructions,
+    "arithmetic": arithmetic,
+}
+"""The corpora that are there on every machine."""
 
 
 def local_files(paths: tuple[Path, ...], column: str) -> Iterator[Document]:
