@@ -127,9 +127,18 @@ def build_scope(root: Path, sites: tuple[Site, ...] = SITES, num_documents: int 
         num_sequences=40,
         batch_blocks=4,
         checkpoint_batches=1,
+        uniformity_sequences=4,
+        gradient_blocks=2,
+        baseline_sequences=8,
+        resamples=200,
     )
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:
     """Every file below `root`, by path."""
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def score_bytes(root: Path) -> dict[str, bytes]:
+    """Every file below a scores folder but cost.json, which tells seconds."""
+    return {name: content for name, content in tree_bytes(root).items() if name != "cost.json"}

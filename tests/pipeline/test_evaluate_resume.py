@@ -1,5 +1,6 @@
 """kill -9 in the middle of an evaluation, then the same command: the same bytes as without."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,30 +9,35 @@ import time
 from pathlib import Path
 
 import pytest
-from small_scope import build_scope, tree_bytes
+from small_scope import build_scope, score_bytes
 
+from everyscope.evaluate import baseline_sweep
 from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.cost import COST_FILE
 from everyscope.evaluate.run import PROGRESS_FILE, run
 from everyscope.sites.names import Site
 
-# Waits between batches, so that the kill falls into the middle on any machine.
+# Waits between the batches of a sweep, so that the kill falls into the middle of it on any machine.
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from everyscope.evaluate import run
+from everyscope.evaluate import baseline_sweep, run
 from everyscope.evaluate.config import EvaluateConfig
-measure, pause = run.measure_batch, float(sys.argv[2])
-def slowly(*arguments):
-    time.sleep(pause)
-    measure(*arguments)
-run.measure_batch = slowly
+pauses = {name: float(pause) for name, pause in (part.split("=") for part in sys.argv[2].split(","))}
+def slowed(work, pause):
+    def slowly(*arguments):
+        time.sleep(pause)
+        return work(*arguments)
+    return slowly
+run.measure_batch = slowed(run.measure_batch, pauses["saes"])
+baseline_sweep._measure = slowed(baseline_sweep._measure, pauses["baselines"])
 run.run(EvaluateConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 """
 
 
-def start(config: EvaluateConfig, root: Path, pause: float) -> subprocess.Popen[bytes]:
+def start(config: EvaluateConfig, root: Path, saes: float = 0, baselines: float = 0) -> subprocess.Popen[bytes]:
     (root / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, "-c", PROGRAM, str(root / "config.json"), str(pause)]
+    command = [sys.executable, "-c", PROGRAM, str(root / "config.json"), f"saes={saes},baselines={baselines}"]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -46,26 +52,47 @@ def kill_at(process: subprocess.Popen[bytes], path: Path) -> None:
     process.wait()
 
 
-def test_a_killed_evaluation_ends_with_the_same_bytes(tmp_path: Path):
+@pytest.mark.parametrize("saes_at_once", [None, 1])
+def test_a_killed_evaluation_ends_with_the_same_bytes(tmp_path: Path, saes_at_once: int | None):
+    """Killed twice: while SAEs are measured, and while baselines are."""
     sites = (Site("attn_out", 1), Site("resid_post", 0))
-    config = build_scope(tmp_path, sites).model_copy(update={"checkpoint_batches": 2})
+    config = build_scope(tmp_path, sites).model_copy(update={"checkpoint_batches": 2, "saes_at_once": saes_at_once})
     run(config)
-    want = tree_bytes(config.out)
-    assert len(want) == 2 * 2 * 2 + 2
+    want = score_bytes(config.out)
+    assert len([name for name in want if name.endswith(("metrics.json", "latents.parquet"))]) == 2 * 2 * 2
 
     again = config.model_copy(update={"out": tmp_path / "again"})
-    killed = start(again, tmp_path, 0.5)
-    kill_at(killed, again.out / PROGRESS_FILE)
+    kill_at(start(again, tmp_path, saes=0.5), again.out / PROGRESS_FILE)
     assert not list(again.out.rglob("metrics.json"))
-    resumed = start(again, tmp_path, 0)
+    kill_at(start(again, tmp_path, baselines=0.5), again.out / baseline_sweep.PROGRESS_FILE)
+    assert not list(again.out.rglob("metrics.json"))
+    resumed = start(again, tmp_path)
     assert resumed.wait() == 0
-    assert tree_bytes(again.out) == want
+    assert score_bytes(again.out) == want
+    forwards = [json.loads((out / COST_FILE).read_text())["forwards"] for out in (config.out, again.out)]
+    assert forwards[0] == forwards[1]
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged"])
-def test_a_damaged_progress_file_costs_time_and_nothing_else(tmp_path: Path, content: bytes):
+@pytest.mark.parametrize("name", [PROGRESS_FILE, baseline_sweep.PROGRESS_FILE])
+def test_a_damaged_progress_file_costs_time_and_nothing_else(tmp_path: Path, content: bytes, name: str):
     config = build_scope(tmp_path, (Site("resid_post", 1),))
-    config.out.mkdir()
-    (config.out / PROGRESS_FILE).write_bytes(content)
     run(config)
-    assert len(tree_bytes(config.out)) == 5
+    want = score_bytes(config.out)
+    again = config.model_copy(update={"out": tmp_path / "again"})
+    again.out.mkdir()
+    (again.out / name).write_bytes(content)
+    run(again)
+    assert score_bytes(again.out) == want
+
+
+def test_progress_on_another_text_is_not_taken_up(tmp_path: Path):
+    """A corpus that was changed in place: the sums of the old one are not mixed with those of the new."""
+    config = build_scope(tmp_path, (Site("resid_post", 1),)).model_copy(update={"checkpoint_batches": 2})
+    kill_at(start(config, tmp_path, saes=0.5), config.out / PROGRESS_FILE)
+    for path in sorted(config.text.paths[0].iterdir())[::2]:
+        path.write_text(path.read_text() + " more")
+    run(config)
+    fresh = config.model_copy(update={"out": tmp_path / "fresh"})
+    run(fresh)
+    assert score_bytes(config.out) == score_bytes(fresh.out)

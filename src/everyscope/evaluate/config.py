@@ -1,32 +1,66 @@
 """What is evaluated, on which text, and where the scores go."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from everyscope.base.schema import Schema
 from everyscope.sites.config import ModelConfig
+from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
+
+SaeDtype = Literal["float32", "bfloat16", "int8"]
+"""bfloat16: weights and arithmetic; int8: weights on 255 levels per latent, arithmetic in float32."""
 
 
 class EvaluateConfig(Schema):
-    """One evaluation of all trained SAEs of one model, on its held-out documents."""
+    """One evaluation of many SAEs of one model, on the held-out documents of one text."""
 
     model: ModelConfig
     """The language model whose activations are reconstructed and whose loss is measured."""
     text: TextConfig
-    """The corpus; only its held-out documents are read."""
-    shards: Path
-    """Folder written by `everyscope harvest`: the training rows' mean and covariance, for the baselines."""
+    """The corpus; scores are of its held-out documents."""
     trained: Path
-    """Folder written by `everyscope train`: every SAE in it is evaluated."""
+    """The SAEs: a folder written by `everyscope train`, a published suite, or a folder with params.npz files of a Gemma Scope
+    release. Every SAE in it is evaluated."""
     out: Path
     """Folder for the scores; lies beside `trained`, is copied into the suite when that is published."""
+    shards: Path | None = None
+    """Folder written by `everyscope harvest`: training rows, for the baselines. None reads the text's training documents."""
+    sites: tuple[Site, ...] | None = None
+    """Evaluate only the SAEs of these sites; None takes all."""
+    saes: tuple[str, ...] | None = None
+    """Evaluate only these SAEs, by their folder below `trained`, as in resid_post/layer_2/width_512_l0_25; None takes all."""
+    site_kind: SiteKind | None = None
+    """The kind of site of SAEs whose path does not tell it; the layer is always read from the path."""
     num_sequences: int = Field(default=2048, gt=0)
-    """Held-out blocks that are read, from the first on; fewer where the text ends early [blocks]."""
+    """Held-out blocks that are measured, from the first on; fewer where the text ends early [blocks]."""
+    stride: int = Field(default=1, gt=0)
+    """Of every so many held-out blocks one is read: where documents are long, more of them are seen, and intervals are better
+    for it [blocks]."""
     batch_blocks: int = Field(default=16, gt=0)
     """Blocks per forward pass [blocks]."""
     checkpoint_batches: int = Field(default=16, gt=0)
     """The sums are saved every so many batches [batches]."""
+    saes_at_once: int | None = Field(default=None, gt=0)
+    """SAEs held in memory at once; more are taken in turns, each with clean passes of its own. None holds all [SAEs]."""
+    sae_dtype: SaeDtype = "float32"
+    """Number format that the SAEs are rounded to before they are evaluated."""
     pca_rows: int = Field(default=2**17, gt=1)
-    """Training rows from which the PCA baseline's covariance is made [rows]."""
+    """Training rows of `shards` behind covariance, norms and thresholds [rows]."""
+    calibration_sequences: int = Field(default=64, gt=0)
+    """Training blocks that are read for the same where there are no shards [blocks]."""
+    uniformity_sequences: int = Field(default=16, ge=0)
+    """Blocks, from the first on, on which the uniformity of latents' importance is measured; 0 leaves it out [blocks]."""
+    gradient_blocks: int = Field(default=4, gt=0)
+    """Blocks per forward pass among those: their passes keep what a backward pass needs [blocks]."""
+    baseline_sequences: int = Field(default=32, ge=0)
+    """Blocks, from the first on, with which the delta loss of PCA, random dictionary and neuron basis is measured; 0 leaves
+    it out [blocks]."""
+    resamples: int = Field(default=1000, ge=100)
+    """Times that the documents are drawn anew for the intervals [resamples]."""
+    interval_level: float = Field(default=0.95, gt=0, lt=1)
+    """Share of intervals that hold the true value [1]."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of random dictionaries and of the documents' drawing."""

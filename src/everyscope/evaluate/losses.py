@@ -1,66 +1,73 @@
-"""The language model's loss on next tokens, with one rule for what counts.
+"""The language model's loss on next tokens, and how far its predictions move, with one rule for what counts.
 
 Position t counts if and only if token t and its target, token t + 1, are both unmasked: the prediction of EOS, and whatever
 is predicted from BOS, EOS, padding or a prefix, stay out.
 """
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from everyscope.base.errors import DataError, NonFinite
+from everyscope.base.errors import NonFinite
 
 CHUNK_LOGITS = 1 << 25
 """Logits whose log-softmax is taken at once [numbers]; bounds memory at large vocabularies."""
 
-
-@dataclass
-class LossSums:
-    """Summed next-token losses, held as tensors so that they can be saved exactly."""
-
-    total: Float[Tensor, ""]
-    """Summed loss, float64 [nats]."""
-    count: Int[Tensor, ""]
-    """Positions summed, int64 [tokens]."""
-
-    @classmethod
-    def start(cls) -> Self:
-        """Empty sums, on the CPU."""
-        return cls(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64))
-
-    def update(self, losses: Float[Tensor, " n"]) -> None:
-        """Add the losses of some positions; NonFinite where one is NaN or infinite."""
-        total = losses.sum(dtype=torch.float64).cpu()
-        if not torch.isfinite(total):
-            raise NonFinite("the language model's loss is NaN or infinite; run the model in float32, or check the spliced SAE")
-        self.total += total
-        self.count += len(losses)
-
-    @property
-    def mean(self) -> float:
-        """Mean loss [nats/token]; DataError where no position counted."""
-        if not int(self.count):
-            raise DataError("no position of the held-out text counts for the loss; give more text")
-        return float(self.total) / int(self.count)
+Logits = Float[Tensor, "batch ctx vocab"]
+Ids = Int[Tensor, "batch ctx"]
+Mask = Bool[Tensor, "batch ctx"]
 
 
-def next_token_losses(
-    logits: Float[Tensor, "batch ctx vocab"], input_ids: Int[Tensor, "batch ctx"], mask: Bool[Tensor, "batch ctx"]
-) -> Float[Tensor, " n"]:
-    """The loss [nats] at each position that counts, in order: float32 log-softmax, a chunk of rows at a time."""
-    counts = mask[:, :-1] & mask[:, 1:]
-    block, position = counts.nonzero(as_tuple=True)
-    targets = input_ids[block, position + 1]
-    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
-    chunks = [
-        torch.nn.functional.cross_entropy(
-            logits[block[start : start + rows], position[start : start + rows]].float(),
-            targets[start : start + rows].long(),
-            reduction="none",
-        )
-        for start in range(0, len(targets), rows)
+def counted_positions(mask: Mask) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Block and position of everything that counts for the loss, in order."""
+    block, position = (mask[:, :-1] & mask[:, 1:]).nonzero(as_tuple=True)
+    return block, position
+
+
+def next_token_losses(logits: Logits, input_ids: Ids, mask: Mask, what: str = "the language model") -> Float[Tensor, " n"]:
+    """The loss [nats] at each position that counts, in order, in float32; NonFinite, which names `what`, for NaN or infinity."""
+    losses = [
+        cross_entropy(logits[block, position].float(), input_ids[block, position + 1].long(), reduction="none")
+        for block, position in _chunks(logits, mask)
     ]
-    return torch.cat(chunks) if chunks else torch.empty(0, device=logits.device)
+    return _finite(torch.cat(losses) if losses else torch.empty(0, device=logits.device), what)
+
+
+def losses_and_divergences(
+    logits: Logits, clean: Logits, input_ids: Ids, mask: Mask, what: str = "the language model"
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The losses of `logits` and KL(clean || logits) [nats] at each position that counts; raises as `next_token_losses`."""
+    losses, divergences = [], []
+    for block, position in _chunks(logits, mask):
+        ours = logits[block, position].float()
+        losses.append(cross_entropy(ours, input_ids[block, position + 1].long(), reduction="none"))
+        divergences.append(kl_divergence(clean[block, position].float().log_softmax(-1), ours.log_softmax(-1)))
+    if not losses:
+        return torch.empty(0, device=logits.device), torch.empty(0, device=logits.device)
+    return _finite(torch.cat(losses), what), _finite(torch.cat(divergences), what)
+
+
+def kl_divergence(log_p: Float[Tensor, "*rows vocab"], log_q: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:
+    """KL(p || q) [nats], as the sum of q - p - p (log q - log p).
+
+    That is the sum of p (log p - log q), for p and q sum to one. Each of its summands is at least 0, so that a small
+    divergence is no difference of large numbers; the clamp takes away what rounding leaves below 0.
+    """
+    p = log_p.exp()
+    return (log_q.exp() - p - p * (log_q - log_p)).clamp(min=0).sum(-1)
+
+
+def _chunks(logits: Logits, mask: Mask) -> Iterator[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
+    """The positions that count, as many at a time as CHUNK_LOGITS allows."""
+    block, position = counted_positions(mask)
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    return zip(block.split(rows), position.split(rows), strict=True) if len(block) else iter(())
+
+
+def _finite(values: Float[Tensor, " n"], what: str) -> Float[Tensor, " n"]:
+    if not torch.isfinite(values.sum(dtype=torch.float64)):
+        raise NonFinite(f"{what}: logits are NaN or infinite; run the model in float32, or check the SAE that is spliced in")
+    return values

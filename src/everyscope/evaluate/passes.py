@@ -9,15 +9,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from everyscope.base.errors import ShapeMismatch
-from everyscope.evaluate.losses import next_token_losses
-from everyscope.evaluate.pca import Pca
-from everyscope.evaluate.sums import EvaluationSums
+from everyscope.evaluate.calibration import Calibration
+from everyscope.evaluate.groups import Groups, moments, part
+from everyscope.evaluate.held_out import Batch
+from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
+from everyscope.evaluate.sums import SaeState, SaeSums
 from everyscope.evaluate.targets import Target
+from everyscope.evaluate.uniformity import centred_logits
 from everyscope.sae.folded import Sae
-from everyscope.sae.metrics import ReconstructionSums
-from everyscope.sites.capture import capturing
+from everyscope.sites.capture import Activations, capturing
+from everyscope.sites.hooks import visiting
 from everyscope.sites.names import Site
+from everyscope.sites.registry import anatomy_of
 from everyscope.sites.splice import resuming, splice
 
 CHUNK_ACTIVATIONS = 1 << 26
@@ -26,31 +29,36 @@ CHUNK_ACTIVATIONS = 1 << 26
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What stays the same over all batches: the model, the SAEs, the baselines."""
+    """What stays the same over all batches: the model, the SAEs, what training rows say of their sites."""
 
     model: Any
     """A Hugging Face causal language model in eval mode."""
     targets: tuple[Target, ...]
     saes: dict[str, Sae]
-    """By the identity of their scores, float32, on the model's device."""
-    means: dict[Site, Float[Tensor, " d_in"]]
-    """Mean of the training rows of each site, on the model's device."""
-    pcas: dict[Site, Pca]
+    """By the identity of their scores, rounded as the config says, on the model's device."""
+    calibrations: dict[Site, Calibration]
+    """On the model's device."""
 
     @property
     def sites(self) -> list[Site]:
         """The sites that have an SAE here, in order."""
         return sorted({target.site for target in self.targets})
 
-    @property
-    def captured(self) -> list[Site]:
-        """Those sites and, for the ones inside a block, the residual stream that enters it."""
-        return sorted(set(self.sites) | {below for site in self.sites if (below := _entering(site)) is not None})
 
-    @property
-    def passes_per_batch(self) -> int:
-        """Forward passes a batch takes: one clean, one per SAE, two ablations per site."""
-        return 1 + len(self.targets) + 2 * len(self.sites)
+@dataclass(frozen=True)
+class Clean:
+    """What the untouched model gives on one batch, detached."""
+
+    logits: Float[Tensor, "batch ctx vocab"]
+    activations: Activations
+    """Of the sites that were asked for, and of what spliced passes start from."""
+    gradients: Activations
+    """Of the logits' sum in uniformity.py by the activations; empty unless it was asked for."""
+
+
+def captured(sites: list[Site]) -> list[Site]:
+    """The sites and, for those inside a block, the residual stream that enters it."""
+    return sorted(set(sites) | {below for site in sites if (below := _entering(site)) is not None})
 
 
 def _entering(site: Site) -> Site | None:
@@ -58,54 +66,63 @@ def _entering(site: Site) -> Site | None:
     return Site("resid_post", site.layer - 1) if site.kind in ("attn_out", "mlp_out") and site.layer > 0 else None
 
 
-def measure_batch(
-    evaluated: Evaluated,
-    sums: EvaluationSums,
-    input_ids: Int[Tensor, "batch ctx"],
-    mask: Bool[Tensor, "batch ctx"],
-    passed: Callable[[], None],
-) -> None:
-    """Add one batch to `sums`. Masked positions keep their clean activations in every pass; `passed` is called after each."""
-    model = evaluated.model
-    with torch.no_grad():
-        with capturing(model, evaluated.captured) as activations:
-            logits = model(input_ids=input_ids, use_cache=False).logits
-        sums.clean.update(next_token_losses(logits, input_ids, mask))
-        del logits
-        passed()
+def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool = False) -> Clean:
+    """One forward pass; `with_gradients`, one backward pass on its graph gives the gradients at all sites."""
 
-        def losses_with(site: Site, rows: Float[Tensor, "n d_in"]) -> Float[Tensor, " m"]:
-            logits = spliced_logits(model, input_ids, site, rows, mask, activations)
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_()  # weights are frozen: the graph starts where the first block begins
+
+    with torch.set_grad_enabled(with_gradients), ExitStack() as stack:
+        if with_gradients:
+            stack.enter_context(visiting([(anatomy_of(model).place(Site("embed", 0)), leaf)]))
+        activations = stack.enter_context(capturing(model, captured(sites)))
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        gradients: Activations = {}
+        if with_gradients:
+            goal = centred_logits(logits, batch.input_ids, batch.mask)
+            gradients = dict(zip(sites, torch.autograd.grad(goal, [activations[site] for site in sites]), strict=True))
+    return Clean(logits.detach(), {site: found.detach() for site, found in activations.items()}, gradients)
+
+
+@torch.no_grad()
+def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_gradients: bool, passed: Callable[[], None]) -> None:
+    """Add one batch to `state`. Masked positions keep their clean activations in every pass; `passed` is called after each."""
+    clean = clean_pass(evaluated.model, evaluated.sites, batch, with_gradients)
+    losses, loss_groups = next_token_losses(clean.logits, batch.input_ids, batch.mask), batch.loss_groups
+    state.clean.add(loss_groups, torch.stack([torch.ones_like(losses), losses], dim=1))
+    passed()
+    for site in evaluated.sites:
+        rows, calibration = clean.activations[site][batch.mask], evaluated.calibrations[site]
+        is_large = rows.double().norm(dim=1) > calibration.norm_threshold
+        groups = {**batch.row_groups, "norm": is_large.long()}
+        step = max(1, CHUNK_ACTIVATIONS // rows.shape[-1])
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            state.sites[site].add(part(groups, some), moments(rows[some], calibration.mean))
+        gradient = clean.gradients[site][batch.mask] if with_gradients else None
+        for target in (target for target in evaluated.targets if target.site == site):
+            sums = state.saes[target.identity]
+            x_hat = reconstruct(evaluated.saes[target.identity], rows, groups, sums, gradient)
+            logits = spliced_logits(evaluated.model, batch.input_ids, site, x_hat, batch.mask, clean.activations)
+            measured = losses_and_divergences(logits, clean.logits, batch.input_ids, batch.mask, f"{target.place} spliced in")
+            sums.losses.add(loss_groups, torch.stack(measured, dim=1))
             passed()
-            return next_token_losses(logits, input_ids, mask)
-
-        for site in evaluated.sites:
-            rows, site_sums, mean = activations[site][mask], sums.sites[site], evaluated.means[site]
-            if rows.shape[-1] != len(mean):
-                raise ShapeMismatch(
-                    f"{site}: the model gives d_in={rows.shape[-1]}, the shards {len(mean)}; are they of another model?"
-                )
-            site_sums.pca.update(rows, evaluated.pcas[site])
-            site_sums.zero_ablated.update(losses_with(site, torch.zeros_like(rows)))
-            site_sums.mean_ablated.update(losses_with(site, mean.to(rows.dtype).expand_as(rows)))
-            for target in evaluated.targets:
-                if target.site == site:
-                    sae_sums = sums.saes[target.identity]
-                    x_hat = reconstruct(evaluated.saes[target.identity], rows, sae_sums.reconstruction)
-                    sae_sums.spliced.update(losses_with(site, x_hat))
-    sums.batches += 1
-    sums.sequences += len(input_ids)
 
 
-def reconstruct(sae: Sae, rows: Float[Tensor, "n d_in"], sums: ReconstructionSums) -> Float[Tensor, "n d_in"]:
-    """The reconstruction of unmasked rows in float32, a chunk at a time, each chunk added to `sums`."""
+def reconstruct(
+    sae: Sae, rows: Float[Tensor, "n d_in"], groups: Groups, sums: SaeSums, gradient: Float[Tensor, "n d_in"] | None = None
+) -> Float[Tensor, "n d_in"]:
+    """The reconstruction of unmasked rows, a chunk at a time, each chunk added to `sums`."""
     chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
     reconstructions = []
     for start in range(0, len(rows), chunk):
-        x = rows[start : start + chunk]
-        f = sae.encode(x)
+        some = slice(start, start + chunk)
+        f = sae.encode(rows[some])
         x_hat = sae.decode(f)
-        sums.update(x, x_hat, f)
+        measures = sums.reconstruction.update(rows[some], x_hat, f)
+        sums.rows.add(part(groups, some), torch.stack([measures.errors, measures.cosines, measures.firings], dim=1))
+        if gradient is not None:
+            sums.uniformity.update(f, gradient[some], sae.w_dec)
         reconstructions.append(x_hat)
     return torch.cat(reconstructions) if reconstructions else rows.float()
 
@@ -116,7 +133,7 @@ def spliced_logits(
     site: Site,
     rows: Float[Tensor, "n d_in"],
     mask: Bool[Tensor, "batch ctx"],
-    activations: dict[Site, Float[Tensor, "batch ctx d_in"]],
+    activations: Activations,
 ) -> Float[Tensor, "batch ctx vocab"]:
     """The logits with `rows` at the unmasked positions of `site`. Only what lies above the site is computed.
 

@@ -1,41 +1,43 @@
-"""Evaluate all trained SAEs of a model on its held-out documents.
+"""Evaluate many SAEs of a model on the held-out documents of a text.
 
-One clean forward pass per batch feeds every SAE's sums; each SAE then costs one pass from its layer on, each site two more for
-its ablations. SAEs whose scores are there are skipped, without loading the model; a killed evaluation goes on where it was
-last saved.
+Two sweeps over the same blocks. The first makes one clean forward pass per batch, which feeds every SAE's sums, and one pass per
+SAE from its layer on. The second measures baselines at the L0s that were found, as far as they are not known yet. SAEs whose
+scores are there are skipped, without loading the model; a killed evaluation goes on where it was last saved.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from math import ceil
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
 from everyscope.base.errors import ShapeMismatch
 from everyscope.base.files import PARTIAL
 from everyscope.base.progress import meter, say
+from everyscope.evaluate import baseline_sweep
+from everyscope.evaluate.baseline_sweep import Measured, measure_baselines
+from everyscope.evaluate.baselines import Baseline, baselines_of
+from everyscope.evaluate.bootstrap import Resampler
+from everyscope.evaluate.calibration import Calibration, calibrate
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.losses import LossSums
+from everyscope.evaluate.cost import Cost, add_cost
+from everyscope.evaluate.groups import Tables
+from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
+from everyscope.evaluate.intervals import resample_site
 from everyscope.evaluate.passes import Evaluated, measure_batch
-from everyscope.evaluate.pca import PcaSums, cached_pca
-from everyscope.evaluate.scores import metrics_of, write_scores
-from everyscope.evaluate.sums import EvaluationSums, SaeSums, SiteSums
-from everyscope.evaluate.targets import Target, find_targets
-from everyscope.sae.files import read_sae
+from everyscope.evaluate.rounding import rounded
+from everyscope.evaluate.scores import Findings, metrics_of, write_scores
+from everyscope.evaluate.sums import SaeState, SaeSums, State
+from everyscope.evaluate.targets import Target, load_targets
+from everyscope.evaluate.uniformity import UniformitySums
+from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
-from everyscope.shards.reader import Shards
 from everyscope.sites.model import load_language_model
-from everyscope.text.blocks import Block, read_blocks
-from everyscope.text.tokenizer import load_tokenizer
+from everyscope.sites.names import Site
 
 PROGRESS_FILE = "progress.safetensors"
 """The saved sums of an unfinished evaluation, in the scores folder."""
-PCA_FILE = "pca.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class EvaluateResult:
     """What an evaluation left on disk."""
 
     scores: Path
-    """The scores folder: <site>/layer_<L>/<SAE>/metrics.json and latents.parquet."""
+    """The scores folder: <site>/layer_<L>/<SAE>/metrics.json and latents.parquet, and cost.json."""
     num_evaluated: int
     """SAEs evaluated in this run."""
     num_skipped: int
@@ -51,75 +53,122 @@ class EvaluateResult:
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:
-    """Score every SAE below `config.trained` that has no scores under this config yet.
+    """Score every SAE that the config asks for and that has no scores under this config yet.
 
-    Raises DataError (nothing trained, no token to measure), ShapeMismatch and NonFinite (SAE, shards and model do not fit, or
-    break down), ModelError and TextError (model or text cannot be read), StorageError.
+    Raises DataError (no SAE, no token to measure), ShapeMismatch and NonFinite (SAE, shards and model do not fit, or break
+    down), ModelError and TextError (model or text cannot be read), ConfigError, StorageError.
     """
-    targets = find_targets(config)
-    pending = tuple(target for target in targets if not target.is_scored)
-    progress = config.out / PROGRESS_FILE
-    if pending:
-        evaluated = _prepare(config, pending)
-        sums = _start(evaluated)
-        sums.restore(progress)
-        _measure(config, evaluated, sums, progress)
-        for target in pending:
-            write_scores(target.scores, metrics_of(target, config, sums), sums.saes[target.identity].reconstruction)
-    for leftover in (progress, progress.with_name(progress.name + PARTIAL)):
-        leftover.unlink(missing_ok=True)
-    return EvaluateResult(config.out, len(pending), len(targets) - len(pending))
+    targets = load_targets(config)
+    groups = [[target for target in group if not target.is_scored] for group in _groups(targets, config.saes_at_once)]
+    num_pending = sum(len(group) for group in groups)
+    if num_pending:
+        held_out = read_held_out(config)
+        if held_out.num_sequences < config.num_sequences:
+            say(
+                f"The held-out text ends after {held_out.num_sequences} of {config.num_sequences} sequences; "
+                "the scores are of those"
+            )
+        _evaluate(config, held_out, [tuple(group) for group in groups if group])
+    for name in (PROGRESS_FILE, baseline_sweep.PROGRESS_FILE):
+        for leftover in (config.out / name, config.out / (name + PARTIAL)):
+            leftover.unlink(missing_ok=True)
+    return EvaluateResult(config.out, num_pending, len(targets) - num_pending)
 
 
-def _prepare(config: EvaluateConfig, targets: tuple[Target, ...]) -> Evaluated:
-    """Load SAEs, baselines and the model."""
-    device = torch.device(config.model.device)
-    saes, means, pcas = {}, {}, {}
-    for target in targets:
-        shards = Shards(config.shards / target.site.folder)
-        sae, _ = read_sae(target.folder)
-        if sae.d_in != shards.d_in:
-            raise ShapeMismatch(f"{target.folder}: the SAE has d_in={sae.d_in}, its site's shards {shards.d_in}; train it again")
-        saes[target.identity] = sae.to(device)
-        if target.site not in pcas:
-            means[target.site] = torch.as_tensor(shards.statistics.mean, dtype=torch.float64).to(device)
-            pcas[target.site] = cached_pca(config.out / target.site.folder / PCA_FILE, shards, config.pca_rows)
-    return Evaluated(load_language_model(config.model).model, targets, saes, means, pcas)
+def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:
+    """`targets`, which come by site, so many at a time; the same groups whether or not some are scored already."""
+    size = size or len(targets)
+    return (targets[start : start + size] for start in range(0, len(targets), size))
 
 
-def _start(evaluated: Evaluated) -> EvaluationSums:
+def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Target, ...]]) -> None:
+    """Both sweeps and the scores of each group in turn."""
+    language, device = load_language_model(config.model), torch.device(config.model.device)
+    sites = sorted({target.site for group in groups for target in group})
+    began = time.monotonic()
+    calibrations, passes = calibrate(config, sites, language)
+    spent = Cost(calibration=passes, seconds=time.monotonic() - began if passes else 0.0)
+    calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
+    for group in groups:
+        saes = {target.identity: _load(target, calibrations[target.site], config, device) for target in group}
+        evaluated = Evaluated(language.model, group, saes, calibrations)
+        state, cost = _measure(config, held_out, evaluated)
+        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group, state))
+        _write(config, held_out, evaluated, state, baselines)
+        add_cost(config.out, spent + cost + baselines.cost)
+        spent = Cost()
+        (config.out / PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device) -> Sae:
+    sae = target.sae()
+    if sae.d_in != (want := len(calibration.mean)):
+        raise ShapeMismatch(
+            f"{target.folder}: the SAE has d_in={sae.d_in}, {target.site} of {config.model.name} gives {want}; "
+            "is it an SAE of another model or site?"
+        )
+    return rounded(sae.to(device), config.sae_dtype)
+
+
+def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
     """Empty sums for every site and SAE."""
-    sites = {
-        site: SiteSums(LossSums.start(), LossSums.start(), PcaSums.start(len(evaluated.means[site]))) for site in evaluated.sites
-    }
+    sizes, row_sizes = held_out.sizes, held_out.row_sizes
+    calibrations = evaluated.calibrations
+    device = next(iter(calibrations.values())).mean.device
+    sites = {site: Tables.start(row_sizes, 2 + len(calibrations[site].mean), device) for site in evaluated.sites}
     saes = {
         target.identity: SaeSums(
-            ReconstructionSums.start(evaluated.means[target.site], evaluated.saes[target.identity].d_sae), LossSums.start()
+            ReconstructionSums.start(calibrations[target.site].mean, evaluated.saes[target.identity].d_sae),
+            Tables.start(row_sizes, 3, device),
+            Tables.start(sizes, 2, device),
+            UniformitySums.start(),
         )
         for target in evaluated.targets
     }
-    return EvaluationSums(LossSums.start(), sites, saes)
+    return SaeState(Tables.start(sizes, 2, device), sites, saes)
 
 
-def _measure(config: EvaluateConfig, evaluated: Evaluated, sums: EvaluationSums, progress: Path) -> None:
-    """Add all batches that are still to do, saving now and then."""
-    tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    blocks = islice(read_blocks(config.text, tokenizer, "held_out"), sums.sequences, config.num_sequences)
-    num_passes = ceil(config.num_sequences / config.batch_blocks) * evaluated.passes_per_batch
-    device = torch.device(config.model.device)
-    with meter("evaluate", num_passes, "passes") as progress_meter:
-        if sums.batches:
-            progress_meter.advance(sums.batches * evaluated.passes_per_batch, is_resumed=True)
-        for input_ids, mask in _batches(blocks, config.batch_blocks):
-            measure_batch(evaluated, sums, input_ids.to(device), mask.to(device), progress_meter.advance)
-            if sums.batches % config.checkpoint_batches == 0:
-                sums.save(progress)
-    if sums.sequences < config.num_sequences:
-        say(f"The held-out text ends after {sums.sequences} of {config.num_sequences} sequences; the scores are of those")
+def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) -> tuple[SaeState, Cost]:
+    """Sweep over all batches that are still to do, saving now and then and at the end."""
+    state, progress = _start(held_out, evaluated), config.out / PROGRESS_FILE
+    sweep = State(state.parts, held_out.identity)
+    sweep.restore(progress)
+    heads = (config.uniformity_sequences, min(config.gradient_blocks, config.batch_blocks))
+    ranges = ranges_of(held_out.num_sequences, heads, (held_out.num_sequences, config.batch_blocks))
+    per_batch = 1 + len(evaluated.targets)
+    with meter("evaluate", len(ranges) * per_batch, "passes") as progress_meter:
+        if sweep.batches:
+            progress_meter.advance(sweep.batches * per_batch, is_resumed=True)
+        for batch in held_out.batches(ranges[sweep.batches :], torch.device(config.model.device)):
+            began, with_gradients = time.monotonic(), batch.start < config.uniformity_sequences
+            measure_batch(evaluated, state, batch, with_gradients, progress_meter.advance)
+            sweep.batches += 1
+            sweep.cost += Cost(
+                clean=1,
+                spliced=len(evaluated.targets),
+                backwards=int(with_gradients),
+                seconds=time.monotonic() - began,
+                tokens=batch.input_ids.numel(),
+            )
+            if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges):
+                sweep.save(progress)
+    return state, sweep.cost
 
 
-def _batches(blocks: Iterator[Block], size: int) -> Iterator[tuple[Int[Tensor, "batch ctx"], Bool[Tensor, "batch ctx"]]]:
-    """Token ids (int64) and masks of `size` blocks at a time; the last batch may be smaller."""
-    while batch := list(islice(blocks, size)):
-        input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
-        yield input_ids, torch.from_numpy(np.stack([block.mask for block in batch]))
+def _wanted(group: tuple[Target, ...], state: SaeState) -> dict[Site, set[Baseline]]:
+    """The baselines at the L0s that the SAEs turned out to have."""
+    wanted: dict[Site, set[Baseline]] = {}
+    for target in group:
+        sums = state.saes[target.identity].reconstruction
+        wanted.setdefault(target.site, set()).update(baselines_of(sums.l0, len(sums.firings)))
+    return wanted
+
+
+def _write(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, state: SaeState, baselines: Measured) -> None:
+    """The scores of every SAE of a group."""
+    resampler = Resampler(held_out.sizes["document"], config.resamples, config.interval_level, config.seed)
+    for site in evaluated.sites:
+        resamples = resample_site(resampler, state.sites[site], state.clean, baselines.sites[site].ablated)
+        found = Findings(config, held_out, state, evaluated.calibrations[site], baselines, resamples)
+        for target in (target for target in evaluated.targets if target.site == site):
+            write_scores(target.scores, metrics_of(target, found), state.saes[target.identity].reconstruction)

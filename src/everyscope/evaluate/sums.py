@@ -1,10 +1,11 @@
-"""All sums of one evaluation, and the file that lets it go on where it was killed.
+"""The state of an evaluation between two batches, and the files that let it go on where it was killed.
 
-The file holds float64 and int64 tensors bit by bit, so a resumed evaluation ends with the same bytes as an undisturbed one.
+A file holds float64 and int64 tensors bit by bit, so a resumed evaluation ends with the same bytes as an undisturbed one.
 """
 
 import json
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,11 @@ from torch import Tensor
 
 from everyscope.base.progress import say
 from everyscope.base.tensors import write_tensors
-from everyscope.evaluate.losses import LossSums
-from everyscope.evaluate.pca import PcaSums
+from everyscope.evaluate.cost import Cost
+from everyscope.evaluate.groups import Tables
+from everyscope.evaluate.uniformity import UniformitySums
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
-
-
-@dataclass
-class SiteSums:
-    """What is summed once per site."""
-
-    zero_ablated: LossSums
-    """Loss with the site's activations replaced by zeros."""
-    mean_ablated: LossSums
-    """Loss with them replaced by the training mean."""
-    pca: PcaSums
-    """The PCA baseline's projections."""
 
 
 @dataclass
@@ -36,64 +26,101 @@ class SaeSums:
     """What is summed per SAE."""
 
     reconstruction: ReconstructionSums
-    """Errors, sparsity and latents."""
-    spliced: LossSums
-    """Loss with the site's activations replaced by the SAE's reconstruction."""
+    """Errors, sparsity and latents, over all rows."""
+    rows: Tables
+    """||x - x_hat||^2, cosine and latents that fire, by group."""
+    losses: Tables
+    """Loss with the reconstruction in the activations' place and KL(clean || spliced), by group."""
+    uniformity: UniformitySums
+    """Entropies of attributions."""
 
 
 @dataclass
-class EvaluationSums:
-    """The whole state of an evaluation between two batches."""
+class State:
+    """Named sums of one sweep over the held-out text, and how far it has come."""
 
-    clean: LossSums
-    """Loss of the untouched model."""
-    sites: dict[Site, SiteSums]
-    saes: dict[str, SaeSums]
-    """By the identity of the SAE's scores."""
+    parts: Mapping[str, Any]
+    """Dataclasses of tensors, by name."""
+    text: str
+    """Identity of the text that is swept over."""
     batches: int = 0
     """Batches done."""
-    sequences: int = 0
-    """Blocks done."""
+    cost: Cost = field(default_factory=Cost)
+    """What they took."""
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file, whole or not at all."""
-        progress = json.dumps({"batches": self.batches, "sequences": self.sequences, "saes": sorted(self.saes)})
-        write_tensors(path, self._tensors(), {"progress": progress})
+        header = {"text": self.text, "batches": self.batches, "cost": asdict(self.cost), "parts": sorted(self.parts)}
+        write_tensors(path, _named(self.parts), {"progress": json.dumps(header)})
 
     def restore(self, path: Path) -> None:
-        """Take up the sums saved in `path`, if they are there and hold every SAE of ours; else stay as we are, and say so."""
+        """Take up the sums saved in `path`, if they are there and hold every part of ours; else stay as we are, and say so."""
         if not path.exists():
             return
-        ours = self._tensors()
+        ours = _named(self.parts)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                progress = json.loads((file.metadata() or {})["progress"])
-                is_ours = set(self.saes) <= set(progress["saes"])
+                header = json.loads((file.metadata() or {})["progress"])
+                is_ours = header["text"] == self.text and set(self.parts) <= set(header["parts"])
                 saved = {name: file.get_tensor(name) for name in ours} if is_ours else {}
         except (safetensors.SafetensorError, KeyError, ValueError):
             say(f"{path} is damaged; the evaluation starts over")
             return
         if not is_ours:
-            say("The half-finished evaluation found here is of other SAEs or settings; the evaluation starts over")
+            say("The half-finished evaluation found here is of other SAEs, settings or text; the evaluation starts over")
             return
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
-        self.batches, self.sequences = progress["batches"], progress["sequences"]
+        self.batches, self.cost = header["batches"], Cost(**header["cost"])
 
-    def _tensors(self) -> dict[str, Tensor]:
-        parts: dict[str, Any] = {"clean": self.clean}
-        parts |= {f"sites.{site.folder}": sums for site, sums in self.sites.items()}
-        parts |= {f"saes.{identity}": sums for identity, sums in self.saes.items()}
-        return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in _flat(part).items()}
+
+@dataclass
+class SaeState:
+    """The parts of the sweep that measures SAEs, by what they are of."""
+
+    clean: Tables
+    """Positions and loss of the untouched model, by group."""
+    sites: dict[Site, Tables]
+    """Moments of each site's activations, by group."""
+    saes: dict[str, SaeSums]
+    """By the identity of the SAE's scores."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All of them, by name."""
+        named: dict[str, Any] = {"clean": self.clean}
+        named |= {f"sites.{site.folder}": tables for site, tables in self.sites.items()}
+        return named | {f"saes.{identity}": sums for identity, sums in self.saes.items()}
+
+
+def save_part(path: Path, part: Any, source: str) -> None:
+    """Keep a finished part in a file of its own, with what it was made from."""
+    write_tensors(path, _flat(part), {"source": source})
+
+
+def restore_part(path: Path, part: Any, source: str) -> bool:
+    """Fill `part` from the file, if it is there and was made from the same; whether it was."""
+    if not path.exists():
+        return False
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("source") != source:
+                return False
+            for name, tensor in _flat(part).items():
+                tensor.copy_(file.get_tensor(name))
+    except safetensors.SafetensorError:
+        say(f"{path} is damaged and is made anew")
+        return False
+    return True
+
+
+def _named(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in _flat(part).items()}
 
 
 def _flat(part: Any) -> dict[str, Tensor]:
-    """The tensors of nested dataclasses, by dotted name."""
-    found: dict[str, Tensor] = {}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if is_dataclass(value):
-            found |= {f"{field.name}.{name}": tensor for name, tensor in _flat(value).items()}
-        else:
-            found[field.name] = value
-    return found
+    """The tensors of nested dataclasses and dicts, by dotted name."""
+    if isinstance(part, Tensor):
+        return {"": part}
+    values = {item.name: getattr(part, item.name) for item in fields(part)} if is_dataclass(part) else part
+    return {f"{key}.{name}".rstrip("."): tensor for key, value in values.items() for name, tensor in _flat(value).items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from everyscope.base.errors import DataError, NonFinite, ShapeMismatch
@@ -25,12 +25,26 @@ def fraction_unexplained(squared_error: float, squared_total: float) -> float:
     return squared_error / squared_total
 
 
-def centred_squares(count: int, shifted_sum: Float[Tensor, " d_in"], shifted_squares: float) -> float:
-    """Sum ||x - mean||^2 over the data set, from sums of x - r about any fixed r.
+def centred_squares(
+    count: Num[Tensor, "*sets"], shifted_sum: Float[Tensor, "*sets d_in"], shifted_squares: Float[Tensor, "*sets"]
+) -> Float[Tensor, "*sets"]:
+    """Sum ||x - mean||^2 over each of some sets of rows about its own mean, from sums of x - r about any fixed r.
 
-    sum ||x - r||^2 - ||sum (x - r)||^2 / count. The nearer r lies to the mean, the less there is to cancel.
+    sum ||x - r||^2 - ||sum (x - r)||^2 / count, 0 for an empty set. The nearer r lies to the mean, the less there is to cancel.
     """
-    return shifted_squares - float(shifted_sum.square().sum()) / count
+    return shifted_squares - shifted_sum.square().sum(-1) / count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class RowMeasures:
+    """What a reconstruction is worth row by row, float64."""
+
+    errors: Float[Tensor, " batch"]
+    """||x - x_hat||^2."""
+    cosines: Float[Tensor, " batch"]
+    """<x, x_hat> / (||x|| ||x_hat||), 0 where either norm is 0."""
+    firings: Float[Tensor, " batch"]
+    """Latents that fire [latents]."""
 
 
 @dataclass
@@ -55,6 +69,10 @@ class ReconstructionSums:
     """sum ||x_hat||^2."""
     products: Float[Tensor, ""]
     """sum <x, x_hat>."""
+    norm_ratios: Float[Tensor, ""]
+    """sum ||x_hat|| / ||x|| over rows that are not 0."""
+    nonzero: Int64[Tensor, ""]
+    """Rows that are not 0 [tokens]."""
     firings: Int64[Tensor, " d_sae"]
     """Rows on which each latent fires [tokens]."""
     activation_sums: Float[Tensor, " d_sae"]
@@ -67,7 +85,7 @@ class ReconstructionSums:
         """Empty sums of an SAE with `d_sae` latents, on the device of `reference`."""
         values = {"reference": reference.detach().double().clone()}
         for field in fields(cls)[1:]:
-            is_count = field.name in ("count", "firings")
+            is_count = field.name in ("count", "nonzero", "firings")
             size = {"shifted_sum": (len(reference),), "firings": (d_sae,)}.get(field.name, ())
             size = (d_sae,) if field.name.startswith("activation_") else size
             values[field.name] = torch.zeros(size, dtype=torch.int64 if is_count else torch.float64, device=reference.device)
@@ -85,31 +103,42 @@ class ReconstructionSums:
         """Everything the sums hold, by name: float64 and int64, so that saving them loses nothing."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def update(self, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"]) -> None:
-        """Add a batch of unmasked rows. ShapeMismatch for other sizes, NonFinite for NaN or infinity (this syncs the device)."""
+    def update(
+        self, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"]
+    ) -> RowMeasures:
+        """Add a batch of unmasked rows and give what is summed row by row.
+
+        ShapeMismatch for other sizes, NonFinite for NaN or infinity (this syncs the device).
+        """
         want = ((len(x), len(self.reference)), (len(x), len(self.reference)), (len(x), len(self.firings)))
         got = (tuple(x.shape), tuple(x_hat.shape), tuple(f.shape))
         if got != want:
             raise ShapeMismatch(f"x, x_hat and f have shapes {got}, expected {want}; are these one SAE's?")
+        x, x_hat, fires = x.double(), x_hat.double(), f > 0
+        errors, products = (x - x_hat).square().sum(1), (x * x_hat).sum(1)
+        norms, norms_hat = x.norm(dim=1), x_hat.norm(dim=1)
+        cosines = torch.where(norms * norms_hat > 0, products / (norms * norms_hat), 0)
+        measures = RowMeasures(errors, cosines, fires.sum(1).double())
         if not len(x):
-            return
-        x, x_hat = x.double(), x_hat.double()
-        error, norm_product = (x - x_hat).square().sum(), x.norm(dim=1) * x_hat.norm(dim=1)
+            return measures
         active = f.sum(0, dtype=torch.float64)
-        if not (math.isfinite(float(error)) and torch.isfinite(active).all()):
+        if not (math.isfinite(float(errors.sum())) and torch.isfinite(active).all()):
             raise NonFinite(f"NaN or infinity among {len(x)} activations or reconstructions; harvest in float32, check the SAE")
-        shifted, products = x - self.reference, (x * x_hat).sum(1)
+        shifted = x - self.reference
         self.count += len(x)
         self.shifted_sum += shifted.sum(0)
         self.shifted_squares += shifted.square().sum()
         self.squares += x.square().sum()
-        self.errors += error
-        self.cosines += torch.where(norm_product > 0, products / norm_product, 0).sum()
+        self.errors += errors.sum()
+        self.cosines += cosines.sum()
         self.reconstruction_squares += x_hat.square().sum()
         self.products += products.sum()
-        self.firings += (f > 0).sum(0)
+        self.norm_ratios += torch.where(norms > 0, norms_hat / norms, 0).sum()
+        self.nonzero += (norms > 0).sum()
+        self.firings += fires.sum(0)
         self.activation_sums += active
         self.activation_maxima = torch.maximum(self.activation_maxima, f.amax(0).double())
+        return measures
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +150,8 @@ class ReconstructionSums:
     @property
     def centred_squares(self) -> float:
         """Sum ||x - mean||^2 about the mean of these very rows."""
-        return centred_squares(self.num_tokens, self.shifted_sum, float(self.shifted_squares))
+        assert self.num_tokens
+        return float(centred_squares(self.count, self.shifted_sum, self.shifted_squares))
 
     @property
     def fvu(self) -> float:
@@ -142,6 +172,16 @@ class ReconstructionSums:
     def cosine(self) -> float:
         """Mean cosine between x and x_hat [1]."""
         return float(self.cosines) / self.num_tokens
+
+    @property
+    def mse(self) -> float:
+        """Mean over tokens of ||x - x_hat||^2, not divided by d_in [squared raw units]."""
+        return float(self.errors) / self.num_tokens
+
+    @property
+    def l2_ratio(self) -> float | None:
+        """Mean of ||x_hat|| / ||x|| over rows that are not 0 [1]; None where all are."""
+        return float(self.norm_ratios) / int(self.nonzero) if int(self.nonzero) else None
 
     @property
     def reconstruction_bias(self) -> float | None:

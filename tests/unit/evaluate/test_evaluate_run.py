@@ -1,15 +1,21 @@
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
-from small_scope import SITES, build_scope, identity_sae, tree_bytes
+import torch
+from small_scope import SITES, build_scope, identity_sae, random_sae, score_bytes
 
-from everyscope.base.errors import DataError, ShapeMismatch
+from everyscope.base.errors import DataError, ModelError, NonFinite, ShapeMismatch, TextError
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import read_sae, save_sae
+from everyscope.sae.folded import Sae
+from everyscope.sites import model as language_models
+from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 
 SITE = Site("mlp_out", 1)
@@ -33,16 +39,72 @@ def copied(config: EvaluateConfig, root: Path, **changes) -> EvaluateConfig:
     return config.model_copy(update={"trained": root / "train", "out": root / "scores", **changes})
 
 
+def close(got, want) -> bool:
+    """Equal but for rounding: 1e-6 of a number."""
+    if isinstance(want, dict):
+        return got.keys() == want.keys() and all(close(got[name], want[name]) for name in want)
+    if isinstance(want, list):
+        return len(got) == len(want) and all(map(close, got, want))
+    return got == (pytest.approx(want, rel=1e-6, abs=1e-6) if isinstance(want, float) else want)
+
+
+class PassCounter:
+    """Counts passes through the last module of every model that is loaded, and through the first block."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.heads = self.starts = 0
+
+        def loaded(config):
+            language = load_language_model(config)
+            language.model.lm_head.register_forward_hook(self._head)  # after the load's own checks
+            language.model.model.register_forward_pre_hook(self._start)
+            return language
+
+        monkeypatch.setattr(evaluate, "load_language_model", loaded)
+
+    def _head(self, *_) -> None:
+        self.heads += 1
+
+    def _start(self, *_) -> None:
+        self.starts += 1
+
+
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_scores_fit_together(evaluated: EvaluateConfig, site: Site):
     dense, sparse = metrics(evaluated, site, "w32_0"), metrics(evaluated, site, "w32_1")
     assert dense["l0"] > sparse["l0"] > 0
     for scores in (dense, sparse):
         assert scores["delta_loss"] == scores["loss_spliced"] - scores["loss_clean"]
-        assert 0 <= scores["fvu_pca"] <= 1.5
+        assert scores["delta_loss_zero"] == scores["loss_zero_ablated"] - scores["loss_clean"]
+        assert scores["kl"] > 0
         assert scores["num_tokens"] > scores["num_loss_tokens"] > 0
         assert 0 < scores["num_sequences"] <= evaluated.num_sequences
+        for name, (low, high) in scores["intervals"].items():
+            assert low <= scores[name] <= high, name
+        assert sum(scores["by_position"]["count"]) == scores["num_tokens"]
+        assert sum(scores["by_position"]["loss_count"]) == scores["num_loss_tokens"]
+        errors = np.dot(scores["by_position"]["count"], scores["by_position"]["error"])
+        assert errors == pytest.approx(scores["mse"] * scores["num_tokens"])
+        assert 0 < scores["uniformity"]["r_l0"] <= 1 + 1e-6
+        assert scores["uniformity"]["effective"] <= scores["l0"] * 3
+        assert scores["by_segment"] is None
+        assert 0 <= scores["high_norm"]["share_of_variance"] < 0.5
     assert dense["loss_mean_ablated"] == sparse["loss_mean_ablated"]
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_every_number_has_its_baselines(evaluated: EvaluateConfig, site: Site):
+    scores = metrics(evaluated, site, "w32_1")
+    rows = scores["baselines"]
+    assert set(rows) == {"zero", "mean", "pca", "random_dictionary", "neuron_basis"}
+    assert scores["fvu_pca"] == rows["pca"]["fvu"]
+    assert rows["mean"]["fvu"] == pytest.approx(1, abs=0.1)  # the training mean, not the held-out one
+    assert rows["mean"]["fvu"] >= 1
+    assert rows["zero"]["delta_loss"] == scores["delta_loss_zero"]
+    assert rows["pca"]["l0"] == rows["neuron_basis"]["l0"] == min(round(scores["l0"]), scores["d_in"])
+    assert rows["random_dictionary"]["l0"] == pytest.approx(scores["l0"], abs=2.5)
+    assert rows["neuron_basis"]["fvu"] < rows["random_dictionary"]["fvu"]
+    assert scores["baseline_sequences"] == evaluated.baseline_sequences
 
 
 def test_latents_agree_with_the_metrics(evaluated: EvaluateConfig):
@@ -50,17 +112,18 @@ def test_latents_agree_with_the_metrics(evaluated: EvaluateConfig):
     rows = pyarrow.parquet.read_table(evaluated.out / SITE.folder / "w32_0" / "latents.parquet").to_pylist()
     assert [row["latent"] for row in rows] == list(range(32))
     assert sum(row["frequency"] for row in rows) == pytest.approx(scores["l0"])
-    assert sum(row["firings"] == 0 for row in rows) / 32 == scores["dead_fraction"]
+    assert sum(row["firings"] == 0 for row in rows) / 32 == scores["dead_fraction"] == scores["firing"]["dead"]
     assert all((row["mean_activation"] is None) == (row["firings"] == 0) for row in rows)
+    assert sum(scores["firing"]["counts"]) == sum(row["firings"] > 0 for row in rows)
 
 
 def test_scores_do_not_depend_on_the_batch_size(evaluated: EvaluateConfig, tmp_path: Path):
-    other = copied(evaluated, tmp_path, batch_blocks=7)
+    other = copied(evaluated, tmp_path, batch_blocks=7, gradient_blocks=1)
     evaluate.run(other)
     got, want = metrics(other, SITE), metrics(evaluated, SITE)
-    for name, value in want.items():
-        if name != "evaluation":
-            assert got[name] == (pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, float) else value), name
+    assert got.keys() == want.keys()
+    for name in want.keys() - {"evaluation"}:
+        assert close(got[name], want[name]), name
 
 
 def test_an_added_sae_is_evaluated_alone_and_identity_costs_nothing(
@@ -68,31 +131,166 @@ def test_an_added_sae_is_evaluated_alone_and_identity_costs_nothing(
 ):
     config = copied(evaluated, tmp_path)
     evaluate.run(config)
-    before = tree_bytes(config.out)
+    before = score_bytes(config.out)
     save_sae(config.trained / SITE.folder / "identity", identity_sae(16), {})
     result = evaluate.run(config)
     assert (result.num_evaluated, result.num_skipped) == (1, 2)
     scores = metrics(config, SITE, "identity")
-    assert (scores["delta_loss"], scores["fvu"], scores["loss_recovered"]) == (0, 0, 1)
-    after = tree_bytes(config.out)
+    assert (scores["delta_loss"], scores["fvu"], scores["loss_recovered"], scores["kl"]) == (0, 0, 1, 0)
+    assert (scores["intervals"]["delta_loss"], scores["l2_ratio"]) == ([0, 0], 1)
+    after = score_bytes(config.out)
     assert {name: after[name] for name in before} == before
     monkeypatch.setattr(evaluate, "load_language_model", lambda *_: pytest.fail("there was nothing to do"))
     assert evaluate.run(config).num_skipped == 3
-    assert tree_bytes(config.out) == after
+    assert score_bytes(config.out) == after
 
 
 def test_scores_of_one_site_are_those_of_the_whole_run(evaluated: EvaluateConfig, tmp_path: Path):
-    config = copied(evaluated, tmp_path)
+    for config in (copied(evaluated, tmp_path / "a"), evaluated.model_copy(update={"out": tmp_path / "b", "sites": (SITE,)})):
+        assert evaluate.run(config).num_evaluated == 2
+        for name in ("metrics.json", "latents.parquet"):
+            place = Path(SITE.folder) / "w32_1" / name
+            assert (config.out / place).read_bytes() == (evaluated.out / place).read_bytes()
+
+
+def test_saes_taken_in_turns_have_the_same_scores(evaluated: EvaluateConfig, tmp_path: Path):
+    config = evaluated.model_copy(update={"out": tmp_path, "saes_at_once": 3, "sites": (SITE, Site("attn_out", 0))})
     evaluate.run(config)
-    for name in ("metrics.json", "latents.parquet"):
-        place = Path(SITE.folder) / "w32_1" / name
-        assert (config.out / place).read_bytes() == (evaluated.out / place).read_bytes()
+    want = score_bytes(evaluated.out)
+    assert all(want[name] == content for name, content in score_bytes(tmp_path).items())
 
 
-def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path):
+@pytest.mark.parametrize("saes_at_once", [None, 1])
+def test_passes_are_one_clean_and_one_per_sae(
+    evaluated: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saes_at_once: int | None
+):
+    """From scratch: 1 + S a batch, and the baselines' own, which are counted apart. With the baselines known: exactly 1 + S."""
+    config = evaluated.model_copy(
+        update={"out": tmp_path, "sites": (SITE,), "num_sequences": 16, "baseline_sequences": 16, "saes_at_once": saes_at_once}
+    )
+    turns, num_saes = (1, 2) if saes_at_once is None else (2, 2)
+    counter = PassCounter(monkeypatch)
+    evaluate.run(config)
+    batches = 2 + 3  # four blocks two at a time for uniformity, twelve by four
+    forwards = json.loads((tmp_path / "cost.json").read_text())["forwards"]
+    assert forwards["clean"] == turns * batches
+    assert forwards["spliced"] == num_saes * batches
+    sizes = len(list((tmp_path / SITE.folder / "baselines").glob("*.safetensors"))) - 1
+    assert forwards["baselines"] == 4 * (turns + 2 + sizes)
+    assert counter.heads == counter.starts == forwards["clean"] + forwards["spliced"] + forwards["baselines"]
+
+    for scores in tmp_path.rglob("metrics.json"):
+        scores.unlink()
+    counter = PassCounter(monkeypatch)
+    evaluate.run(config)
+    assert counter.heads == counter.starts == batches * (turns + num_saes)
+
+
+def test_uniformity_costs_one_backward_pass_a_batch_and_no_forward(evaluated: EvaluateConfig, tmp_path: Path, monkeypatch):
+    calls = Counter()
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **named: calls.update(["grad"]) or grad(*given, **named))
+    config = evaluated.model_copy(update={"out": tmp_path, "sites": (SITE, Site("resid_post", 0))})
+    evaluate.run(config)
+    assert calls["grad"] == json.loads((tmp_path / "cost.json").read_text())["backwards"] == 2
+    without = config.model_copy(update={"out": tmp_path / "none", "uniformity_sequences": 0, "baseline_sequences": 0})
+    evaluate.run(without)
+    assert calls["grad"] == 2
+    scores = metrics(without, SITE)
+    assert scores["uniformity"] is None
+    assert scores["baselines"]["pca"]["delta_loss"] is None
+    assert scores["fvu"] == pytest.approx(metrics(config, SITE)["fvu"], rel=1e-6)
+
+
+def test_saes_made_elsewhere_are_scored_without_shards(evaluated: EvaluateConfig, tmp_path: Path):
+    """The files of a release, of the very same SAEs: all but what training rows decide is the same."""
+    for number in range(2):
+        sae, _ = read_sae(evaluated.trained / SITE.folder / f"w32_{number}")
+        folder = tmp_path / "gemma-scope-tiny-mlp" / "layer_1" / "width_32" / f"average_l0_{number}"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in sae.tensors().items()})
+    changes = {"trained": tmp_path / "gemma-scope-tiny-mlp", "out": tmp_path / "scores", "shards": None}
+    config = evaluated.model_copy(update=changes)
+    assert evaluate.run(config).num_evaluated == 2
+    got, want = metrics(config, SITE, "width_32/average_l0_0"), metrics(evaluated, SITE, "w32_0")
+    for name in ("l0", "fvu", "delta_loss", "kl", "cosine", "by_position", "firing", "uniformity", "loss_zero_ablated"):
+        assert close(got[name], want[name]), name
+    assert got["fvu_pca"] == pytest.approx(want["fvu_pca"], rel=0.05)
+    assert json.loads((config.out / "cost.json").read_text())["forwards"]["calibration"] > 0
+
+
+def test_a_suites_folders_are_scored_with_the_shards_of_its_run(evaluated: EvaluateConfig, tmp_path: Path):
+    folder = tmp_path / "suite" / SITE.folder / "width_32" / "average_l0_5"
+    folder.mkdir(parents=True)
+    sae, _ = read_sae(evaluated.trained / SITE.folder / "w32_1")
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in sae.tensors().items()})
+    config = evaluated.model_copy(update={"trained": tmp_path / "suite", "out": tmp_path / "scores"})
+    evaluate.run(config)
+    assert metrics(config, SITE, "width_32/average_l0_5")["fvu"] == metrics(evaluated, SITE, "w32_1")["fvu"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shorter_formats_change_little_and_say_so(evaluated: EvaluateConfig, tmp_path: Path, dtype: str):
+    config = copied(evaluated, tmp_path, sae_dtype=dtype)
+    evaluate.run(config)
+    got, want = metrics(config, SITE), metrics(evaluated, SITE)
+    assert got["precision"] == {"sae": dtype, "model": "float32"}
+    assert got["fvu"] != want["fvu"]
+    assert got["fvu"] == pytest.approx(want["fvu"], rel=0.02)
+
+
+def test_turns_are_measured_apart(evaluated: EvaluateConfig, tmp_path: Path):
+    for number in range(30):
+        words = f"path value {number} " * 4
+        chat = f"<start_of_turn>user\n{words}<end_of_turn>\n<start_of_turn>model\nreturn {words}<end_of_turn>\n"
+        (tmp_path / f"{number}.txt").write_text(chat)
+    text = evaluated.text.model_copy(update={"paths": (tmp_path,), "context": 40})
+    config = evaluated.model_copy(update={"text": text, "out": tmp_path / "scores", "sites": (SITE,)})
+    evaluate.run(config)
+    scores = metrics(config, SITE)
+    user, model = scores["by_segment"]["user"], scores["by_segment"]["model"]
+    assert user["num_tokens"] + model["num_tokens"] == scores["num_tokens"]
+    whole = (user["l0"] * user["num_tokens"] + model["l0"] * model["num_tokens"]) / scores["num_tokens"]
+    assert whole == pytest.approx(scores["l0"])
+    for side in (user, model):
+        for name, (low, high) in side["intervals"].items():
+            assert low <= side[name] <= high, name
+
+
+def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = copied(evaluated, tmp_path)
     with pytest.raises(DataError, match="everyscope train"):
         evaluate.run(config.model_copy(update={"trained": tmp_path / "nothing"}))
     save_sae(config.trained / SITE.folder / "wrong", identity_sae(5), {})
-    with pytest.raises(ShapeMismatch, match="d_in=5"):
+    with pytest.raises(ShapeMismatch, match=r"d_in=5, mlp_out layer 1 of .* gives 16; is it an SAE of another model or site"):
         evaluate.run(config)
+    shutil.rmtree(config.trained / SITE.folder / "wrong")
+    one = tmp_path / "one.txt"
+    one.write_text("one document, which is not held out")
+    text = config.text.model_copy(update={"paths": (one,), "held_out_fraction": 1e-9})
+    with pytest.raises(TextError, match="none of its 1 documents is held_out"):
+        evaluate.run(config.model_copy(update={"text": text}))
+    broken = random_sae(16, 32, 0.1, torch.zeros(16), seed=0)
+    huge = Sae(broken.w_enc, broken.w_dec * 3e38, broken.b_enc, broken.b_dec, broken.threshold)
+    save_sae(config.trained / SITE.folder / "huge", huge, {})
+    with pytest.raises(NonFinite, match="NaN or infinity"):
+        evaluate.run(config)
+    monkeypatch.setattr(language_models, "check_residual_identity", lambda *_, **__: refuse())
+    with pytest.raises(ModelError, match="its output is not its input plus"):
+        evaluate.run(config)
+
+
+def refuse() -> None:
+    raise ModelError("Odd, layer 0: its output is not its input plus what its attention and MLP add")
+
+
+def test_logits_that_are_not_numbers_are_refused(evaluated: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(config):
+        language = load_language_model(config)
+        language.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        return language
+
+    monkeypatch.setattr(evaluate, "load_language_model", broken)
+    with pytest.raises(NonFinite, match="the language model: logits are NaN or infinite; run the model in float32"):
+        evaluate.run(copied(evaluated, tmp_path))
+    assert not list((tmp_path / "scores").rglob("metrics.json"))

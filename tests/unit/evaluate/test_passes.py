@@ -5,9 +5,9 @@ import torch
 from small_scope import SITES, identity_sae, tiny_gemma
 from torch.testing import assert_close
 
-from everyscope.evaluate.losses import LossSums, next_token_losses
-from everyscope.evaluate.passes import spliced_logits
-from everyscope.sites.capture import capturing
+from everyscope.evaluate.held_out import Batch
+from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
+from everyscope.evaluate.passes import clean_pass, spliced_logits
 from everyscope.sites.names import Site
 from everyscope.sites.splice import splice
 
@@ -15,51 +15,37 @@ INPUT_IDS = torch.randint(3, 64, (3, 10), generator=torch.Generator().manual_see
 INPUT_IDS[:, 0] = 2
 MASK = INPUT_IDS != 2
 MASK[1, 4:6] = False
+BATCH = Batch(0, INPUT_IDS, MASK, torch.zeros_like(INPUT_IDS), torch.zeros_like(INPUT_IDS))
 
 
-def clean_pass(model):
-    with torch.no_grad(), capturing(model, SITES) as activations:
-        logits = model(input_ids=INPUT_IDS, use_cache=False).logits
-    return logits, dict(activations)
+@torch.no_grad()
+def spliced(model, site: Site, rows, clean):
+    return spliced_logits(model, INPUT_IDS, site, rows, MASK, clean.activations)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("site", SITES, ids=str)
-def test_an_identity_sae_costs_exactly_nothing(site: Site):
-    model = tiny_gemma(64)
-    clean, activations = clean_pass(model)
-    rows = activations[site][MASK]
-    spliced = spliced_logits(model, INPUT_IDS, site, identity_sae(rows.shape[-1])(rows), MASK, activations)
-    losses = LossSums.start(), LossSums.start()
-    losses[0].update(next_token_losses(clean, INPUT_IDS, MASK))
-    losses[1].update(next_token_losses(spliced, INPUT_IDS, MASK))
-    assert losses[1].mean - losses[0].mean == 0
+def test_an_identity_sae_costs_exactly_nothing(site: Site, dtype: torch.dtype):
+    model = tiny_gemma(64).to(dtype)
+    clean = clean_pass(model, list(SITES), BATCH)
+    rows = clean.activations[site][MASK]
+    logits = spliced(model, site, identity_sae(rows.shape[-1])(rows), clean)
+    losses, divergences = losses_and_divergences(logits, clean.logits, INPUT_IDS, MASK)
+    assert_close(losses, next_token_losses(clean.logits, INPUT_IDS, MASK), rtol=0, atol=0)
+    assert (divergences == 0).all()
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_starting_at_the_site_equals_a_full_pass(site: Site):
     model = tiny_gemma(64)
-    clean, activations = clean_pass(model)
-    rows = torch.randn_like(activations[site][MASK])
-    whole = torch.zeros_like(activations[site])
+    clean = clean_pass(model, list(SITES), BATCH)
+    rows = torch.randn_like(clean.activations[site][MASK])
+    whole = torch.zeros_like(clean.activations[site])
     whole[MASK] = rows
     with torch.no_grad(), splice(model, {site: lambda _: whole}, mask=MASK):
         want = model(input_ids=INPUT_IDS, use_cache=False).logits
-    got = spliced_logits(model, INPUT_IDS, site, rows, MASK, activations)
+    got = spliced(model, site, rows, clean)
     assert_close(got, want)
-    assert not torch.equal(got, clean)
-
-
-def test_a_position_counts_if_it_and_its_target_are_unmasked():
-    logits = torch.randn(2, 4, 8)
-    input_ids = torch.randint(0, 8, (2, 4))
-    mask = torch.tensor([[False, True, True, True], [True, True, False, True]])
-    log_probabilities = logits.log_softmax(-1)
-    want = [-log_probabilities[block, t, input_ids[block, t + 1]] for block, t in ((0, 1), (0, 2), (1, 0))]
-    assert_close(next_token_losses(logits, input_ids, mask), torch.stack(want))
-
-
-def test_losses_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch):
-    logits, input_ids = torch.randn(3, 10, 64), INPUT_IDS
-    whole = next_token_losses(logits, input_ids, MASK)
-    monkeypatch.setattr("everyscope.evaluate.losses.CHUNK_LOGITS", 3 * 64)
-    assert_close(next_token_losses(logits, input_ids, MASK), whole, rtol=0, atol=0)
+    assert not torch.equal(got, clean.logits)
+    _, divergences = losses_and_divergences(got, clean.logits, INPUT_IDS, MASK)
+    assert (divergences > 0).any()

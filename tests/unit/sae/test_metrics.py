@@ -69,6 +69,57 @@ def test_latents_fire_where_they_are_positive():
     assert sums.dense_fraction == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_mse_and_l2_ratio_are_means_over_tokens(batch: int):
+    x, x_hat, f = sample(offset=2.0)
+    x[5] = 0
+    sums = summed(x, x_hat, f, batch)
+    exact, exact_hat = x.double(), x_hat.double()
+    assert sums.mse == pytest.approx(float((exact - exact_hat).square().sum(1).mean()), rel=1e-12)
+    kept = torch.arange(1000) != 5
+    assert sums.l2_ratio == pytest.approx(float((exact_hat.norm(dim=1) / exact.norm(dim=1))[kept].mean()), rel=1e-12)
+    assert summed(torch.zeros(3, 12), x_hat[:3], f[:3], 2).l2_ratio is None
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_fvu_is_what_saelens_leaves_unexplained_and_saebenchs_formula_is_not(scale: float, offset: float):
+    """sae-lens 6.54 takes E||x||^2 - ||E x||^2 over the whole data set, as we do.
+
+    SAEBench 0.6 squares activations before it averages them, over rows and dimensions, and squares that mean again: of two
+    terms in squared units it subtracts one in their square, so that its explained variance changes with the units.
+    """
+    x, x_hat, f = sample(scale, offset)
+    exact, error = x.double(), (x - x_hat).double().square().sum(1).mean()
+    squares = exact.square().sum(1).mean()
+    saelens = 1 - error / (squares - exact.mean(0).square().sum())
+    ours = 1 - summed(x, x_hat, f, 64).fvu
+    assert ours == pytest.approx(float(saelens), rel=1e-9)
+    assert ours == pytest.approx(1 - 0.09, abs=0.01)
+    saebench = float(1 - error / (squares - exact.square().mean() ** 2))
+    assert abs(ours - saebench) > (0.005 if scale == 1 else 0)
+    if scale == 4.0:
+        assert saebench > 1
+
+
+def test_measures_of_rows_add_up_to_the_sums():
+    x, x_hat, f = sample(offset=1.0)
+    sums = ReconstructionSums.start(torch.zeros(12), 20)
+    rows = sums.update(x, x_hat, f)
+    assert float(rows.errors.mean()) == pytest.approx(sums.mse, rel=1e-12)
+    assert float(rows.cosines.mean()) == pytest.approx(sums.cosine, rel=1e-12)
+    assert float(rows.firings.mean()) == pytest.approx(sums.l0, rel=1e-12)
+
+
+def test_short_activations_are_widened_before_anything_is_summed():
+    """Of bfloat16 rows, the numbers are those of the same rows in float64: nothing is squared or added in eight bits."""
+    x, x_hat, f = sample(scale=30.0, offset=5.0)
+    short = x.bfloat16()
+    got, want = summed(short, x_hat, f, 64), summed(short.double(), x_hat.double(), f, 64)
+    for name in ("fvu", "fvu_uncentred", "mse", "cosine", "l2_ratio", "reconstruction_bias"):
+        assert getattr(got, name) == pytest.approx(getattr(want, name), rel=1e-12)
+
+
 def test_saved_sums_go_on_bit_by_bit():
     x, x_hat, f = sample(offset=5.0)
     whole = summed(x, x_hat, f, 100)

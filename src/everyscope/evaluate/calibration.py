@@ -1,0 +1,175 @@
+"""What the baselines must know of a site's training activations: mean, principal components, norms, and a few rows.
+
+It comes from the shards that the SAEs were trained on, or, for SAEs made elsewhere, from a pass over training documents of
+the text. Never from held-out rows: the baselines are fitted and tested as the SAEs are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everyscope.base.errors import DataError, ShapeMismatch
+from everyscope.base.ids import content_id
+from everyscope.base.progress import meter, say
+from everyscope.base.tensors import write_tensors
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.shards.reader import Shards
+from everyscope.sites.capture import capture
+from everyscope.sites.model import LanguageModel
+from everyscope.sites.names import Site
+from everyscope.text.blocks import Block, read_blocks
+from everyscope.text.tokenizer import load_tokenizer
+
+CALIBRATION_FILE = "calibration.safetensors"
+CHUNK_ROWS = 1 << 14
+"""Rows read from shards at once [rows]."""
+KEPT_ROWS = 2048
+"""Training rows that are kept, on which thresholds of random dictionaries are set [rows]."""
+NORM_QUANTILE = 0.999
+"""Share of training rows with a smaller norm than `norm_threshold` [1]."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A site's training activations in short."""
+
+    mean: Float[Tensor, " d_in"]
+    """Mean of the training rows, float64."""
+    components: Float[Tensor, "d_in d_in"]
+    """Column k is principal component k, in order of falling variance, float64; its largest entry is positive."""
+    norm_threshold: Float[Tensor, ""]
+    """The norm that NORM_QUANTILE of the training rows stay below, float64."""
+    rows: Float[Tensor, "rows d_in"]
+    """The first KEPT_ROWS training rows, float32."""
+
+    def to(self, device: torch.device) -> "Calibration":
+        """The same on another device."""
+        return Calibration(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class CalibrationSums:
+    """What a calibration is made of, row by row."""
+
+    def __init__(self, mean: Float[Tensor, " d_in"] | None = None) -> None:
+        """`mean` is that of all training rows, where it is known; else that of the rows that come."""
+        self._known, self._shift = mean, mean
+        self._count, self._total, self._outer = 0, torch.zeros(()), torch.zeros(())
+        self._norms: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def update(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Add unmasked training rows."""
+        if not len(x):
+            return
+        exact = x.double()
+        if self._shift is None:  # any vector near the mean will do, so that little cancels in the covariance
+            self._shift = exact.mean(0)
+        if not self._count:
+            self._total = torch.zeros_like(exact[0])
+            self._outer = self._total.new_zeros(len(self._total), len(self._total))
+        shifted = exact - self._shift.to(x.device)
+        kept = max(0, KEPT_ROWS - self._count)
+        self._count += len(x)
+        self._total += shifted.sum(0)
+        self._outer += shifted.T @ shifted
+        self._norms.append(exact.norm(dim=1).float().cpu())
+        self._rows.append(x[:kept].float().cpu())
+
+    def finish(self) -> Calibration:
+        """The calibration; DataError where no row came."""
+        if self._shift is None or not self._count:
+            raise DataError("no unmasked token among the training documents that were read; raise calibration_sequences")
+        shift, offset = self._shift.cpu(), self._total.cpu() / self._count
+        _, components = torch.linalg.eigh(self._outer.cpu() / self._count - torch.outer(offset, offset))
+        components = components.flip(1)
+        peaks = components.abs().argmax(0)
+        components = components * components[peaks, torch.arange(len(peaks))].sign()
+        norms = torch.cat(self._norms).double()
+        threshold = norms.kthvalue(max(1, int(np.ceil(NORM_QUANTILE * len(norms))))).values
+        mean = shift + offset if self._known is None else self._known
+        return Calibration(mean.double(), components.contiguous(), threshold, torch.cat(self._rows))
+
+
+def source_of(config: EvaluateConfig, site: Site) -> str:
+    """What the calibration of `site` is made from: the shards' identity and rows, or model, text and blocks."""
+    if config.shards is not None:
+        return f"shards {Shards(config.shards / site.folder).identity} {config.pca_rows}"
+    decides = config.model_dump(mode="json", include={"model", "text", "calibration_sequences", "batch_blocks"})
+    return f"text {content_id(decides)} {site.folder}"
+
+
+def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
+    """The calibrations of `sites`, and the forward passes that they took.
+
+    Each is kept in the scores folder and made once. ShapeMismatch where the shards are of another model.
+    """
+    found = {site: kept for site in sites if (kept := _kept(config, site)) is not None}
+    missing = [site for site in sites if site not in found]
+    passes = 0
+    if config.shards is not None:
+        made = {site: _of_shards(Shards(config.shards / site.folder), config.pca_rows) for site in missing}
+    else:
+        made, passes = _of_text(config, missing, language) if missing else ({}, 0)
+    for site, calibration in made.items():
+        tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
+        write_tensors(_path(config, site), tensors, {"source": source_of(config, site)})
+    found |= made
+    for site, calibration in found.items():
+        if (want := language.anatomy.width(site)) != (got := len(calibration.mean)):
+            raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; are they of another model?")
+    return found, passes
+
+
+def _path(config: EvaluateConfig, site: Site) -> Path:
+    return config.out / site.folder / CALIBRATION_FILE
+
+
+def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
+    """The calibration on disk, if it was made from the same rows."""
+    path = _path(config, site)
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("source") != source_of(config, site):
+                return None
+            return Calibration(**{field.name: file.get_tensor(field.name) for field in fields(Calibration)})
+    except safetensors.SafetensorError:
+        say(f"{path} is damaged and is made anew")
+        return None
+
+
+def _of_shards(shards: Shards, num_rows: int) -> Calibration:
+    sums = CalibrationSums(torch.as_tensor(shards.statistics.mean, dtype=torch.float64))
+    num_rows = min(num_rows, shards.num_rows)
+    for start in range(0, num_rows, CHUNK_ROWS):
+        sums.update(shards.rows(start, min(start + CHUNK_ROWS, num_rows)))
+    return sums.finish()
+
+
+def _of_text(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    blocks = islice(read_blocks(config.text, tokenizer, "train"), config.calibration_sequences)
+    sums = {site: CalibrationSums() for site in sites}
+    passes = 0
+    with meter("calibrate", config.calibration_sequences, "blocks") as progress:
+        for batch in _batches(blocks, config.batch_blocks):
+            input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
+            mask = torch.from_numpy(np.stack([block.mask for block in batch]))
+            for site, activations in capture(language.model, sites, input_ids).items():
+                sums[site].update(activations[mask.to(activations.device)])
+            passes += 1
+            progress.advance(len(batch))
+    return {site: site_sums.finish() for site, site_sums in sums.items()}, passes
+
+
+def _batches(blocks: Iterator[Block], size: int) -> Iterator[list[Block]]:
+    while batch := list(islice(blocks, size)):
+        yield batch

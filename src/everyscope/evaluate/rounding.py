@@ -1,0 +1,36 @@
+"""SAEs in shorter number formats: what they cost when they are stored, or run, in fewer bits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from everyscope.evaluate.config import SaeDtype
+from everyscope.sae.folded import Sae
+
+LEVELS = 127
+"""The largest integer of a weight in int8; -128 is not used, so that the scale is symmetric."""
+
+
+def rounded(sae: Sae, dtype: SaeDtype) -> Sae:
+    """The SAE as it is in `dtype`: bfloat16 runs in bfloat16, int8 rounds both weight matrices and runs in float32."""
+    return ROUNDINGS[dtype](sae)
+
+
+def _int8(sae: Sae) -> Sae:
+    return replace(sae, w_enc=per_latent(sae.w_enc.T).T.contiguous(), w_dec=per_latent(sae.w_dec))
+
+
+def per_latent(weights: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Each row rounded to multiples of its largest magnitude / 127; rows of zeros stay."""
+    scale = weights.abs().amax(1, keepdim=True) / LEVELS
+    return torch.where(scale > 0, (weights / scale).round() * scale, weights)
+
+
+ROUNDINGS: dict[SaeDtype, Callable[[Sae], Sae]] = {
+    "float32": lambda sae: sae.to(torch.float32),
+    "bfloat16": lambda sae: sae.to(torch.bfloat16),
+    "int8": lambda sae: _int8(sae.to(torch.float32)),
+}
