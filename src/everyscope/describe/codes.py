@@ -1,0 +1,179 @@
+"""Where each latent fires and how strongly: collected in one pass of the model over all blocks, for as many SAEs as fit.
+
+Everything else is computed from these codes, so it is exact, and no number depends on how blocks were batched. They lie in
+files of some batches each, so that a killed run goes on behind the last one, and are deleted when they have been described.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor
+
+from everyscope.base.errors import DamagedData, DataError, NonFinite
+from everyscope.base.files import make_folder, read_json, write_json
+from everyscope.base.tensors import write_tensors
+from everyscope.describe.config import DescribeConfig
+from everyscope.describe.kernels import append_latents
+from everyscope.describe.sequences import Sequences
+from everyscope.describe.targets import Target
+from everyscope.sae.folded import Sae
+from everyscope.sites.capture import capture
+
+CHUNK_ACTIVATIONS = 1 << 24
+"""Latent activations held at once [numbers]; bounds memory at large widths."""
+FIRING_BYTES = 8
+"""What a firing takes on disk: its place and its strength [bytes]."""
+GROUP_FILE = "group.json"
+"""Which SAEs the codes in a folder are of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The firings of one SAE, latent after latent, and each latent's in order of place."""
+
+    starts: Int64[np.ndarray, " d_sae_plus_1"]
+    """Where each latent's firings begin; the last entry is their number."""
+    places: Int32[np.ndarray, " firings"]
+    """block * ctx + position."""
+    values: Float32[np.ndarray, " firings"]
+    """Activations in raw units, > 0."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.starts) - 1
+
+    @property
+    def firings(self) -> Int64[np.ndarray, " d_sae"]:
+        """Tokens on which each latent fires [tokens]."""
+        return np.diff(self.starts)
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """The codes of one SAE from those of consecutive stretches of places."""
+    counts = np.sum([part.firings for part in parts], axis=0)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    places, values = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
+    filled = starts[:-1].copy()
+    for part in parts:
+        append_latents(part.starts, part.places, part.values, filled, places, values)
+    return Codes(starts, places, values)
+
+
+@torch.no_grad()
+def encoded(sae: Sae, rows: Float[Tensor, "n d_in"], places: Int64[np.ndarray, " n"]) -> Codes:
+    """The codes of some rows that stand at `places`, which ascend; NonFinite where an activation is NaN or infinite."""
+    chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
+    parts = []
+    for start in range(0, len(rows), chunk):
+        f = sae.encode(rows[start : start + chunk])
+        latent, row = f.T.contiguous().nonzero(as_tuple=True)  # by latent, then row; NaN is not zero either
+        values = f[row, latent].float()
+        if not torch.isfinite(values).all():
+            raise NonFinite(f"NaN or infinity among the latents of {len(f)} rows; is the model in a format too short for it?")
+        counts = torch.bincount(latent, minlength=sae.d_sae).cpu().numpy()
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        parts.append(Codes(starts, places[start + row.cpu().numpy()].astype(np.int32), values.cpu().numpy()))
+    if not parts:
+        return Codes(np.zeros(sae.d_sae + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+@dataclass(frozen=True)
+class CodesFolder:
+    """The codes of a group of SAEs on disk, in files of `portion_blocks` blocks each."""
+
+    path: Path
+    group: tuple[str, ...]
+    """Identities of the SAEs, in order."""
+    num_portions: int
+
+    def portion(self, number: int) -> Path:
+        """The file of one stretch of blocks."""
+        return self.path / f"portion_{number:05d}.safetensors"
+
+    def open(self) -> None:
+        """Make the folder ours: what is there of other SAEs is deleted, what is there of ours is kept."""
+        if unfinished_group(self.path) != self.group:
+            self.delete()
+            make_folder(self.path)
+            write_json(self.path / GROUP_FILE, list(self.group))
+
+    def delete(self) -> None:
+        """Take the codes away; they are described, or of no use."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def read(self, identity: str) -> Codes:
+        """All codes of one SAE, in memory; DamagedData where a file is not what was written."""
+        name = self.group.index(identity)
+        parts = []
+        for number in range(self.num_portions):
+            path = self.portion(number)
+            try:
+                with safetensors.safe_open(path, framework="np") as file:
+                    parts.append(Codes(*(file.get_tensor(f"{name}.{field}") for field in ("starts", "places", "values"))))
+            except (safetensors.SafetensorError, OSError, KeyError) as error:
+                raise DamagedData(f"{path}: cannot be read ({error}); delete it and run `everyscope describe` again") from error
+        return joined(parts)
+
+
+def unfinished_group(path: Path) -> tuple[str, ...]:
+    """The identities of the SAEs whose codes lie in a folder; none where there are no codes."""
+    try:
+        return tuple(map(str, read_json(path / GROUP_FILE)))
+    except (DataError, TypeError):
+        return ()
+
+
+def collect(
+    config: DescribeConfig,
+    model: Any,
+    sequences: Sequences,
+    saes: Sequence[tuple[Target, Sae]],
+    folder: CodesFolder,
+    passed: Callable[[int, bool], None],
+) -> None:
+    """Write the portions that are missing; `passed` is told of tokens, and whether an earlier run had passed them."""
+    size = config.portion_blocks
+    for number in range(folder.num_portions):
+        blocks = range(number * size, min((number + 1) * size, len(sequences.input_ids)))
+        num_tokens = int(sequences.mask[blocks.start : blocks.stop].sum())
+        if folder.portion(number).exists():
+            passed(num_tokens, True)
+            continue
+        parts: list[list[Codes]] = [[] for _ in saes]
+        for rows in _batches(config, model, sequences, blocks, [target for target, _ in saes]):
+            for part, (target, sae) in zip(parts, saes, strict=True):
+                part.append(encoded(sae, rows.activations[target.site.folder], rows.places))
+            passed(len(rows.places), False)
+        tensors = {}
+        for name, part in enumerate(parts):
+            codes = joined(part)
+            tensors |= {f"{name}.{field}": torch.from_numpy(getattr(codes, field)) for field in ("starts", "places", "values")}
+        write_tensors(folder.portion(number), tensors)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    activations: dict[str, Float[Tensor, "n d_in"]]
+    places: Int64[np.ndarray, " n"]
+
+
+def _batches(
+    config: DescribeConfig, model: Any, sequences: Sequences, blocks: range, targets: Sequence[Target]
+) -> Iterator[_Rows]:
+    """The unmasked rows of each site of some blocks, a batch at a time."""
+    sites = sorted({target.site for target in targets})
+    for start in range(blocks.start, blocks.stop, config.batch_blocks):
+        batch = slice(start, min(start + config.batch_blocks, blocks.stop))
+        mask = torch.from_numpy(sequences.mask[batch])
+        found = capture(model, sites, torch.from_numpy(sequences.input_ids[batch]).long())
+        places = np.flatnonzero(sequences.mask[batch].ravel()) + start * sequences.context
+        yield _Rows({site.folder: x[mask.to(x.device)] for site, x in found.items()}, places)

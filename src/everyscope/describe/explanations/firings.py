@@ -1,0 +1,88 @@
+"""Exact activations of many SAEs over all passages, from one pass of the model for as many SAEs as fit in memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from everyscope.describe.explanations.passages import Passages, Windows
+from everyscope.sae.folded import Sae
+from everyscope.sites.capture import capture
+from everyscope.sites.names import Site
+
+CHUNK_ACTIVATIONS = 1 << 26
+"""Latent activations held at once [numbers]; bounds memory at large widths."""
+
+
+@dataclass(frozen=True)
+class Firings:
+    """Where each latent of an SAE fires: its pairs lie side by side, in order of token. Tokens that do not count have none."""
+
+    starts: Int[np.ndarray, " d_sae_plus_1"]
+    tokens: Int[np.ndarray, " n_pairs"]
+    activations: Float[np.ndarray, " n_pairs"]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.starts) - 1
+
+    def of(self, latent: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """The tokens on which a latent fires, and how strongly."""
+        stretch = slice(self.starts[latent], self.starts[latent + 1])
+        return self.tokens[stretch], self.activations[stretch]
+
+    def num_tokens(self) -> Int[np.ndarray, " d_sae"]:
+        """Tokens on which each latent fires [tokens]."""
+        return np.diff(self.starts)
+
+
+def firings_of_pairs(
+    latents: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"], d_sae: int
+) -> Firings:
+    """Firings from pairs in order of token."""
+    order = np.argsort(latents, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(latents, minlength=d_sae))])
+    return Firings(starts, tokens[order], activations[order])
+
+
+@torch.no_grad()
+def collect_firings(
+    model: Any, saes: Sequence[tuple[Site, Sae]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
+) -> list[Firings]:
+    """The firings of each SAE over all counting tokens; `done` is told of blocks passed. The SAEs lie on the model's device."""
+    sites = list(dict.fromkeys(site for site, _ in saes))
+    parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in saes]
+    ctx = passages.input_ids.shape[1]
+    for start in range(0, len(passages.input_ids), batch_blocks):
+        ids = torch.from_numpy(passages.input_ids[start : start + batch_blocks]).long()
+        mask = torch.from_numpy(passages.mask[start : start + batch_blocks])
+        tokens = np.flatnonzero(mask.numpy().ravel()) + start * ctx
+        found = capture(model, sites, ids)
+        rows = {site: found[site][mask.to(found[site].device)] for site in sites}
+        for number, (site, sae) in enumerate(saes):
+            chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
+            for first in range(0, len(tokens), chunk):
+                f = sae.encode(rows[site][first : first + chunk])
+                row, latent = f.nonzero(as_tuple=True)
+                values = f[row, latent].float().cpu().numpy()
+                parts[number].append(
+                    (latent.cpu().numpy().astype(np.int32), tokens[first + row.cpu().numpy()].astype(np.int32), values)
+                )
+        done(len(ids))
+    return [
+        firings_of_pairs(*map(np.concatenate, zip(*part, strict=True)), d_sae=sae.d_sae)
+        for part, (_, sae) in zip(parts, saes, strict=True)
+    ]
+
+
+def window_peaks(firings: Firings, windows: Windows, latent: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """The windows in which a latent fires, in order, and its largest activation in each."""
+    tokens, activations = firings.of(latent)
+    window = windows.of_token[tokens]
+    window, activations = window[window >= 0], activations[window >= 0]
+    first = np.flatnonzero(np.diff(window, prepend=-1))
+    return window[first], np.maximum.reduceat(activations, first) if len(first) else activations

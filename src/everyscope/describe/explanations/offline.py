@@ -1,0 +1,204 @@
+"""The offline labeller: short rules from statistics of the training text. It needs no language model and no key.
+
+A rule is chosen on one half of the training documents, must beat chance on the other half, and is scored on held-out
+documents. Where none does, the label says so and names the commonest tokens instead.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from everyscope.describe.explanations.config import ExplainConfig
+from everyscope.describe.explanations.firings import Firings, window_peaks
+from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passages, Windows, cut_windows
+from everyscope.describe.explanations.rules import Rule, RuleSearch
+from everyscope.describe.explanations.samples import Sample, draw_sample, neighbours_of
+from everyscope.describe.explanations.scores import Answers, balanced_accuracy, resampling_weights, score
+from everyscope.describe.explanations.table import Explanation
+from everyscope.describe.explanations.traits import Traits
+from everyscope.describe.explanations.wording import kind_of, phrase_of, safe_label, shortened
+
+METHOD = "offline statistics"
+MIN_FIRINGS = 5
+"""Firings in the learning half under which nothing is learnt [tokens]."""
+CHECK_LOW = 0.55
+"""What the lower end of a rule's interval must pass on the half it was not chosen on [1]."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What the labels of all SAEs stand on: the text, its traits, its windows, the resamplings."""
+
+    config: ExplainConfig
+    passages: Passages
+    traits: Traits
+    search: RuleSearch
+    is_learning: np.ndarray
+    """True where a token is one that rules are learnt on; bool [tokens]."""
+    learn: Windows
+    check: Windows
+    score: Windows
+    check_weights: Float[np.ndarray, "draws documents"]
+    """Resamplings of the documents on which rules are checked."""
+    score_weights: Float[np.ndarray, "draws documents"]
+    """Resamplings of the documents on which labels are scored."""
+
+
+def lay_ground(config: ExplainConfig, passages: Passages, traits: Traits) -> Ground:
+    """Everything that does not depend on an SAE."""
+    tokens = passages.tokens_of(LEARN)
+    return Ground(
+        config,
+        passages,
+        traits,
+        RuleSearch(traits, tokens, config.window_tokens),
+        passages.part == LEARN,
+        cut_windows(passages, LEARN, config.window_tokens),
+        cut_windows(passages, CHECK, config.window_tokens),
+        cut_windows(passages, SCORE, config.window_tokens),
+        resampling_weights(passages.part_of_document == CHECK, config.bootstrap_draws, config.seed),
+        resampling_weights(passages.part_of_document == SCORE, config.bootstrap_draws, config.seed),
+    )
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A latent with the rule behind its label."""
+
+    latent: int
+    label: str
+    kind: str
+    rule: Rule
+
+
+def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) -> list[Labelled]:
+    """A label for each latent that fires on training or held-out text; `done` is told of latents passed."""
+    found = []
+    for latent in range(firings.d_sae):
+        tokens, activations = firings.of(latent)
+        if len(tokens):
+            kept = ground.is_learning[tokens]
+            found.append(_label(ground, firings, latent, tokens[kept], activations[kept].astype(np.float64)))
+        done(1)
+    return found
+
+
+def _label(
+    ground: Ground, firings: Firings, latent: int, tokens: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]
+) -> Labelled:
+    if len(tokens) < MIN_FIRINGS:
+        label = f"too rare to explain: fires on {len(tokens)} of {int(ground.is_learning.sum()):,} tokens"
+        return Labelled(latent, label, "rare", Rule(()))
+    found = ground.search.best(tokens, activations)
+    if found is not None:
+        rule = shortened(found.rule, ground.traits)
+        if _beats_chance(ground, firings, latent, rule):
+            return Labelled(latent, phrase_of(rule, ground.traits), kind_of(rule), rule)
+    rule = ground.search.most_common(tokens)
+    label = safe_label(f"no simple rule found; most on {phrase_of(rule, ground.traits)}")
+    return Labelled(latent, label, "none", rule)
+
+
+def _beats_chance(ground: Ground, firings: Firings, latent: int, rule: Rule) -> bool:
+    """Whether detection with a rule is clearly better than chance on the half of training that it was not chosen on."""
+    active, _ = window_peaks(firings, ground.check, latent)
+    truth = np.zeros(len(ground.check), bool)
+    truth[active] = True
+    answers = Answers(truth, windows_passing(rule, ground.traits, ground.check, np.arange(len(truth))), ground.check.document)
+    checked = score(answers, ground.check_weights)
+    return checked is not None and checked.low > CHECK_LOW
+
+
+def windows_passing(rule: Rule, traits: Traits, windows: Windows, chosen: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Which of the chosen windows hold a token that passes. This is what a rule answers to detection."""
+    tokens, begins = windows.stretches(chosen)
+    return np.logical_or.reduceat(rule.holds(traits, tokens), begins) if len(chosen) else np.zeros(0, bool)
+
+
+def marks_passing(rule: Rule, traits: Traits, marks: Sequence[Int[np.ndarray, " marks"]]) -> Bool[np.ndarray, " sets"]:
+    """Which sets of marked tokens pass in half of their tokens or more. This is what a rule answers to fuzzing."""
+    if not marks:
+        return np.zeros(0, bool)
+    lengths = np.array([len(one) for one in marks])
+    passed = rule.holds(traits, np.concatenate(marks))
+    return np.add.reduceat(passed, np.cumsum(lengths) - lengths) * 2 >= lengths
+
+
+def samples_of(ground: Ground, firings: Firings, latents: Sequence[int], num_active: int, num_silent: int) -> dict[int, Sample]:
+    """The windows on which each latent's label is judged."""
+    neighbours = neighbours_of(firings, ground.score, latents)
+    samples = {}
+    for latent, near in zip(latents, neighbours.tolist(), strict=True):
+        fire = np.zeros(len(ground.score), bool)
+        for other in near:
+            fire[window_peaks(firings, ground.score, other)[0]] = True
+        samples[latent] = draw_sample(firings, ground.score, latent, fire, num_active, num_silent, ground.config.seed)
+    return samples
+
+
+def score_labels(ground: Ground, firings: Firings, labels: Sequence[Labelled]) -> list[Explanation]:
+    """Every label with its scores on held-out documents, beside those of other latents' labels on the same windows."""
+    config, ruled = ground.config, [one for one in labels if one.rule.alternatives]
+    samples = samples_of(ground, firings, [one.latent for one in ruled], config.active_windows, config.silent_windows)
+    others = other_labels(len(ruled), config.null_labels, config.seed)
+    found = [Explanation(one.latent, one.label, METHOD, one.kind) for one in labels if not one.rule.alternatives]
+    for number, one in enumerate(ruled):
+        sample = samples[one.latent]
+        asked = [number, *others[number]]
+        detections = [
+            detection_answers(ground, sample, windows_passing(ruled[other].rule, ground.traits, ground.score, sample.windows))
+            for other in asked
+        ]
+        fuzzings = [
+            fuzzing_answers(ground, sample, marks_passing(ruled[other].rule, ground.traits, [*sample.right, *sample.wrong]))
+            for other in asked
+        ]
+        found.append(explanation(one, METHOD, detections, fuzzings, ground.score_weights))
+    return found
+
+
+def detection_answers(ground: Ground, sample: Sample, answers: np.ndarray) -> Answers:
+    """Answers (bool) about `sample.windows`, with the truth."""
+    truth = np.arange(len(sample.windows)) < len(sample.active)
+    return Answers(truth, answers, ground.score.document[sample.windows])
+
+
+def fuzzing_answers(ground: Ground, sample: Sample, answers: np.ndarray) -> Answers:
+    """Answers (bool) about the right marks, then the wrong ones, with the truth."""
+    truth = np.arange(2 * len(sample.marked)) < len(sample.marked)
+    return Answers(truth, answers, np.tile(ground.score.document[sample.marked], 2))
+
+
+def explanation(
+    label: Labelled, method: str, detections: Sequence[Answers], fuzzings: Sequence[Answers], weights: np.ndarray
+) -> Explanation:
+    """A label with its scores: of each sequence the first answers are its own, the others those of other latents' labels."""
+    detection, fuzzing = score(detections[0], weights), score(fuzzings[0], weights)
+    return Explanation(
+        label.latent,
+        label.label,
+        method,
+        label.kind,
+        detection,
+        _null(detections[1:]) if detection else None,
+        fuzzing,
+        _null(fuzzings[1:]) if fuzzing else None,
+        len(detections[0].truth) if detection else 0,
+    )
+
+
+def _null(answers: Sequence[Answers]) -> float | None:
+    """The mean balanced accuracy of others' labels, None where there are none."""
+    values = [float(balanced_accuracy(one.sums())) for one in answers]
+    return float(np.mean(values)) if values else None
+
+
+def other_labels(count: int, draws: int, seed: int) -> Int[np.ndarray, "count others"]:
+    """For each of `count` labels, `draws` others (all, where there are fewer); every label is another's equally often."""
+    order = np.random.default_rng(seed).permutation(count)
+    others = np.empty((count, max(min(draws, count - 1), 0)), np.int64)
+    for step in range(others.shape[1]):
+        others[order, step] = np.roll(order, step + 1)
+    return others

@@ -1,0 +1,152 @@
+"""Explain every alive latent of all trained SAEs: a label, who wrote it, and how well it predicts on documents it never saw.
+
+The text is read once; SAEs are taken in groups that fit in memory, each for one pass of the model. An SAE whose explanations are
+there under this config is skipped, without a pass. What a language model would cost is said, and refused where it passes a limit,
+before it is asked anything.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from everyscope.base.progress import human_count, meter, say
+from everyscope.describe.explanations.budget import Budget, Quote, questions_per_latent, quote, refuse_beyond
+from everyscope.describe.explanations.config import ExplainConfig
+from everyscope.describe.explanations.endpoint import Endpoint
+from everyscope.describe.explanations.firings import Firings, collect_firings
+from everyscope.describe.explanations.judge import Judge
+from everyscope.describe.explanations.offline import Ground, lay_ground, learn_labels, score_labels
+from everyscope.describe.explanations.passages import read_passages
+from everyscope.describe.explanations.replies import Replies, num_paid
+from everyscope.describe.explanations.table import write_explanations
+from everyscope.describe.explanations.targets import Target, find_targets
+from everyscope.describe.explanations.traits import traits_of
+from everyscope.sae.files import read_sae
+from everyscope.sites.model import load_language_model
+from everyscope.text.pieces import special_tokens, token_pieces
+from everyscope.text.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """What an explanation left on disk."""
+
+    out: Path
+    """The folder of descriptions: <site>/layer_<L>/<SAE>/explanations.parquet."""
+    num_explained: int
+    """SAEs explained in this run."""
+    num_skipped: int
+    """SAEs whose explanations were there already."""
+    quote: Quote | None
+    """What the language model was expected to cost at most; None where none is configured, or nothing was left to ask."""
+    budget: Budget | None
+    """What it did cost; None where nothing was asked."""
+
+
+def run(config: ExplainConfig) -> ExplainResult:
+    """Write explanations.parquet for every SAE below `config.trained` that has none under this config yet.
+
+    Latents that a language model labelled have a row of it before their offline row, and replies.parquet beside it keeps all
+    questions and answers. Raises DataError (nothing trained, too little text), ConfigError (the cost passes a limit), ModelError
+    and TextError (model, endpoint or text cannot be read), StorageError.
+    """
+    targets = find_targets(config)
+    pending = [target for target in targets if not target.is_explained]
+    skipped = len(targets) - len(pending)
+    if not pending:
+        return ExplainResult(config.out, 0, skipped, None, None)
+    ground = read_ground(config)
+    expected = _quote(ground, pending)
+    if expected is not None and config.endpoint is not None:
+        say(f"  {expected.words(config.endpoint)}")
+        if config.endpoint.is_quote_only:
+            return ExplainResult(config.out, 0, skipped, expected, None)
+        refuse_beyond(config.endpoint, expected)
+    budget = None if config.endpoint is None else Budget(config.endpoint)
+    endpoint = None if config.endpoint is None or budget is None else Endpoint(config.endpoint, budget)
+    _explain(ground, pending, endpoint)
+    if budget is not None:
+        spent = (
+            f"{budget.requests} requests, {human_count(budget.prompt_tokens)} + {human_count(budget.completion_tokens)} tokens"
+        )
+        say(f"  asked: {spent}" + ("" if budget.cost is None else f", {budget.cost:.4f} at the given prices"))
+    return ExplainResult(config.out, len(pending), skipped, expected, budget)
+
+
+def read_ground(config: ExplainConfig) -> Ground:
+    """Text, traits and windows of a config."""
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    passages = read_passages(config, tokenizer)
+    return lay_ground(config, passages, traits_of(passages, text_pieces(tokenizer), config.language))
+
+
+def text_pieces(tokenizer: Any) -> list[bytes]:
+    """The bytes that each token adds to a text: none for those that frame it."""
+    special = special_tokens(tokenizer)
+    return [b"" if token in special else piece for token, piece in enumerate(token_pieces(tokenizer))]
+
+
+def _quote(ground: Ground, targets: Sequence[Target]) -> Quote | None:
+    """What asking about these SAEs may cost; None where no language model is to be asked."""
+    asked = [target for target in targets if target.endpoint is not None]
+    if not asked or ground.config.endpoint is None:
+        return None
+    lengths = np.array([len(piece) for piece in ground.traits.pieces])
+    window_bytes = float(lengths[ground.passages.input_ids[ground.passages.mask]].mean()) * ground.config.window_tokens
+    return quote(ground.config.endpoint, len(asked), window_bytes, sum(num_paid(target.out) for target in asked))
+
+
+def _explain(ground: Ground, targets: Sequence[Target], endpoint: Endpoint | None) -> None:
+    """All SAEs, a group at a time."""
+    config = ground.config
+    model = load_language_model(config.model).model
+    device = torch.device(config.model.device)
+    size, num_blocks = config.saes_per_pass, len(ground.passages.input_ids)
+    for start in range(0, len(targets), size):
+        group = targets[start : start + size]
+        saes = [(target.site, read_sae(target.folder)[0].to(device)) for target in group]
+        with meter("read", num_blocks, "blocks") as progress:
+            found = collect_firings(model, saes, ground.passages, config.batch_blocks, progress.advance)
+        with meter("explain", sum(firings.d_sae for firings in found), "latents") as progress:
+            for target, firings in zip(group, found, strict=True):
+                explain_sae(ground, target, firings, endpoint, progress.advance)
+
+
+def explain_sae(ground: Ground, target: Target, firings: Firings, endpoint: Endpoint | None, done: Callable[[int], None]) -> None:
+    """Label and score the latents of one SAE and write its files; `done` is told of latents."""
+    offline = score_labels(ground, firings, learn_labels(ground, firings, done))
+    facts: dict[str, Any] = {"identity": target.identity, **_facts(ground)}
+    if target.endpoint is None:
+        write_explanations(target.file, offline, facts)
+        return
+    assert endpoint is not None, f"{target.name} is to be asked about, and nobody is there to ask"
+    replies = Replies(target.out)
+    try:
+        total = target.endpoint.num_latents * questions_per_latent(target.endpoint)
+        with meter("ask", total, "answers") as progress:
+            judged = Judge(ground, target.endpoint, endpoint, replies, progress.advance).explain(firings)
+    except BaseException:
+        replies.close()
+        raise
+    replies.seal()
+    facts |= {"num_asked": judged.num_asked, "num_unparsed": judged.num_unparsed}
+    if judged.num_unparsed:
+        say(f"  {target.site} {target.name}: {judged.num_unparsed} of {judged.num_asked} answers were not what was asked for")
+    write_explanations(target.file, [*judged.explanations, *offline], facts)
+
+
+def _facts(ground: Ground) -> dict[str, Any]:
+    """What the labels and scores rest on."""
+    counts = np.bincount(ground.passages.part[ground.passages.part >= 0], minlength=3).tolist()
+    documents = np.bincount(ground.passages.part_of_document, minlength=3).tolist()
+    return {
+        "num_tokens": dict(zip(("learn", "check", "score"), counts, strict=True)),
+        "num_documents": dict(zip(("learn", "check", "score"), documents, strict=True)),
+        "window_tokens": ground.config.window_tokens,
+        "language": ground.config.language,
+        "null": "labels of other latents of the same SAE on the same windows",
+    }

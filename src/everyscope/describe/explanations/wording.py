@@ -1,0 +1,180 @@
+"""Rules in words, and words that are safe to show: tokens and answers of language models are untrusted text."""
+
+import unicodedata
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from everyscope.describe.explanations.rules import OneOf, Rule
+from everyscope.describe.explanations.traits import Traits
+
+MAX_LABEL = 120
+"""Length of a label at most [characters]."""
+MAX_PIECE = 24
+"""Length at most of what is quoted of one token [characters]."""
+UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode categories that are never shown as they are: control, direction and joining characters among them."""
+BLANKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+MANY_BLANKS = 3
+"""From so many on, equal blanks are counted instead of repeated."""
+
+
+def safe_label(text: str) -> str:
+    """`text` on one line, without control characters, its backticks in pairs, at most MAX_LABEL characters."""
+    text = " ".join("".join(" " if character.isspace() else character for character in text).split())
+    text = "".join(_shown(character) for character in text)
+    if len(text) > MAX_LABEL:
+        text = text[: MAX_LABEL - 2].rstrip() + "…"
+    if text.count("`") % 2:
+        text = text[:-1] + "`…" if text.endswith("…") else text + "`"
+    return text[:MAX_LABEL]
+
+
+def _shown(character: str) -> str:
+    return f"\\u{ord(character):04x}" if unicodedata.category(character) in UNSAFE else character
+
+
+def quoted(piece: bytes) -> str:
+    """A token between backticks, blanks made visible; its bytes in hexadecimal where they are no whole characters."""
+    try:
+        text = piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"`⟨{piece[:8].hex(' ').upper()}⟩`"
+    if not text:
+        return "`∅`"
+    shown, place = "", 0
+    while place < len(text) and len(shown) <= MAX_PIECE:
+        run = len(text[place:]) - len(text[place:].lstrip(text[place])) if text[place] in BLANKS else 1
+        blank = BLANKS.get(text[place])
+        if blank is None:
+            shown += "ˋ" if text[place] == "`" else _shown(text[place])
+        else:
+            shown += f"{blank}×{run}" if run >= MANY_BLANKS else blank * run
+        place += run
+    return f"`{shown[:MAX_PIECE]}…`" if place < len(text) or len(shown) > MAX_PIECE else f"`{shown}`"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def phrase_of(rule: Rule, traits: Traits) -> str:
+    """A rule as a label."""
+    return safe_label(_spelt(rule, traits))
+
+
+def shortened(rule: Rule, traits: Traits) -> Rule:
+    """The rule without the last values of its longest sets, as many as it takes for its label to say all that it tests."""
+    while len(_spelt(rule, traits)) > MAX_LABEL:
+        sets = [test for tests in rule.alternatives for test in tests]
+        longest = max(sets, key=lambda test: len(test.values))
+        if len(longest.values) == 1:
+            break
+        cut = replace(longest, values=longest.values[:-1])
+        rule = Rule(tuple(tuple(cut if test is longest else test for test in tests) for tests in rule.alternatives))
+    return rule
+
+
+def _spelt(rule: Rule, traits: Traits) -> str:
+    return ", or ".join(_conjunction(tests, traits) for tests in rule.alternatives)
+
+
+def kind_of(rule: Rule) -> str:
+    """What a rule speaks of, in a word: token, context, syntax, position, or mixed."""
+    kinds = {SUBJECTS[test.family] for tests in rule.alternatives for test in tests}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+SUBJECTS = {
+    "token": "token",
+    "stripped": "token",
+    "shape": "token",
+    "word": "token",
+    "pair": "context",
+    "previous": "context",
+    "two before": "context",
+    "next": "context",
+    "repeat": "context",
+    "kind": "syntax",
+    "statement": "syntax",
+    "depth": "syntax",
+    "position": "position",
+    "place in line": "position",
+}
+"""What each family speaks of."""
+
+
+def _conjunction(tests: tuple[OneOf, ...], traits: Traits) -> str:
+    nouns = [NOUNS[test.family](_keys(test, traits), traits.pieces) for test in tests if test.family in NOUNS]
+    rest = [QUALIFIERS[test.family](_keys(test, traits), traits.pieces) for test in tests if test.family in QUALIFIERS]
+    subject = f"{nouns[0]} ({', '.join(nouns[1:])})" if len(nouns) > 1 else nouns[0] if nouns else "any token"
+    return " ".join([subject, *rest])
+
+
+def _keys(test: OneOf, traits: Traits) -> list[Any]:
+    return [traits.families[test.family].keys[value] for value in test.values]
+
+
+def _token(key: Hashable, pieces: list[bytes]) -> str:
+    """A token by id; what frames a text has no bytes."""
+    return quoted(pieces[key]) if isinstance(key, int) and 0 <= key < len(pieces) and pieces[key] else "the start of a text"
+
+
+def _pairs(keys: list[tuple[int, int]], pieces: list[bytes]) -> str:
+    """Pairs of tokens, those after the same token together."""
+    after: dict[int, list[int]] = {}
+    for before, token in keys:
+        after.setdefault(before, []).append(token)
+    firsts: dict[tuple[int, ...], list[int]] = {}
+    for before, tokens in after.items():
+        firsts.setdefault(tuple(sorted(tokens)), []).append(before)
+    return ", or ".join(
+        f"{listed([_token(token, pieces) for token in tokens])} after {listed([_token(before, pieces) for before in befores])}"
+        for tokens, befores in firsts.items()
+    )
+
+
+def _following(keys: list[Any], pieces: list[bytes]) -> str:
+    words = [quoted(pieces[key]) if key >= 0 and pieces[key] else "the end of a text" for key in keys]
+    return f"before {listed(words)}"
+
+
+def _two_before(keys: list[Any], pieces: list[bytes]) -> str:
+    def named(pair: tuple[int, int]) -> str:
+        joined = b"".join(pieces[token] for token in pair if token >= 0)
+        return quoted(joined) if joined else "the start of a text"
+
+    return f"after {listed([named(pair) for pair in keys])}"
+
+
+def _statements(keys: list[Any], pieces: list[bytes]) -> str:
+    named = [f"`{key}`" for key in keys if key]
+    parts = [f"in a line that begins with {listed(named)}"] if named else []
+    return " or ".join(parts + (["in a line that is no statement of its own"] if "" in keys else []))
+
+
+Phrase = Callable[[list[Any], list[bytes]], str]
+NOUNS: dict[str, Phrase] = {
+    "token": lambda keys, pieces: listed([_token(key, pieces) for key in keys]),
+    "stripped": lambda keys, pieces: f"{listed([quoted(key.encode()) if key else 'white space' for key in keys])} (any spacing)",
+    "word": lambda keys, pieces: (
+        f"in the word {listed([quoted(key.encode()) for key in keys if key])}" if any(keys) else "no word"
+    ),
+    "pair": _pairs,
+    "shape": lambda keys, pieces: listed(keys),
+    "kind": lambda keys, pieces: listed(keys),
+}
+"""Families that name a token: (keys, pieces) to words."""
+QUALIFIERS: dict[str, Phrase] = {
+    "previous": lambda keys, pieces: f"after {listed([_token(key, pieces) for key in keys])}",
+    "two before": _two_before,
+    "next": _following,
+    "statement": _statements,
+    "place in line": lambda keys, pieces: f"as {listed(keys)}",
+    "depth": lambda keys, pieces: f"within {keys[0]} open brackets" if keys[0] else "outside brackets",
+    "position": lambda keys, pieces: f"at positions {keys[0]} to {max(2 * keys[0] - 1, keys[0])} of the text read",
+    "repeat": lambda keys, pieces: listed(keys),
+}
+"""Families that say where a token stands."""

@@ -1,0 +1,242 @@
+"""Describe every latent of every trained SAE of a model, for people to look at.
+
+One pass of the model over training and held-out blocks feeds all SAEs: their codes go to disk, and everything is computed from
+there, exactly. SAEs that are described are skipped, without loading the model; a killed description goes on behind the last
+whole portion of codes, or behind the last whole SAE, and ends with the same bytes.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import torch
+
+from everyscope.base.errors import ShapeMismatch
+from everyscope.base.files import make_folder, require_free_space, write_json
+from everyscope.base.progress import meter
+from everyscope.describe.codes import FIRING_BYTES, CodesFolder, collect, unfinished_group
+from everyscope.describe.config import DescribeConfig
+from everyscope.describe.directions import logit_columns, neighbour_column
+from everyscope.describe.measures import QUANTILES, Measures, TextFacts, facts_of, group_words, histogram_edges
+from everyscope.describe.sequences import Sequences, read_sequences, write_sequences
+from everyscope.describe.table import held_out_columns, measured_before, write_latents
+from everyscope.describe.targets import Target, find_targets, read_facts, text_identity
+from everyscope.describe.vocabulary import write_vocabulary
+from everyscope.sae.files import read_sae
+from everyscope.sae.folded import Sae
+from everyscope.sites.logits import LogitPath, final_norm, gain_of, logit_path
+from everyscope.sites.model import LanguageModel, load_language_model
+from everyscope.suite.descriptions import write_order
+from everyscope.text.tokenizer import load_tokenizer
+
+TEXT_FOLDER, CODES_FOLDER = "text", "codes"
+SEQUENCES_FILE, VOCABULARY_FILE, MODEL_FILE = "sequences.parquet", "vocabulary.parquet", "model.json"
+FORMAT = 1
+"""Of latents.parquet."""
+SPARE_ROOM = 1.25
+"""Codes on the run's own text may be denser than on the evaluation's by so much [1]."""
+
+
+@dataclass(frozen=True)
+class DescribeResult:
+    """What a description left on disk."""
+
+    descriptions: Path
+    """The folder: saes.json, text/, and <site>/layer_<L>/<SAE>/latents.parquet."""
+    num_described: int
+    """SAEs described in this run."""
+    num_renewed: int
+    """SAEs of which only the surroundings were written anew."""
+    num_skipped: int
+    """SAEs that were described already."""
+
+
+def run(config: DescribeConfig) -> DescribeResult:
+    """Describe every SAE below `config.trained` that is not described under this config yet.
+
+    Raises DataError (nothing trained, or not evaluated), ShapeMismatch and NonFinite (SAE and model do not fit, or break
+    down), ModelError and TextError (model or text cannot be read), StorageError.
+    """
+    targets = find_targets(config)
+    make_folder(config.out)
+    write_order(config.out, [(target.site, target.name) for target in targets])
+    pending = tuple(target for target in targets if not target.is_measured)
+    if pending or not _has_text(config):
+        _describe(config, targets, pending)
+    stale = [target for target in targets if not target.is_whole]
+    for target in stale:
+        _renew(config, target, targets)
+    shutil.rmtree(config.out / CODES_FOLDER, ignore_errors=True)
+    return DescribeResult(config.out, len(pending), len(stale), len(targets) - len(pending) - len(stale))
+
+
+def _has_text(config: DescribeConfig) -> bool:
+    folder = config.out / TEXT_FOLDER
+    is_ours = read_facts(folder / SEQUENCES_FILE).get("identity") == text_identity(config)
+    return is_ours and (folder / VOCABULARY_FILE).exists() and (folder / MODEL_FILE).exists()
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """What stays the same over all SAEs."""
+
+    model: LanguageModel
+    sequences: Sequences
+    facts: TextFacts
+    num_known: int
+    """Tokens that the tokenizer knows; the model may have more rows."""
+
+
+def _describe(config: DescribeConfig, targets: Sequence[Target], pending: Sequence[Target]) -> None:
+    """Write the text, then describe the pending SAEs, group by group."""
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    model = load_language_model(config.model)
+    sequences = read_sequences(config, tokenizer)
+    if not _has_text(config):
+        _write_text(config, model, tokenizer, sequences)
+    if not pending:
+        return
+    vocab_size = max(model.anatomy.config.vocab_size, len(tokenizer))
+    subject = _Subject(model, sequences, facts_of(sequences, vocab_size, config.seed), len(tokenizer))
+    folder = config.out / CODES_FOLDER
+    groups = list(_groups(config, targets, pending, sequences.num_tokens, unfinished_group(folder)))
+    total = sequences.num_tokens * sum(len(group) for group in groups)
+    for group in groups:
+        codes = CodesFolder(
+            folder, tuple(target.identity for target in group), ceil(len(sequences.input_ids) / config.portion_blocks)
+        )
+        _collect(config, subject, group, codes, total)
+        waiting = [target for target in group if not target.is_measured]
+        with meter("latents", sum(target.width for target in waiting), "latents") as progress:
+            for target in waiting:
+                _describe_sae(config, subject, target, targets, codes)
+                progress.advance(target.width)
+        codes.delete()
+
+
+def _groups(
+    config: DescribeConfig, targets: Sequence[Target], pending: Sequence[Target], num_tokens: int, unfinished: tuple[str, ...]
+) -> Iterator[tuple[Target, ...]]:
+    """The SAEs that one pass of the model serves: first those of a killed run whose codes are there, then as many as fit."""
+    known = {target.identity: target for target in targets}
+    waiting = list(pending)
+    if set(unfinished) <= set(known) and any(target.identity in unfinished for target in waiting):
+        yield tuple(known[identity] for identity in unfinished)
+        waiting = [target for target in waiting if target.identity not in unfinished]
+    group, size = [], 0.0
+    for target in waiting:
+        needs = target.l0 * num_tokens * FIRING_BYTES
+        if group and (size + needs > config.codes_bytes or len(group) == config.saes_at_once):
+            yield tuple(group)
+            group, size = [], 0.0
+        group.append(target)
+        size += needs
+    if group:
+        yield tuple(group)
+
+
+def _collect(config: DescribeConfig, subject: _Subject, group: Sequence[Target], codes: CodesFolder, total: int) -> None:
+    """One pass of the model for a group, unless its codes are all there."""
+    device = torch.device(config.model.device)
+    needs = sum(target.l0 for target in group) * subject.sequences.num_tokens * FIRING_BYTES * SPARE_ROOM
+    codes.open()
+    missing = [number for number in range(codes.num_portions) if not codes.portion(number).exists()]
+    require_free_space(config.out, int(needs * len(missing) / codes.num_portions), "keeping the firings until they are described")
+    saes = [(target, _checked(subject.model, target).to(device)) for target in group] if missing else []
+    with meter("describe", subject.sequences.num_tokens * len(group), "tokens x SAEs") as progress:
+
+        def passed(num_tokens: int, is_resumed: bool) -> None:
+            progress.advance(num_tokens * len(group), is_resumed=is_resumed)
+
+        collect(config, subject.model.model, subject.sequences, saes, codes, passed)
+
+
+def _checked(model: LanguageModel, target: Target) -> Sae:
+    """The SAE; ShapeMismatch where it is of another model."""
+    sae, _ = read_sae(target.folder)
+    if sae.d_in != (width := model.anatomy.width(target.site)):
+        raise ShapeMismatch(f"{target.folder}: the SAE has d_in={sae.d_in}, {target.site} of the model {width}; train it again")
+    return sae
+
+
+def _describe_sae(
+    config: DescribeConfig, subject: _Subject, target: Target, targets: Sequence[Target], codes: CodesFolder
+) -> None:
+    """Everything about one SAE, from its codes and its decoder."""
+    measures = Measures(config, codes.read(target.identity), subject.facts)
+    path = logit_path(subject.model.model, target.site)
+    w_dec = read_sae(target.folder)[0].w_dec.to(path.unembedding.device)
+    surroundings = _surroundings(config, target, targets)
+
+    def columns(first: int, last: int) -> dict[str, pyarrow.Array]:
+        logits = logit_columns(path, w_dec[first:last], subject.num_known)
+        return {**measures.columns(first, last), **logits, **surroundings(first, last)}
+
+    write_latents(target.out, target.width, _facts(config, subject.sequences, path, target), columns)
+
+
+def _facts(config: DescribeConfig, sequences: Sequences, path: LogitPath, target: Target) -> dict[str, Any]:
+    """What latents.parquet says of itself."""
+    return {
+        "format": FORMAT,
+        "num_tokens": sequences.num_tokens,
+        "num_sequences": len(sequences.input_ids),
+        "context": sequences.context,
+        "num_documents": len(sequences.documents),
+        "histogram_edges_of_max": histogram_edges().tolist(),
+        "quantiles": list(QUANTILES),
+        "groups": group_words(config),
+        "window": config.window,
+        "logit_path": path.words,
+        "logit_softcap": path.softcap,
+        "identity": target.identity,
+        "surroundings": target.surroundings,
+    }
+
+
+def _surroundings(config: DescribeConfig, target: Target, targets: Sequence[Target]) -> Any:
+    """The columns that the evaluation and other SAEs decide, by range."""
+    held_out = held_out_columns(target)
+    device = torch.device(config.model.device)
+    others = {number: read_sae(targets[number].folder)[0].to(device) for _, number in target.relatives}
+    w_dec = others[target.number].w_dec
+
+    def columns(first: int, last: int) -> dict[str, pyarrow.Array]:
+        near = neighbour_column(w_dec[first:last], first, target.relatives, others, config.neighbours)
+        return {**held_out(first, last), "neighbours": near}
+
+    return columns
+
+
+def _renew(config: DescribeConfig, target: Target, targets: Sequence[Target]) -> None:
+    """Write the surroundings of an SAE anew and keep what was measured of it."""
+    measured, surroundings = measured_before(target.out), _surroundings(config, target, targets)
+    facts = {**read_facts(target.out), "surroundings": target.surroundings}
+    write_latents(target.out, target.width, facts, lambda first, last: {**measured(first, last), **surroundings(first, last)})
+
+
+def _write_text(config: DescribeConfig, model: LanguageModel, tokenizer: Any, sequences: Sequences) -> None:
+    """Model, vocabulary and, last, the blocks: text/ with our sequences is whole."""
+    folder = config.out / TEXT_FOLDER
+    head: Any = model.model
+    norm = final_norm(model.model, model.anatomy)
+    kind = "LayerNorm" if gain_of(norm, model.anatomy.d_model).is_centring else "RMSNorm"
+    write_json(
+        folder / MODEL_FILE,
+        {
+            "model": config.model.name,
+            "revision": config.model.revision,
+            "tokenizer": type(tokenizer).__name__,
+            "num_layers": model.anatomy.num_layers,
+            "d_model": model.anatomy.d_model,
+            "vocab_size": head.get_output_embeddings().weight.shape[0],
+            "norm": kind,
+            "logit_softcap": getattr(model.anatomy.config, "final_logit_softcapping", None),
+        },
+    )
+    write_vocabulary(folder / VOCABULARY_FILE, tokenizer)
+    write_sequences(folder / SEQUENCES_FILE, sequences, text_identity(config))
