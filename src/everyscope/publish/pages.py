@@ -1,71 +1,57 @@
-"""The two pages of a suite, rendered from its index: the model card and the report."""
+"""The two pages of a suite: the model card and the report, with the report's figures beside it."""
 
 from pathlib import Path
 from statistics import median
-from textwrap import wrap
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.markers import MarkerStyle
 
 from everyscope.base.files import write_text
-from everyscope.base.progress import human_count
-from everyscope.publish.figures import (
-    DELTA_LOSS,
-    FVU,
-    RECOVERED,
-    SITE_TITLES,
-    heat_png,
-    heat_svg,
-    kinds_of,
-    layer_colours,
-    middle_saes,
-    panel_svg,
-    panels_png,
-    width_markers,
-)
-from everyscope.publish.table import COLUMNS, row_texts, suite_rows
-from everyscope.suite.layout import CARD_FILE, REPORT_FILE, width_label
+from everyscope.base.progress import human_count, meter
+from everyscope.publish.drawing.pictures import FORMATS, key_svg, panel_svg, write_picture
+from everyscope.publish.evidence import Evidence
+from everyscope.publish.report import sections_of
+from everyscope.publish.sections.section import Cell, Section, Table
+from everyscope.publish.table import COLUMNS, row_keys, row_texts, ties_of
+from everyscope.suite.layout import CARD_FILE, REPORT_FILE, SAEBENCH_FOLDER, TABLE_FILE, width_label
 from everyscope.suite.records import SuiteIndex
 
 TEMPLATES = Path(__file__).parent / "templates"
-PICTURES = (
-    (FVU, "Fraction of variance unexplained against L0"),
-    (DELTA_LOSS, "Rise of the language model's loss against L0"),
-)
-HEAT_PICTURES = ((FVU, "FVU at the middle sparsity"), (RECOVERED, "Loss recovered at the middle sparsity"))
 
 
-def write_report(suite: Path, index: SuiteIndex) -> None:
-    """report/index.html, one file that needs nothing else, and the same figures as PNG beside it."""
-    folder = (suite / REPORT_FILE).parent
-    note = f"{human_count(index.measured.num_tokens)} tokens, {index.measured.data}; {index.measured.mask}"
-    for measure, title in PICTURES:
-        panels_png(folder / f"{measure.file}.png", index, measure, f"{title}\n{note}")
-    for measure, title in HEAT_PICTURES:
-        heat_png(folder / f"{measure.file}_by_site.png", index, measure, "\n".join([title, *wrap(note, 56)]))
-    write_text(suite / REPORT_FILE, _render("report.html.j2", autoescape=True, **_report_context(index)))
+def write_report(suite: Path, evidence: Evidence) -> list[str]:
+    """report/index.html, one file that needs nothing else, and every figure as PDF and PNG beside it; their paths.
+
+    Figures of an earlier report that this one does not have are deleted.
+    """
+    folder, sections = (suite / REPORT_FILE).parent, sections_of(evidence)
+    pictures = [(picture, section) for section in sections for picture in section.pictures]
+    with meter("report", len(pictures), "figures") as progress:
+        for picture, section in pictures:
+            write_picture(folder, picture, section.basis)
+            progress.advance()
+    names = [name for picture, _ in pictures for name in picture.files]
+    for form in FORMATS:
+        for path in folder.glob(f"*.{form}"):
+            if path.name not in names:
+                path.unlink()
+    write_text(suite / REPORT_FILE, _render("report.html.j2", autoescape=True, **_report_context(evidence, sections)))
+    return [REPORT_FILE, *((Path(REPORT_FILE).parent / name).as_posix() for name in names)]
 
 
 def write_card(suite: Path, index: SuiteIndex, license_name: str | None) -> None:
     """README.md: the model card, with the suite's table."""
-    rows = [row_texts(row) for row in suite_rows(index)]
+    ties = ties_of(index)
     context = {
         "index": index,
         "columns": COLUMNS,
-        "rows": rows,
+        "rows": [row_texts(sae, ties[sae.folder]) for sae in index.saes],
         "license": license_name,
-        "example": index.saes[len(index.saes) // 2],
+        "example": next((sae for sae in index.saes if sae.metrics.is_canonical), index.saes[0]),
+        "table": TABLE_FILE,
+        "saebench": SAEBENCH_FOLDER,
     }
     write_text(suite / CARD_FILE, _render("card.md.j2", autoescape=False, **context))
-
-
-def report_files() -> list[str]:
-    """The paths below a suite that `write_report` writes."""
-    folder = Path(REPORT_FILE).parent
-    names = [f"{measure.file}.png" for measure, _ in PICTURES] + [f"{measure.file}_by_site.png" for measure, _ in HEAT_PICTURES]
-    return [REPORT_FILE, *((folder / name).as_posix() for name in names)]
 
 
 def _render(template: str, *, autoescape: bool, **context: Any) -> str:
@@ -81,59 +67,56 @@ def _render(template: str, *, autoescape: bool, **context: Any) -> str:
     return environment.get_template(template).render(context)
 
 
-def _report_context(index: SuiteIndex) -> dict[str, Any]:
-    rows = suite_rows(index)
-    panels = [
-        {
-            "title": title,
-            "has_baseline": measure.baseline is not None,
-            "panels": [{"title": SITE_TITLES[kind], "svg": panel_svg(index, measure, kind)} for kind in kinds_of(index)],
-        }
-        for measure, title in PICTURES
-    ]
+def _report_context(evidence: Evidence, sections: list[Section]) -> dict[str, Any]:
     return {
-        "index": index,
-        "headlines": headlines(index),
-        "figures": panels,
-        "heats": [{"title": title, "svg": heat_svg(index, measure)} for measure, title in HEAT_PICTURES],
-        "layers": list(layer_colours(index).items()),
-        "widths": [(width_label(width), marker_svg(marker)) for width, marker in width_markers(index).items()],
-        "columns": COLUMNS,
-        "rows": [{"folder": row["folder"], "cells": _cells(row)} for row in rows],
+        "index": evidence.index,
+        "headlines": headlines(evidence),
+        "sections": [*sections, suite_section(evidence)],
+        "is_text": lambda table, column: bool(table.rows) and not isinstance(table.rows[0][column].key, int | float),
+        "panel_svg": panel_svg,
+        "key_svg": key_svg,
     }
 
 
-def _cells(row: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Text and sorting key of each cell."""
-    keys = [value for name, value in row.items() if name != "folder"]
-    return [(text, -1 if key is None else key) for text, key in zip(row_texts(row), keys, strict=True)]
-
-
-def headlines(index: SuiteIndex) -> list[tuple[str, str]]:
+def headlines(evidence: Evidence) -> list[tuple[str, str]]:
     """The few numbers at the top of the report: value, and what it is."""
-    middle = list(middle_saes(index).values())
-    recovered = [sae.metrics.loss_recovered for sae in middle if sae.metrics.loss_recovered is not None]
-    beats = sum(sae.metrics.fvu < sae.metrics.fvu_pca for sae in index.saes)
+    saes, canonical = evidence.index.saes, evidence.canonical
+    recovered = [sae.metrics.loss_recovered for sae in canonical if sae.metrics.loss_recovered is not None]
+    beats = sum(sae.metrics.fvu < sae.metrics.fvu_pca for sae in saes)
     found = [
-        (str(len(index.saes)), f"SAEs at {len(middle)} sites"),
-        (f"{median(sae.metrics.fvu for sae in middle):.3f}", "median FVU, middle sparsity"),
-        (f"{median(sae.metrics.delta_loss for sae in middle):.3f}", "median delta loss there [nats/token]"),
+        (str(len(saes)), f"SAEs at {len(evidence.chosen)} sites, of which {len(canonical)} canonical: one a site and width"),
+        (f"{median(sae.metrics.fvu for sae in canonical):.3f}", "median FVU of these"),
+        (f"{median(sae.metrics.delta_loss for sae in canonical):.3f}", "median delta loss of these [nats/token]"),
     ]
     if recovered:
-        found.append((f"{median(recovered):.3f}", f"median loss recovered there (lowest {min(recovered):.3f})"))
-    narrow = min(sae.width for sae in index.saes)
-    dead = median(sae.metrics.dead_fraction for sae in index.saes if sae.width == narrow)
+        found.append((f"{median(recovered):.3f}", f"median loss recovered (lowest {min(recovered):.3f})"))
+    narrow = min(sae.width for sae in saes)
+    dead = median(sae.metrics.dead_fraction for sae in saes if sae.width == narrow)
     return [
         *found,
         (f"{dead:.1%}", f"median share of dead latents, width {width_label(narrow)}"),
-        (f"{beats}/{len(index.saes)}", "SAEs explain more than PCA with L0 components"),
+        (f"{beats}/{len(saes)}", "SAEs explain more than PCA with L0 components"),
     ]
 
 
-def marker_svg(marker: str) -> str:
-    """A width's marker as a little SVG for the legend."""
-    style = MarkerStyle(marker)
-    outline = style.get_path().transformed(style.get_transform())
-    points = np.concatenate([np.asarray(polygon) for polygon in outline.to_polygons()])
-    coordinates = " ".join(f"{6 + 9 * x:.2f},{6 - 9 * y:.2f}" for x, y in points)
-    return f'<svg class="mark" viewBox="0 0 12 12"><polygon points="{coordinates}"/></svg>'
+def suite_section(evidence: Evidence) -> Section:
+    """Every SAE, in a table."""
+    ties = ties_of(evidence.index)
+    rows = []
+    for sae in evidence.index.saes:
+        tied = ties[sae.folder]
+        soft = {"FVU": tied.fvu, "delta loss": tied.delta_loss}
+        cells = zip(COLUMNS, row_texts(sae, tied), row_keys(sae), strict=True)
+        link = f"../{sae.folder}/"
+        rows.append(tuple(Cell(text, key, link if name == "site" else None, soft.get(name, False)) for name, text, key in cells))
+    return Section(
+        anchor="saes",
+        title="Every SAE",
+        basis=evidence.basis,
+        says="● marks the canonical SAE of a site and width; = and grey mark what ties with an SAE of the same site and like L0.",
+        notes=(
+            "L0 in latents, delta loss in nats/token, ± half of the interval; dead: fires on no token; dense: fires on more "
+            "than a tenth.",
+        ),
+        table=Table(COLUMNS, tuple(rows)),
+    )

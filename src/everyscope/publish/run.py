@@ -5,41 +5,39 @@ published does nothing; publishing something else into the same folder replaces 
 """
 
 import shutil
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import (
-    PARTIAL,
-    make_folder,
-    read_json,
-    require_free_space,
-    sha256,
-    storage_errors,
-    whole_file,
-    write_json,
-)
+from everyscope.base.files import PARTIAL, make_folder, require_free_space, sha256, storage_errors, whole_file, write_json
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter, say
+from everyscope.base.progress import meter
 from everyscope.publish.config import PublishConfig
+from everyscope.publish.descriptions import described_files, description_checksums, publish_text
+from everyscope.publish.evidence import Evidence
+from everyscope.publish.flat import write_table
 from everyscope.publish.formats import write_npz, write_saelens
-from everyscope.publish.pages import TEMPLATES, report_files, write_card, write_report
-from everyscope.sae.files import RECORD_FILE, TENSOR_FILE, read_sae, trained_folders
-from everyscope.sites.names import Site, parse_folder
+from everyscope.publish.pages import TEMPLATES, write_card, write_report
+from everyscope.publish.saebench import write_saebench
+from everyscope.publish.slices import publish_cost, publish_slices, published_slices, read_cost, slice_checksums
+from everyscope.publish.sources import Source, find_sources
+from everyscope.sae.files import TENSOR_FILE, read_sae
 from everyscope.suite.layout import (
     CARD_FILE,
+    CONFIG_FILE,
     INDEX_FILE,
-    LATENTS_FILE,
     METRICS_FILE,
+    NPZ_FILE,
     REPORT_FILE,
     SAE_FILES,
-    sae_folder,
+    SAEBENCH_FOLDER,
+    TABLE_FILE,
+    WEIGHTS_FILE,
     sae_folders,
 )
-from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex, read_index
+from everyscope.suite.records import Measured, SaeRecord, SuiteIndex, read_index
 
 
 @dataclass(frozen=True)
@@ -52,38 +50,16 @@ class PublishResult:
     """Its report, to be opened in a browser."""
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One SAE to publish, and where it goes."""
-
-    site: Site
-    trained: Path
-    scores: Path
-    metrics: dict[str, Any]
-    folder: str = ""
-
-    @property
-    def checksums(self) -> list[str]:
-        """Hashes of all files that this SAE is published from."""
-        inputs = (self.trained / TENSOR_FILE, self.trained / RECORD_FILE, self.scores / METRICS_FILE, self.scores / LATENTS_FILE)
-        return [sha256(path) for path in inputs]
-
-
 def run(config: PublishConfig) -> PublishResult:
     """Write the suite of all trained SAEs below `config.trained`.
 
-    Raises DataError where nothing is trained, or an SAE has no scores yet; StorageError where the disk is too small.
+    Raises DataError where nothing is trained, where an SAE has no scores yet or scores of an older form, or where a slice is
+    about something else; StorageError where the disk is too small.
     """
     result = PublishResult(config.out, config.out / REPORT_FILE)
-    sources = _find_sources(config)
-    inputs = content_id(
-        {
-            "version": version("everyscope"),
-            "names": [config.title, config.model, config.license],
-            "templates": {path.name: sha256(path) for path in sorted(TEMPLATES.iterdir())},
-            "saes": {source.folder: source.checksums for source in sources},
-        }
-    )
+    sources = find_sources(config)
+    described = described_files(config.descriptions, sources)
+    inputs = _inputs(config, sources, described)
     if _is_published(config.out, inputs):
         return result
     make_folder(config.out)
@@ -91,51 +67,44 @@ def run(config: PublishConfig) -> PublishResult:
     require_free_space(config.out, needed, "publishing the suite")
     (config.out / INDEX_FILE).unlink(missing_ok=True)
     _remove_stale(config.out, {source.folder for source in sources})
+    records, results = [], []
     with meter("publish", len(sources), "SAEs") as progress:
-        records = []
         for source in sources:
-            records.append(_publish_sae(config, source))
+            record, result_file = _publish_sae(config, source, described[source.name])
+            records.append(record)
+            results.append(result_file)
             progress.advance()
+    _remove_results(config.out, set(results))
     metrics = sources[0].metrics
-    measured = Measured(**{name: metrics[name] for name in Measured.model_fields})
     index = SuiteIndex(
         version=version("everyscope"),
         title=config.title,
         model=config.model,
-        measured=measured,
+        measured=Measured(**{name: metrics[name] for name in Measured.model_fields}),
         inputs=inputs,
         saes=tuple(records),
         files={},
     )
-    write_report(config.out, index)
-    write_card(config.out, index, config.license)
-    files = {name: sha256(config.out / name) for name in sorted([CARD_FILE, *report_files()])}
+    names = [*results, *_publish_whole(config, sources, index), *publish_text(config.descriptions, config.out)]
+    files = {name: sha256(config.out / name) for name in sorted(names)}
     write_json(config.out / INDEX_FILE, index.model_copy(update={"files": files}).as_json())
     return result
 
 
-def _find_sources(config: PublishConfig) -> list[_Source]:
-    """All trained SAEs with their scores and future folders, by site, layer, width and L0."""
-    found = []
-    for folder in trained_folders(config.trained):
-        place = folder.relative_to(config.trained)
-        scores = config.scores / place
-        if not (scores / METRICS_FILE).exists():
-            raise DataError(f"{scores}: no scores for {folder}; run `everyscope evaluate` first")
-        found.append(_Source(parse_folder(place.parent.as_posix()), folder, scores, read_json(scores / METRICS_FILE)))
-    if not found:
-        raise DataError(f"{config.trained}: holds no finished SAE; run `everyscope train` first")
-    found.sort(key=lambda source: (source.site, source.metrics["width"], source.metrics["l0"], source.trained.name))
-    taken: Counter[str] = Counter()
-    sources = []
-    for source in found:
-        folder = sae_folder(source.site, source.metrics["width"], source.metrics["l0"])
-        taken[folder] += 1
-        if taken[folder] > 1:
-            say(f"Two SAEs round to {folder}; {source.trained.name} becomes {folder}_{taken[folder]}")
-            folder = f"{folder}_{taken[folder]}"
-        sources.append(_Source(source.site, source.trained, source.scores, source.metrics, folder))
-    return sources
+def _inputs(config: PublishConfig, sources: Iterable[Source], described: dict[str, dict[str, Path]]) -> str:
+    """Hash of everything that the suite follows from."""
+    return content_id(
+        {
+            "version": version("everyscope"),
+            "names": [config.title, config.model, config.license],
+            "templates": {path.name: sha256(path) for path in sorted(TEMPLATES.iterdir())},
+            "saes": {source.folder: source.checksums for source in sources},
+            "canonical": [source.folder for source in sources if source.is_canonical],
+            "slices": slice_checksums(config.scores),
+            "descriptions": description_checksums(config.descriptions, described),
+            "cost": {name: count for name, count in (read_cost(config.scores) or {}).items() if name != "seconds"},
+        }
+    )
 
 
 def _is_published(suite: Path, inputs: str) -> bool:
@@ -161,16 +130,27 @@ def _remove_stale(suite: Path, folders: set[str]) -> None:
                 folder.rmdir()
 
 
-def _publish_sae(config: PublishConfig, source: _Source) -> SaeRecord:
-    """Write the folder of one SAE."""
+def _remove_results(suite: Path, names: set[str]) -> None:
+    """Delete SAEBench results of SAEs that are not published any more."""
+    for path in (suite / SAEBENCH_FOLDER).glob("*_eval_results.json"):
+        if path.relative_to(suite).as_posix() not in names:
+            path.unlink()
+
+
+def _publish_sae(config: PublishConfig, source: Source, described: dict[str, Path]) -> tuple[SaeRecord, str]:
+    """Write the folder of one SAE and its SAEBench results; its record and their path."""
     folder, metrics = config.out / source.folder, source.metrics
     sae, record = read_sae(source.trained)
     write_npz(folder, sae)
     write_saelens(folder, sae, source.site, config.model, record, metrics)
-    for name in (METRICS_FILE, LATENTS_FILE):
+    for name, path in {METRICS_FILE: source.scores / METRICS_FILE, **described}.items():
         with whole_file(folder / name) as partial, storage_errors(folder / name):
-            shutil.copyfile(source.scores / name, partial)
-    return SaeRecord(
+            shutil.copyfile(path, partial)
+    names = {NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, *described}
+    for name in set(SAE_FILES) - names:
+        (folder / name).unlink(missing_ok=True)
+    result_file = write_saebench(config.out, config.title, version("everyscope"), source, sae, record)
+    published = SaeRecord(
         folder=source.folder,
         name=source.trained.name,
         site=source.site.kind,
@@ -178,6 +158,18 @@ def _publish_sae(config: PublishConfig, source: _Source) -> SaeRecord:
         d_in=sae.d_in,
         width=sae.d_sae,
         num_tokens=record.get("num_tokens"),
-        metrics=Headline(**{name: metrics[name] for name in Headline.model_fields}),
-        files={name: sha256(folder / name) for name in SAE_FILES},
+        metrics=source.headline,
+        files={name: sha256(folder / name) for name in SAE_FILES if name in names},
     )
+    return published, result_file
+
+
+def _publish_whole(config: PublishConfig, sources: Iterable[Source], index: SuiteIndex) -> list[str]:
+    """Write what belongs to no one SAE: slices, table, report and card; the paths of all with a checksum."""
+    metrics = {source.folder: source.metrics for source in sources}
+    slices = publish_slices(config.scores, config.out, {source.name: source.folder for source in sources})
+    evidence = Evidence(index, metrics, slices, publish_cost(config.scores, config.out))
+    write_table(config.out, index.saes, metrics)
+    report = write_report(config.out, evidence)
+    write_card(config.out, index, config.license)
+    return [CARD_FILE, TABLE_FILE, *report, *published_slices(config.out)]

@@ -10,6 +10,22 @@ from everyscope.base.schema import Schema
 from everyscope.sites.names import Site, SiteKind
 from everyscope.suite.layout import INDEX_FILE
 
+Interval = tuple[float, float]
+"""Both ends of an interval, low first."""
+
+
+class Intervals(Schema):
+    """Intervals of headline numbers, bootstrapped over documents; null where the evaluation could not make one."""
+
+    l0: Interval | None
+    """Of the mean number of active latents [latents]."""
+    fvu: Interval | None
+    """Of the fraction of variance unexplained [1]."""
+    delta_loss: Interval | None
+    """Of the rise of the language model's loss [nats/token]."""
+    loss_recovered: Interval | None
+    """Of the share of the mean ablation's loss that is recovered [1]."""
+
 
 class Headline(Schema):
     """The numbers of an SAE that tables show; metrics.json beside it has them all. Over held-out documents, specials masked."""
@@ -24,10 +40,20 @@ class Headline(Schema):
     """Rise of the language model's loss when the reconstruction is spliced in [nats/token]."""
     loss_recovered: float | None
     """1 where splicing costs nothing, 0 where it costs as much as the training mean; null where that costs nothing [1]."""
+    kl: float
+    """KL divergence of the spliced model's predictions from the untouched model's [nats/token]."""
+    cosine: float
+    """Mean cosine between activation and reconstruction [1]."""
     dead_fraction: float
     """Share of latents that never fire [1]."""
     dense_fraction: float
     """Share of latents that fire on more than a tenth of the tokens [1]."""
+    intervals: Intervals
+    """What the documents' choice leaves open."""
+    baselines_fvu: dict[str, float]
+    """FVU of what an SAE must beat, by the baseline's name [1]."""
+    is_canonical: bool
+    """Whether it stands for its site and width where only one can be shown: its L0 is nearest the one aimed at."""
 
 
 class SaeRecord(Schema):
@@ -71,6 +97,10 @@ class Measured(Schema):
     """Blocks read [blocks]."""
     context: int
     """Length of a block [tokens]."""
+    num_documents: int
+    """Documents behind the intervals [documents]."""
+    interval_level: float
+    """Share of intervals that hold the true value [1]."""
     loss_clean: float
     """Loss of the untouched language model [nats/token]."""
 

@@ -1,0 +1,37 @@
+"""What the evaluation has cost."""
+
+from everyscope.base.progress import human_count
+from everyscope.publish.evidence import Evidence
+from everyscope.publish.sections.section import Cell, Section, Table
+
+MEANINGS = {
+    "clean": "the untouched model, which feed the statistics of every SAE",
+    "spliced": "with an SAE’s reconstruction, from its layer on",
+    "baselines": "ablations and baselines",
+    "calibration": "training text, for means, principal components and thresholds",
+}
+
+
+def cost_section(evidence: Evidence) -> Section | None:
+    """Passes by what they were for; none where the evaluation kept no count. Seconds stay in cost.json: they vary."""
+    cost = evidence.cost
+    if not cost:
+        return None
+    forwards: dict[str, int] = {name: count for name, count in cost["forwards"].items() if count}
+    rows = [(Cell("forward"), Cell(MEANINGS.get(name, name)), Cell(f"{count:,}", count)) for name, count in forwards.items()]
+    if cost.get("backwards"):
+        rows.append(
+            (Cell("backward"), Cell("on the clean passes, for uniformity"), Cell(f"{cost['backwards']:,}", cost["backwards"]))
+        )
+    clean, total = forwards.get("clean", 0), sum(forwards.values())
+    return Section(
+        anchor="cost",
+        title="What this has cost",
+        basis=f"{human_count(cost['tokens'])} tokens through the untouched model" if cost.get("tokens") else evidence.basis,
+        says=(
+            f"{total:,} forward passes measured {len(evidence.index.saes)} SAEs, {clean:,} of them with the untouched model; "
+            "most others begin at an SAE’s layer."
+        ),
+        notes=("Passes are batches. The comparisons between texts, number formats and models keep counts of their own.",),
+        table=Table(("pass", "of", "batches"), tuple(rows)),
+    )

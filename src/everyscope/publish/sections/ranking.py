@@ -1,0 +1,53 @@
+"""The canonical SAEs in order, with ties where intervals overlap."""
+
+from everyscope.publish.evidence import Evidence
+from everyscope.publish.sections.section import Cell, Section, Table
+from everyscope.publish.table import interval_text
+from everyscope.suite.layout import width_label
+from everyscope.suite.ties import estimate, rank_spans
+
+COLUMNS = ("place", "site", "layer", "width", "L0", "delta loss", "interval", "place by FVU", "FVU", "interval of FVU")
+
+
+def ranking_section(evidence: Evidence) -> Section | None:
+    """Places by delta loss and by FVU, as spans; none for a single SAE."""
+    saes = evidence.canonical
+    if len(saes) < 2:
+        return None
+    deltas = rank_spans([estimate(sae.metrics.delta_loss, sae.metrics.intervals.delta_loss) for sae in saes])
+    fvus = rank_spans([estimate(sae.metrics.fvu, sae.metrics.intervals.fvu) for sae in saes])
+    rows = []
+    for sae, delta, fvu in sorted(zip(saes, deltas, fvus, strict=True), key=lambda row: row[0].metrics.delta_loss):
+        metrics = sae.metrics
+        rows.append(
+            (
+                Cell(span_text(delta), delta[0] + delta[1] / 1000, is_soft=delta[0] != delta[1]),
+                Cell(sae.site, link=f"../{sae.folder}/"),
+                Cell(str(sae.layer), sae.layer),
+                Cell(width_label(sae.width), sae.width),
+                Cell(f"{metrics.l0:.1f}", metrics.l0),
+                Cell(f"{metrics.delta_loss:.3f}", metrics.delta_loss),
+                Cell(interval_text(metrics.intervals.delta_loss), metrics.delta_loss, is_soft=True),
+                Cell(span_text(fvu), fvu[0] + fvu[1] / 1000, is_soft=fvu[0] != fvu[1]),
+                Cell(f"{metrics.fvu:.3f}", metrics.fvu),
+                Cell(interval_text(metrics.intervals.fvu), metrics.fvu, is_soft=True),
+            )
+        )
+    certain = sum(first == last for first, last in deltas)
+    return Section(
+        anchor="ranking",
+        title="In order, as far as it is certain",
+        basis=evidence.basis,
+        says=f"By delta loss, {certain} of {len(saes)} canonical SAEs have places of their own; {len(saes) - certain} tie.",
+        notes=(
+            "A place is the span that an SAE’s interval leaves it: behind all that are surely better, before all that are surely "
+            f"worse; spans are grey. {evidence.interval_note.replace('Bars are', 'Intervals are')}",
+        ),
+        table=Table(COLUMNS, tuple(rows)),
+    )
+
+
+def span_text(span: tuple[int, int]) -> str:
+    """A place, or the span of places."""
+    first, last = span
+    return str(first) if first == last else f"{first}–{last}"
