@@ -1,0 +1,201 @@
+"""The pages over HTTP: addresses, headers and errors. What a page holds is made in views/.
+
+Nothing that a request holds ever becomes a path: SAEs are looked up by name in the index, files of static/ in a table. Every
+answer forbids scripts, styles and pictures from elsewhere, and requests under another host's name are refused, so that no
+page of a stranger can read this server through the user's browser.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from everyscope.base.errors import EveryscopeError
+from everyscope.browse.links import Served
+from everyscope.browse.live import LiveFactory, LiveModel
+from everyscope.browse.pages import TYPES, environment, render, stamps, static_files
+from everyscope.browse.preparation import Preparation
+from everyscope.browse.queries import Index, SaeFacts
+from everyscope.browse.search import TableRequest, find_tokens, latents_by_label, latents_by_token
+from everyscope.browse.views.compare import compare_view
+from everyscope.browse.views.latent import latent_json, latent_view
+from everyscope.browse.views.live import steer_view, text_view
+from everyscope.browse.views.sae import sae_view, table_rows
+from everyscope.browse.views.suite import comparisons_view, suite_view
+
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+HOSTS = ["127.0.0.1", "localhost"]
+"""The names under which this server answers: a stranger's domain that points at this machine is none of them."""
+SAE_PATH = "/sae/{site}/{layer}/{width}/{l0}"
+MAX_QUERY = 400
+"""Characters of a search that are taken [characters]."""
+
+
+class SafeHeaders:
+    """Adds HEADERS to every answer, errors too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Around `app`."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on, with the headers."""
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_safely)
+
+
+class NoSuchPage(EveryscopeError):
+    """An address that leads nowhere."""
+
+
+class Browser:
+    """One suite's pages. Endpoints are plain functions: Starlette runs them in threads, the index has a connection for each."""
+
+    def __init__(self, preparation: Preparation, live: LiveFactory | None) -> None:
+        """Over an index that may still be in the making."""
+        self._preparation = preparation
+        self._live = LiveModel(live)
+        self._files = static_files()
+        self._links = Served(stamps(self._files))
+        self._templates = environment()
+        self._cached: tuple[Index, str] | None = None
+        self._lock = threading.Lock()
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        pages: dict[str, Callable[[Request, Index], Response]] = {
+            "/": self._suite,
+            "/comparisons": self._comparisons,
+            "/search": self._search,
+            "/compare": self._compare,
+            "/text": self._text,
+            "/steer": self._steer,
+            f"{SAE_PATH}/": self._sae,
+            f"{SAE_PATH}/{{latent:int}}.json": self._raw,
+            f"{SAE_PATH}/{{latent:int}}": self._latent,
+        }
+        routes = [Route(path, self._ready(page)) for path, page in pages.items()]
+        routes += [Route("/static/{name}", self._static), Route("/state", self._state)]
+        handlers = {404: self._not_found, EveryscopeError: self._failed, 500: self._broken}
+        hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
+        # Around everything: as a middleware of Starlette's it would miss the answers to our own faults.
+        return SafeHeaders(Starlette(routes=routes, middleware=hosts, exception_handlers=handlers))
+
+    def _ready(self, page: Callable[[Request, Index], Response]) -> Callable[[Request], Response]:
+        """`page`, or as long as there is no index, how far that is."""
+
+        def endpoint(request: Request) -> Response:
+            index = self._preparation.index
+            if index is not None:
+                return page(request, index)
+            if self._preparation.error:
+                return self._page("error", None, 500, title="This suite cannot be shown", message=self._preparation.error)
+            return self._page("preparing", None, 503, preparation=self._preparation)
+
+        return endpoint
+
+    def _page(self, name: str, index: Index | None, status: int = 200, **view: Any) -> HTMLResponse:
+        return HTMLResponse(render(self._templates, name, index, self._links, **view), status)
+
+    def _suite(self, request: Request, index: Index) -> Response:
+        with self._lock:  # the same for everyone, and the only page that draws a whole suite
+            if self._cached is None:
+                html = render(self._templates, "suite", index, self._links, **suite_view(index, self._links))
+                self._cached = (index, html)
+        return HTMLResponse(self._cached[1])
+
+    def _comparisons(self, request: Request, index: Index) -> Response:
+        return self._page("comparisons", index, **comparisons_view(index, self._links))
+
+    def _find(self, request: Request, index: Index) -> SaeFacts:
+        folder = "/".join(request.path_params[name] for name in ("site", "layer", "width", "l0"))
+        sae = index.find(folder)
+        if sae is None:
+            raise NoSuchPage(f"this suite has no SAE {folder[:200]!r}; the first page lists those that it has")
+        return sae
+
+    def _sae(self, request: Request, index: Index) -> Response:
+        table = TableRequest.read(dict(request.query_params))
+        return self._page("sae", index, **sae_view(index, self._links, self._find(request, index), table))
+
+    def _latent(self, request: Request, index: Index) -> Response:
+        sae = self._find(request, index)
+        view = latent_view(index, self._links, sae, request.path_params["latent"])
+        if view is None:
+            raise NoSuchPage(sae.problem or f"this SAE has latents 0 to {sae.width - 1}")
+        return self._page("latent", index, **view)
+
+    def _raw(self, request: Request, index: Index) -> Response:
+        found = latent_json(index, self._find(request, index), request.path_params["latent"])
+        return JSONResponse(found) if found else JSONResponse({"error": "no such latent"}, 404)
+
+    def _search(self, request: Request, index: Index) -> Response:
+        typed = request.query_params.get("q", "")[:MAX_QUERY]
+        tokens = find_tokens(index, typed) if typed else []
+        return self._page(
+            "search",
+            index,
+            typed=typed,
+            tokens=tokens,
+            by_label=table_rows(index, latents_by_label(index, typed), self._links),
+            by_token=table_rows(index, latents_by_token(index, tokens), self._links),
+        )
+
+    def _compare(self, request: Request, index: Index) -> Response:
+        one, other = (index.find(request.query_params.get(name, "")) for name in ("a", "b"))
+        return self._page("compare", index, **compare_view(index, self._links, one, other))
+
+    def _text(self, request: Request, index: Index) -> Response:
+        return self._page("text", index, **text_view(index, self._links, self._live, dict(request.query_params)))
+
+    def _steer(self, request: Request, index: Index) -> Response:
+        names = request.query_params.keys()
+        query = {name: request.query_params.getlist(name) for name in names}
+        return self._page("steer", index, **steer_view(index, self._links, self._live, query))
+
+    def _static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._files:
+            return Response("no such file", 404)
+        kind = TYPES[f".{name.rpartition('.')[2]}"]
+        return Response(self._files[name], media_type=kind, headers={"cache-control": "max-age=31536000, immutable"})
+
+    def _state(self, request: Request) -> Response:
+        """For scripts: how far index and model are."""
+        is_ready = self._preparation.index is not None
+        state = {"is_ready": is_ready, "share": self._preparation.share, "error": self._preparation.error}
+        return JSONResponse({**state, "model": self._live.state}, headers={"cache-control": "no-store"})
+
+    def _not_found(self, request: Request, error: Exception) -> Response:
+        message = "there is nothing at this address; the first page leads to everything"
+        return self._page("error", self._preparation.index, 404, title="No such page", message=message)
+
+    def _failed(self, request: Request, error: Exception) -> Response:
+        is_missing = isinstance(error, NoSuchPage)
+        title = "No such page" if is_missing else "That did not work"
+        return self._page("error", self._preparation.index, 404 if is_missing else 422, title=title, message=str(error))
+
+    def _broken(self, request: Request, error: Exception) -> Response:
+        """A fault of ours: the page says so, the terminal has the traceback."""
+        message = "a fault of everyscope, not of yours; the terminal where it was started says more"
+        return self._page("error", self._preparation.index, 500, title="Something broke", message=message)

@@ -1,0 +1,116 @@
+"""What needs the language model: reading a text and steering it. Only the contract is here, and waiting for it: no torch.
+
+Whoever starts the pages may hand in a factory; it is called on the first request, in a thread of its own, for loading a model
+takes a while and everything else must go on answering.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from everyscope.base.errors import ModelError
+
+MAX_TEXT = 4000
+"""Characters of a text or a prompt that are taken [characters]."""
+MAX_NEW_TOKENS = 200
+"""Tokens that one continuation may have [tokens]."""
+
+
+@dataclass(frozen=True)
+class TokenReading:
+    """One token of a text that was read."""
+
+    token: int
+    """Its id."""
+    piece: bytes
+    """Its bytes."""
+    is_special: bool
+    """Whether it marks something, as BOS does; such tokens have no latents."""
+    top: tuple[tuple[int, float], ...]
+    """The latents active there with their activations, strongest first; of very many, the strongest."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """One latent to steer."""
+
+    sae_id: str
+    """Its SAE: the folder below the suite, as in suite.json."""
+    latent: int
+    """Its number."""
+    strength: float
+    """Activation added to it at each token [raw units]; 0 changes no bit."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """The same prompt, continued twice from the same seed."""
+
+    plain: tuple[bytes, ...]
+    """The model's own tokens, without the prompt."""
+    steered: tuple[bytes, ...]
+    """Those with the latents pushed; what the SAE does not reconstruct stays as it was."""
+
+
+class Live(Protocol):
+    """A language model with a suite's SAEs. Called from one thread at a time; may raise any EveryscopeError."""
+
+    def active(self, text: str, sae_id: str) -> Sequence[TokenReading]:
+        """Every token of `text`, specials too, with the latents of an SAE that are active there."""
+        ...
+
+    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
+        """Continue `prompt` by `num_tokens` with and without `pushes`; temperature 0 takes the likeliest token each time."""
+        ...
+
+
+Result = TypeVar("Result")
+LiveFactory = Callable[[], Live]
+State = Literal["absent", "asleep", "loading", "ready", "failed"]
+
+
+class LiveModel:
+    """A factory, the thread in which it and all it makes work, and how far that is."""
+
+    def __init__(self, factory: LiveFactory | None) -> None:
+        """None: the pages that need a model say what would bring it."""
+        self._factory = factory
+        self._model: Live | None = None
+        self._lock = threading.Lock()
+        self._thread: ThreadPoolExecutor | None = None
+        self.state: State = "asleep" if factory else "absent"
+
+    def active(self, text: str, sae_id: str) -> Sequence[TokenReading]:
+        """See Live; waits for the model. ModelError where there is none or it could not be loaded."""
+        return self._wait(lambda live: live.active(text, sae_id))
+
+    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
+        """See Live; waits for the model. ModelError where there is none or it could not be loaded."""
+        return self._wait(lambda live: live.steer(prompt, pushes, num_tokens=num_tokens, temperature=temperature, seed=seed))
+
+    def _wait(self, work: Callable[[Live], Result]) -> Result:
+        factory = self._factory
+        if factory is None:
+            raise ModelError("no language model is attached; start the pages with `everyscope browse SUITE`")
+        with self._lock:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="language-model")
+        return self._thread.submit(lambda: work(self._loaded(factory))).result()
+
+    def _loaded(self, factory: LiveFactory) -> Live:
+        """The model, loaded if it is not; only the model's own thread calls this."""
+        if self._model is not None:
+            return self._model
+        self.state = "loading"
+        try:
+            self._model = model = factory()
+        finally:  # an error goes to whoever asked, and the next request tries again
+            self.state = "failed" if self._model is None else "ready"
+        return model
+
+    def close(self) -> None:
+        """Take no more work; what runs is left to end."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,187 @@
+"""Finding latents: a page of an SAE's table, by words of their labels, by the tokens on which they fire."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from everyscope.browse.pieces import Piece
+from everyscope.browse.queries import Index, SaeFacts, packed
+from everyscope.browse.tables import SORTABLE
+
+PAGE = 50
+"""Latents on a page of a table [latents]."""
+MAX_TOKENS = 64
+"""Tokens of the vocabulary that one search by token takes in [tokens]."""
+MAX_FOUND = 60
+"""Latents that a search over the whole suite shows [latents]."""
+DENSE = 0.1
+"""Frequency from which a latent is called dense [1]."""
+Shown = Literal["alive", "all", "dense", "dead", "labelled"]
+SHOWN: dict[Shown, str] = {
+    "alive": "firings > 0",
+    "all": "1",
+    "dense": f"frequency > {DENSE}",
+    "dead": "firings = 0",
+    "labelled": "label IS NOT NULL",
+}
+"""What a table can be narrowed to, as SQL."""
+FIELDS = (
+    "id",
+    "sae",
+    "latent",
+    "firings",
+    "frequency",
+    "mean_activation",
+    "max_activation",
+    "entropy",
+    "predictability",
+    "nearest",
+    "top_tokens",
+    "label",
+    "method",
+    "detection",
+    "fuzzing",
+)
+
+
+@dataclass(frozen=True)
+class TableRequest:
+    """Which page of an SAE's latents, in which order; everything is checked here, for it comes from an address."""
+
+    sort: str = ""
+    """One of SORTABLE; empty takes what puts latents first that a reader can name."""
+    is_descending: bool = True
+    """Whether the largest come first."""
+    shown: Shown = "alive"
+    """What the table is narrowed to."""
+    label: str = ""
+    """Words that the label must have; empty takes any."""
+    token: str = ""
+    """A token on which latents must fire; empty takes any."""
+    page: int = 1
+    """Page, from 1."""
+
+    @staticmethod
+    def read(query: dict[str, str]) -> "TableRequest":
+        """From an address; what makes no sense falls back to the default."""
+        page = query.get("page", "")
+        shown = query.get("show", "")
+        return TableRequest(
+            sort=query.get("sort", "") if query.get("sort") in SORTABLE else "",
+            is_descending=query.get("order") != "up",
+            shown=shown if shown in SHOWN else "alive",  # pyright: ignore[reportArgumentType]
+            label=query.get("label", "")[:200],
+            token=query.get("token", "")[:200],
+            page=min(int(page), 10**6) if re.fullmatch(r"[1-9]\d{0,6}", page, re.ASCII) else 1,
+        )
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The address that says the same: only what differs from the default."""
+        plain = TableRequest()
+        found = {"sort": self.sort, "show": self.shown, "label": self.label, "token": self.token, "page": str(self.page)}
+        kept = {"sort": plain.sort, "show": plain.shown, "label": "", "token": "", "page": "1"}
+        query = {name: value for name, value in found.items() if value != kept[name]}
+        return query if self.is_descending else {**query, "order": "up"}
+
+
+@dataclass(frozen=True)
+class TablePage:
+    """The latents found."""
+
+    rows: list[dict[str, Any]]
+    """Those of this page, as columns of the index by name."""
+    total: int
+    """How many there are on all pages [latents]."""
+    tokens: list[Piece]
+    """The tokens of the vocabulary that a search by token took in."""
+
+
+def sorted_by(sae: SaeFacts, request: TableRequest) -> str:
+    """The column by which the table is sorted: asked for, or how well label or token tell where a latent fires, or how often."""
+    return request.sort or ("detection" if sae.num_labels else "predictability" if sae.is_described else "frequency")
+
+
+def words_query(words: str) -> str:
+    """What a person typed, as a question to FTS5: every word, the last as a beginning; empty where there is no word."""
+    found = re.findall(r"\w+", words)
+    return " ".join(f'"{word}"' for word in found) + ("*" if found else "")
+
+
+def latent_page(index: Index, sae: SaeFacts, request: TableRequest) -> TablePage:
+    """One page of an SAE's latents."""
+    conditions = ["sae = ?", SHOWN[request.shown]]
+    values: list[Any] = [sae.number]
+    if words := words_query(request.label):
+        conditions.append("id IN (SELECT rowid FROM labels WHERE labels MATCH ? AND rowid BETWEEN ? AND ?)")
+        values += [words, sae.first, sae.first + sae.width - 1]
+    elif request.label:
+        conditions.append("0")
+    tokens: list[Piece] = []
+    if request.token:
+        tokens = find_tokens(index, request.token)
+        conditions.append("id IN (SELECT value FROM json_each(?))")
+        values.append(json.dumps(sorted({sae.first + latent for latent in _firing_on(index, sae, tokens)})))
+    where = " AND ".join(conditions)
+    if conditions == ["sae = ?", SHOWN["alive"]]:
+        total = sae.num_alive
+    else:
+        ((total,),) = index.rows(f"SELECT count(*) FROM latents WHERE {where}", values)
+    # Descending, SQLite has NULL last and an index gives the order; ascending it must be told so.
+    sort = sorted_by(sae, request)
+    order = f"{sort} DESC" if request.is_descending else f"{sort} IS NULL, {sort}"
+    question = f"SELECT {', '.join(FIELDS)} FROM latents WHERE {where} ORDER BY {order}, id LIMIT ? OFFSET ?"
+    found = index.rows(question, [*values, PAGE, PAGE * (request.page - 1)])
+    return TablePage([dict(zip(FIELDS, row, strict=True)) for row in found], total, tokens)
+
+
+def find_tokens(index: Index, typed: str) -> list[Piece]:
+    """Tokens of the vocabulary that are what was typed, then those that are it but for spaces and case, then by its id."""
+    if typed.startswith("#") and typed[1:].isdecimal() and len(typed) < 10:
+        return list(index.pieces([int(typed[1:])]).values())
+    exact = index.rows("SELECT token FROM vocabulary WHERE text = ? LIMIT ?", (typed, MAX_TOKENS))
+    alike = index.rows("SELECT token FROM vocabulary WHERE key = ? LIMIT ?", (typed.strip().lower(), MAX_TOKENS))
+    ids = list(dict.fromkeys(token for (token,) in [*exact, *alike]))[:MAX_TOKENS]
+    pieces = index.pieces(ids)
+    return [pieces[token] for token in ids]
+
+
+def _firing_on(index: Index, sae: SaeFacts, tokens: list[Piece]) -> list[int]:
+    found: list[int] = []
+    for piece in tokens:
+        rows = index.rows("SELECT latents FROM postings WHERE token = ? AND sae = ?", (piece.token, sae.number))
+        found += [latent for (blob,) in rows for latent in packed(blob, np.int32).tolist()]
+    return found
+
+
+def latents_by_token(index: Index, tokens: list[Piece]) -> list[dict[str, Any]]:
+    """Over the whole suite, the latents that fire on the largest share of these tokens' occurrences, with that share."""
+    best: dict[int, float] = {}
+    for piece in tokens:
+        question = "SELECT sae, latents, shares FROM postings WHERE token = ?"
+        for number, latents, shares in index.rows(question, (piece.token,)):
+            first = index.saes[number].first
+            pairs = zip(packed(latents, np.int32).tolist(), packed(shares, np.float32).tolist(), strict=True)
+            for latent, share in list(pairs)[:MAX_FOUND]:
+                best[first + latent] = max(share, best.get(first + latent, 0.0))
+    chosen = sorted(best, key=lambda number: (-best[number], number))[:MAX_FOUND]
+    return [{**row, "share": best[row["id"]]} for row in _rows(index, chosen)]
+
+
+def latents_by_label(index: Index, words: str) -> list[dict[str, Any]]:
+    """Over the whole suite, the latents whose labels have these words, best match first."""
+    query = words_query(words)
+    if not query:
+        return []
+    question = "SELECT rowid FROM labels WHERE labels MATCH ? ORDER BY rank LIMIT ?"
+    return _rows(index, [number for (number,) in index.rows(question, (query, MAX_FOUND))])
+
+
+def _rows(index: Index, ids: list[int]) -> list[dict[str, Any]]:
+    marks = ", ".join("?" * len(ids))
+    found = index.rows(f"SELECT {', '.join(FIELDS)} FROM latents WHERE id IN ({marks})", ids)
+    by_id: dict[int, dict[str, Any]] = {row[0]: dict(zip(FIELDS, row, strict=True)) for row in found}
+    return [by_id[number] for number in ids]

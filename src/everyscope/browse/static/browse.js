@@ -1,0 +1,201 @@
+// Keys, tooltips, sorting, opening, and waiting for the language model. Every page works without this file.
+"use strict";
+
+const byId = (name) => document.getElementById(name);
+
+// Light and dark
+
+function switchTheme() {
+  const root = document.documentElement;
+  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  root.dataset.theme = (root.dataset.theme || system) === "dark" ? "light" : "dark";
+  try { localStorage.setItem("theme", root.dataset.theme); } catch { /* kept until the page is left */ }
+}
+byId("theme").addEventListener("click", switchTheme);
+
+// Keys
+
+const help = byId("help");
+byId("help-button").addEventListener("click", () => help.showModal());
+
+function follow(name) {
+  const link = byId(name);
+  if (link && link.href) location.href = link.href;
+}
+
+const keys = {
+  n: () => follow("next"),
+  p: () => follow("previous"),
+  r: () => follow("random"),
+  u: () => follow("up"),
+  d: switchTheme,
+  e: () => byId("open-all")?.click(),
+  "?": () => (help.open ? help.close() : help.showModal()),
+  "/": () => {
+    const box = byId("find").form.hidden ? byId("label") : byId("find");
+    box?.focus();
+    box?.select();
+  },
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") hideTip();
+  if (event.target.matches("input, textarea, select")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const action = keys[event.key];
+  if (!action || (help.open && event.key !== "?")) return;
+  event.preventDefault();
+  action();
+});
+
+// Tooltips: data-tip is text, and is shown as text
+
+const tip = byId("tip");
+
+function showTip(target) {
+  tip.textContent = target.dataset.tip;
+  tip.hidden = false;
+  const box = target.getBoundingClientRect();
+  const own = tip.getBoundingClientRect();
+  const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), innerWidth - own.width - 8);
+  const above = box.top - own.height - 6;
+  tip.style.left = `${left}px`;
+  tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
+}
+
+function hideTip() {
+  tip.hidden = true;
+}
+
+function tipped(event) {
+  const target = event.target.closest?.("[data-tip]") || event.target.querySelector?.(":scope > [data-tip]");
+  if (target && target.dataset.tip) showTip(target);
+  else hideTip();
+}
+document.addEventListener("pointerover", tipped);
+document.addEventListener("focusin", tipped);
+document.addEventListener("scroll", hideTip, { passive: true, capture: true });
+
+// Tables that sort in the page
+
+function keyOf(row, column) {
+  return row.cells[column].dataset.key ?? row.cells[column].textContent;
+}
+
+for (const table of document.querySelectorAll("table.sortable")) {
+  table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
+    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+    const rows = [...table.tBodies[0].rows].sort((one, other) => {
+      const [a, b] = [keyOf(one, column), keyOf(other, column)];
+      const difference = Number(a) - Number(b);
+      return sign * (Number.isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
+    });
+    table.tBodies[0].append(...rows);
+  }));
+}
+
+// Opening: overlong tokens, and all examples at once
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest(".unfold");
+  if (!button) return;
+  event.preventDefault();
+  const rest = button.nextElementSibling;
+  rest.hidden = !rest.hidden;
+  button.setAttribute("aria-expanded", String(!rest.hidden));
+});
+
+const openAll = byId("open-all");
+openAll?.addEventListener("click", () => {
+  const isOpening = openAll.textContent === openAll.dataset.open;
+  for (const example of document.querySelectorAll(".example-list details")) example.open = isOpening;
+  openAll.textContent = isOpening ? openAll.dataset.close : openAll.dataset.open;
+});
+
+// The address of this latent, to the clipboard
+
+const copy = byId("copy");
+if (copy && navigator.clipboard && byId("permalink").href) {
+  copy.hidden = false;
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(byId("permalink").href);
+    copy.textContent = "copied";
+  });
+}
+
+// Forms that wait for the language model: the answer replaces the page's main part, and the address says what was asked
+
+const WAITING = { asleep: "Waking the language model…", loading: "Loading the language model…", ready: "Working…" };
+
+async function tellState(what, isDone) {
+  while (!isDone()) {
+    try {
+      const state = (await (await fetch("/state")).json()).model;
+      what.textContent = WAITING[state] ?? "Working…";
+    } catch { /* the answer itself will say what is wrong */ }
+    await new Promise((resume) => setTimeout(resume, 400));
+  }
+}
+
+async function ask(form) {
+  const working = form.querySelector(".working");
+  const address = `${form.getAttribute("action")}?${new URLSearchParams(new FormData(form))}`;
+  let isDone = false;
+  form.classList.add("busy");
+  working.hidden = false;
+  tellState(working.querySelector(".what"), () => isDone);
+  try {
+    const answer = await fetch(address);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const result = page.getElementById("result");
+    byId("result").replaceChildren(...(result ?? page.getElementById("main")).childNodes);
+    history.replaceState(null, "", address);
+  } finally {
+    isDone = true;
+    working.hidden = true;
+    form.classList.remove("busy");
+  }
+}
+
+for (const form of document.querySelectorAll("form.live")) {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!form.classList.contains("busy")) ask(form);
+  });
+  form.querySelector("textarea").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+}
+
+// Pointing at a token is as good as going to it
+
+let pointed = null;
+document.addEventListener("pointerover", (event) => {
+  const token = event.target.closest?.(".reading .token");
+  if (!token || event.pointerType === "touch") return;
+  pointed?.classList.remove("shown");
+  pointed = byId(token.hash.slice(1));
+  pointed?.classList.add("shown");
+  document.querySelector(".reading").classList.add("pointing");
+});
+document.addEventListener("click", (event) => {
+  if (!event.target.closest?.(".reading .token")) return;
+  pointed?.classList.remove("shown");
+  document.querySelector(".reading").classList.remove("pointing");
+});
+
+// An index in the making
+
+const preparing = byId("preparing");
+async function watch() {
+  const state = await (await fetch("/state")).json();
+  preparing.value = state.share;
+  if (state.is_ready || state.error) location.reload();
+  else setTimeout(watch, 300);
+}
+if (preparing) watch();

@@ -1,0 +1,123 @@
+"""A latent's examples: tokens of a block, those that it fires on shaded by how strongly, cut short until they are opened."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from everyscope.browse.pieces import Piece, marked, running
+from everyscope.browse.queries import Index
+
+BEFORE, AFTER = 12, 8
+"""Tokens shown around the chosen one while an example is closed [tokens]."""
+AROUND = 48
+"""Further tokens of the block shown on each side of the recorded window when it is open [tokens]."""
+LEVELS = 10
+"""Shades of activation, classes a1 to a10."""
+GROUPS = (
+    "Strongest",
+    "Highest fifth of its firings",
+    "Second fifth",
+    "Middle fifth",
+    "Fourth fifth",
+    "Lowest fifth of its firings",
+)
+"""The groups of examples, by number; the fifths hold equally many firing tokens each."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example, ready for the page."""
+
+    early: Markup
+    """What is shown before the core once it is opened."""
+    core: Markup
+    """Shown always."""
+    late: Markup
+    """What follows the core once it is opened."""
+    peak: float
+    """Activation on the chosen token."""
+    position: int
+    """Of the chosen token in its block [tokens]."""
+    source: str
+    """Its document and split, in words."""
+
+
+def example_groups(index: Index, details: dict[str, Any]) -> list[dict[str, Any]]:
+    """All examples of a latent, in their groups; empty where it has none or the text is not stored."""
+    examples = [example for example in details.get("examples") or [] if example.get("activations")]
+    blocks = index.sequences(example["sequence"] for example in examples)
+    spans = [_span(example, len(blocks[example["sequence"]][2])) for example in examples if example["sequence"] in blocks]
+    kept = [example for example in examples if example["sequence"] in blocks]
+    wanted: set[int] = set()
+    for example, (first, last) in zip(kept, spans, strict=True):
+        wanted.update(blocks[example["sequence"]][2][first:last].tolist())
+    pieces = index.pieces(wanted)
+    top = details.get("max_activation") or max(
+        (value for example in kept for value in example["activations"] if value), default=1.0
+    )
+    groups: dict[int, list[Example]] = {}
+    for example, span in zip(kept, spans, strict=True):
+        split, document, ids = blocks[example["sequence"]]
+        source = " · ".join(part for part in (document, (split or "").replace("_", " ")) if part)
+        row = [pieces[token] for token in ids[span[0] : span[1]].tolist()]
+        groups.setdefault(example["group"], []).append(_example(example, span[0], row, top, source))
+    return [
+        {"title": GROUPS[number] if 0 <= number < len(GROUPS) else f"Group {number}", "number": number, "examples": found}
+        for number, found in sorted(groups.items())
+    ]
+
+
+def _span(example: dict[str, Any], length: int) -> tuple[int, int]:
+    """The tokens of the block that an open example shows: first, and the one behind the last."""
+    start = min(max(0, example["start"]), length)
+    return max(0, start - AROUND), min(length, start + len(example["activations"]) + AROUND)
+
+
+def _example(example: dict[str, Any], first: int, row: list[Piece], top: float, source: str) -> Example:
+    """`row` holds the tokens from `first` on."""
+    values = {example["start"] + place: value for place, value in enumerate(example["activations"]) if value}
+    position = example["position"]
+    left, right = max(first, position - BEFORE), position + AFTER + 1
+
+    def part(low: int, high: int) -> Markup:
+        return shaded(row[max(0, low - first) : max(0, high - first)], low, values, top, position)
+
+    return Example(
+        early=part(first, left),
+        core=part(left, right),
+        late=part(right, first + len(row)),
+        peak=values.get(position, 0.0),
+        position=position,
+        source=source,
+    )
+
+
+def shaded(row: list[Piece], first: int, values: dict[int, float], top: float, position: int | None = None) -> Markup:
+    """Tokens as text, shaded where `values` (by position, the first token's being `first`) has an activation."""
+    html: list[str] = []
+    silent: list[Piece] = []
+    for place, piece in enumerate(row, first):
+        value = values.get(place)
+        if not value and place != position:
+            silent.append(piece)
+            continue
+        html.append(str(running(silent)))
+        silent = []
+        html.append(str(shaded_token(piece, value or 0.0, top, is_chosen=place == position)))
+    return Markup("".join(html)) + running(silent)
+
+
+def shaded_token(piece: Piece, value: float, top: float, *, is_chosen: bool = False) -> Markup:
+    """One token, shaded by `value` as a share of `top`, with both in its tooltip."""
+    classes = f"t a{level(value, top)}" + (" chosen" if is_chosen else "")
+    # Spaces inside a shaded token are dots: there they are part of what the latent fires on.
+    inside = piece.html if piece.is_special else marked(piece.raw, dots_from=1)
+    return Markup('<span class="{}" data-tip="{}">{}</span>').format(classes, f"{piece.plain}  {value:.3g}", inside)
+
+
+def level(value: float, top: float) -> int:
+    """The shade of `value`: 0 where it is none, else 1 to LEVELS."""
+    if not value > 0 or not top > 0:
+        return 0
+    return min(LEVELS, max(1, -int(-LEVELS * value // top)))

@@ -1,0 +1,218 @@
+"""What an SAE's page shows: its numbers beside their baselines, its curves, and the table of its latents."""
+
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from everyscope.browse.links import Links
+from everyscope.browse.pieces import Piece
+from everyscope.browse.queries import Index, SaeFacts, packed
+from everyscope.browse.search import PAGE, TablePage, TableRequest, latent_page, sorted_by
+from everyscope.browse.svg.charts import Curve, Estimate, curves, estimates, histogram
+from everyscope.suite.layout import width_label
+
+BASELINES = {
+    "zero": "zero",
+    "mean": "mean",
+    "pca": "PCA, L0 parts",
+    "random_dictionary": "random dictionary",
+    "neuron_basis": "neurons",
+    "random_model": "random model",
+}
+"""The baselines that metrics.json may have, and what to call them."""
+NUMBERS = (
+    ("l0", "L0 [latents]"),
+    ("fvu", "FVU [1]"),
+    ("delta_loss", "Delta loss [nats/token]"),
+    ("loss_recovered", "Loss recovered [1]"),
+    ("kl", "KL [nats/token]"),
+    ("cosine", "Cosine [1]"),
+    ("l2_ratio", "Norm ratio [1]"),
+    ("mse", "Squared error [units²]"),
+    ("fvu_uncentred", "FVU about zero [1]"),
+    ("reconstruction_bias", "Reconstruction bias [1]"),
+    ("dead_fraction", "Dead latents [1]"),
+    ("dense_fraction", "Dense latents [1]"),
+    ("loss_clean", "Loss, untouched [nats/token]"),
+    ("loss_spliced", "Loss, spliced [nats/token]"),
+    ("loss_mean_ablated", "Loss, mean instead [nats/token]"),
+    ("loss_zero_ablated", "Loss, zero instead [nats/token]"),
+)
+"""Rows of the table of numbers, where they were measured."""
+COLUMNS = (
+    ("latent", "Latent", "", "Its number"),
+    ("", "Label", "wide", "What it seems to stand for"),
+    ("", "Most on", "left", "The tokens on which it fires most"),
+    ("frequency", "Frequency", "", "Share of tokens on which it fires"),
+    ("max_activation", "Max", "", "Highest activation seen"),
+    ("mean_activation", "Mean", "", "Mean activation while it fires"),
+    ("entropy", "Entropy", "", "Entropy of the tokens on which it fires [nats]"),
+    ("predictability", "Token", "", "How well the current token alone tells whether it fires, 0.5 is guessing"),
+    ("nearest", "Nearest", "", "Highest cosine with another decoder row of this SAE"),
+    ("detection", "Detection", "", "Balanced accuracy of the label in telling where it fires, 0.5 is guessing"),
+    ("fuzzing", "Fuzzing", "", "Balanced accuracy of the label in telling marked tokens right from wrong, 0.5 is guessing"),
+)
+"""Columns of the table of latents: what they sort by, title, class, explanation."""
+
+
+def sae_view(index: Index, links: Links, sae: SaeFacts, request: TableRequest) -> dict[str, Any]:
+    """Everything on the page of one SAE."""
+    metrics = index.metrics(sae)
+    page = latent_page(index, sae, request)
+    num_pages = max(1, -(-page.total // PAGE))
+    return {
+        "sae": sae,
+        "metrics": metrics,
+        "numbers": numbers(metrics),
+        "basis": basis(metrics),
+        "baselines": _baselines(metrics),
+        "positions": _positions(metrics),
+        "firing": _firing(index, sae, metrics),
+        "siblings": _siblings(index, sae, links),
+        "request": request,
+        "columns": _columns(sae, page, request, links),
+        "rows": table_rows(index, page.rows, links),
+        "page_found": page,
+        "num_pages": num_pages,
+        "turns": {
+            name: links.sae(sae.folder, {**request.query, "page": str(number) if number > 1 else ""})
+            if 1 <= number <= num_pages
+            else None
+            for name, number in (("before", request.page - 1), ("after", request.page + 1))
+        },
+    }
+
+
+def basis(metrics: dict[str, Any]) -> str:
+    """On what the numbers rest."""
+    tokens = f"{metrics['num_tokens']:,} tokens" if metrics.get("num_tokens") else ""
+    documents = f"{metrics['num_documents']:,} documents" if metrics.get("num_documents") else ""
+    return " · ".join(part for part in (tokens, documents, metrics.get("data"), metrics.get("mask")) if part)
+
+
+def numbers(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table of numbers: name, value and interval."""
+    intervals = metrics.get("intervals") or {}
+    return [
+        {"name": name, "title": title, "value": metrics[name], "interval": intervals.get(name)}
+        for name, title in NUMBERS
+        if metrics.get(name) is not None
+    ]
+
+
+def _baselines(metrics: dict[str, Any]) -> list[tuple[str, Markup]]:
+    """FVU and delta loss beside the same of each baseline."""
+    measured = dict(metrics.get("baselines") or {})
+    if not measured and metrics.get("fvu_pca") is not None:
+        measured = {"pca": {"fvu": metrics["fvu_pca"]}}
+    figures = []
+    for name, unit in (("fvu", "FVU [1]"), ("delta_loss", "delta loss [nats/token]")):
+        found = [Estimate(BASELINES[key], value.get(name), None, True) for key, value in measured.items() if key in BASELINES]
+        found = [item for item in found if item.value is not None]
+        if found and metrics.get(name) is not None:
+            interval = (metrics.get("intervals") or {}).get(name)
+            own = Estimate("this SAE", metrics[name], tuple(interval) if interval else None, False)
+            figures.append((unit, estimates([own, *found], unit, f"{unit} of this SAE and of baselines")))
+    return figures
+
+
+def _positions(metrics: dict[str, Any]) -> list[tuple[str, Markup]]:
+    """FVU and delta loss by position in the sequence."""
+    measured = metrics.get("by_position") or {}
+    places = measured.get("position") or []
+    figures = []
+    for name, unit in (("fvu", "FVU [1]"), ("delta_loss", "delta loss [nats/token]")):
+        values = measured.get(name) or []
+        points = [(float(place), value) for place, value in zip(places, values, strict=False) if place > 0]
+        if any(value is not None for _, value in points):
+            figures.append(
+                (unit, curves([Curve("position", points)], "position [tokens]", unit, f"{unit} by position", x_log=True))
+            )
+    return figures
+
+
+def _firing(index: Index, sae: SaeFacts, metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """The histogram of log10 frequency, as measured or else as the table of latents has it."""
+    measured = metrics.get("firing") or {}
+    edges, counts = measured.get("log10_edges"), measured.get("counts")
+    if not edges or not counts:
+        frequencies = index.frequencies(sae)
+        if not (frequencies > 0).any():
+            return None
+        logs = np.log10(frequencies[frequencies > 0])
+        found, at = np.histogram(logs, bins=30, range=(np.floor(logs.min()), 0.0))
+        edges, counts = at.tolist(), found.tolist()
+    svg = histogram(edges, counts, "log₁₀ frequency", "latents", "Latents by how often they fire")
+    return {"svg": svg, "facts": measured}
+
+
+def _siblings(index: Index, sae: SaeFacts, links: Links) -> list[dict[str, Any]]:
+    """The SAEs beside this one: other sparsities, other widths, other layers, other sites, each by its nearest L0."""
+
+    def nearest(found: list[SaeFacts]) -> SaeFacts:
+        return min(found, key=lambda other: (abs(other.headline["l0"] - sae.headline["l0"]), other.number))
+
+    here = [other for other in index.saes if other.site == sae.site]
+    same = [other for other in here if other.width == sae.width]
+    groups = [("L0", [(f"{other.headline['l0']:.3g}", other) for other in same])]
+    widths = sorted({other.width for other in here})
+    by_width = {width: [other for other in here if other.width == width] for width in widths}
+    groups.append(("Width", [(width_label(width), sae if width == sae.width else nearest(by_width[width])) for width in widths]))
+    alike = [other for other in index.saes if other.width == sae.width]
+    by_layer: dict[int, list[SaeFacts]] = {}
+    by_kind: dict[str, list[SaeFacts]] = {}
+    for other in alike:
+        if other.site.kind == sae.site.kind:
+            by_layer.setdefault(other.site.layer, []).append(other)
+        if other.site.layer == sae.site.layer:
+            by_kind.setdefault(other.site.kind, []).append(other)
+    layers = [(str(layer), sae if layer == sae.site.layer else nearest(found)) for layer, found in sorted(by_layer.items())]
+    kinds = [(kind, sae if kind == sae.site.kind else nearest(found)) for kind, found in by_kind.items()]
+    groups += [("Layer", layers), ("Site", kinds)]
+    return [
+        {
+            "title": title,
+            "items": [{"text": text, "href": links.sae(other.folder), "is_here": other is sae} for text, other in items],
+        }
+        for title, items in groups
+        if len(items) > 1
+    ]
+
+
+def _columns(sae: SaeFacts, page: TablePage, request: TableRequest, links: Links) -> list[dict[str, Any]]:
+    """The heads of the table of latents, each with the address that sorts by it; empty columns are left out."""
+    found = []
+    for name, title, kind, note in COLUMNS:
+        if (title == "Label" or name in ("detection", "fuzzing")) and not sae.num_labels:
+            continue
+        if name in ("entropy", "predictability", "nearest") and not sae.is_described:
+            continue
+        if title == "Most on" and not sae.is_described:
+            continue
+        is_here = bool(name) and name == sorted_by(sae, request)
+        direction = "up" if is_here and request.is_descending else ""
+        query = {**request.query, "sort": name, "order": direction, "page": ""}
+        found.append(
+            {
+                "name": name,
+                "title": title,
+                "kind": kind,
+                "note": note,
+                "is_here": is_here,
+                "href": links.sae(sae.folder, query) if name else None,
+            }
+        )
+    return found
+
+
+def table_rows(index: Index, rows: list[dict[str, Any]], links: Links) -> list[dict[str, Any]]:
+    """Rows of the index with their addresses and readable tokens."""
+    tokens = {row["id"]: packed(row["top_tokens"], np.int32).tolist() for row in rows}
+    pieces: dict[int, Piece] = index.pieces(token for found in tokens.values() for token in found)
+    shown = []
+    for row in rows:
+        sae = index.saes[row["sae"]]
+        top = [pieces[token] for token in tokens[row["id"]]]
+        shown.append({**row, "facts": sae, "href": links.latent(sae.folder, row["latent"]), "top": top})
+    return shown

@@ -1,0 +1,72 @@
+"""Asking the pages without a network, and a language model that is none."""
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from everyscope.browse.live import Continuations, Push, TokenReading
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+def ask(app: Callable, address: str, host: str = "127.0.0.1:8017") -> Answer:
+    """GET `address` of an ASGI application, in this process."""
+    parts = urlsplit(address)
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": unquote(parts.path),
+        "raw_path": parts.path.encode(),
+        "query_string": parts.query.encode(),
+        "headers": [(b"host", host.encode())],
+        "server": ("127.0.0.1", 8017),
+        "client": ("127.0.0.1", 1),
+    }
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    headers = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+    return Answer(sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+class FakeLive:
+    """Tokens are words; the i-th has the latents i, 2i, ... active. Steering writes another word."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.steered: list[tuple[str, Sequence[Push], dict]] = []
+
+    def active(self, text: str, sae_id: str) -> list[TokenReading]:
+        self.asked.append((text, sae_id))
+        words = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)
+        readings = [TokenReading(2, b"<bos>", True, ())]
+        for place, word in enumerate(words):
+            top = tuple((place * (rank + 1) % 60, 6.0 / (rank + 1)) for rank in range(place % 12))
+            readings.append(TokenReading(5 + place, word.encode(), False, tuple(dict(top).items())))
+        return readings
+
+    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
+        self.steered.append((prompt, pushes, {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}))
+        plain = tuple(f" word{place}".encode() for place in range(num_tokens))
+        is_pushed = any(push.strength for push in pushes)
+        return Continuations(plain, tuple(b" <i>pushed</i>\n" for _ in plain) if is_pushed else plain)

@@ -1,0 +1,261 @@
+"""The index says what the Parquet says, is whole or absent, and is made anew when the suite changes."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from browser.invented_suite import Shape, write_invented_suite
+
+from everyscope.base.errors import ConfigError, DataError, StorageError
+from everyscope.browse import cache as cache_module
+from everyscope.browse import preparation as preparation_module
+from everyscope.browse.preparation import Preparation
+from everyscope.browse.queries import Index, finite
+from everyscope.browse.search import TableRequest, find_tokens, latent_page, latents_by_label, latents_by_token, words_query
+from everyscope.browse.tables import SORTABLE
+
+TINY = Shape(kinds=("resid_post",), layers=1, widths=(40,), l0s=(5.0,), num_sequences=8, context=32)
+
+
+def published(suite: Path, folder: str) -> list[dict]:
+    return finite(pyarrow.parquet.read_table(suite / folder / "latents.parquet").to_pylist())
+
+
+def built(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.sqlite*"))
+
+
+def test_details_are_the_published_rows(index: Index, suite: Path):
+    for sae in index.saes[::3]:
+        rows = published(suite, sae.folder)
+        assert [index.details(sae, latent) for latent in range(sae.width)] == rows
+        assert sae.num_alive == sum(row["firings"] > 0 for row in rows)
+    assert index.details(index.saes[0], -1) is None
+    assert index.details(index.saes[0], index.saes[0].width) is None
+
+
+def test_names_that_are_not_in_the_suite_find_nothing(index: Index):
+    for name in ("", "..", "../..", "/etc/passwd", "resid_post/layer_0/width_64/average_l0_5/..", "resid_post\x00"):
+        assert index.find(name) is None
+
+
+@pytest.mark.parametrize("sort", SORTABLE)
+@pytest.mark.parametrize("is_descending", [True, False])
+def test_pages_are_the_whole_table_in_order(index: Index, sort: str, is_descending: bool):
+    sae = index.saes[-1]
+    rows, total = [], None
+    for number in range(1, 9):
+        page = latent_page(index, sae, TableRequest(sort=sort, is_descending=is_descending, shown="all", page=number))
+        rows += page.rows
+        total = page.total
+    assert total == len(rows) == sae.width
+    assert sorted(row["latent"] for row in rows) == list(range(sae.width))
+    known = [row[sort] for row in rows if row[sort] is not None]
+    assert known == sorted(known, reverse=is_descending)
+    assert all(row[sort] is None for row in rows[len(known) :])
+
+
+def test_filters_agree_with_a_look_at_every_row(index: Index, suite: Path):
+    sae = index.saes[-1]
+    rows = published(suite, sae.folder)
+    want = {
+        "alive": lambda row: row["firings"],
+        "dead": lambda row: not row["firings"],
+        "dense": lambda row: row["frequency"] > 0.1,
+    }
+    for shown, keeps in want.items():
+        page = latent_page(index, sae, TableRequest(shown=shown))
+        assert page.total == sum(bool(keeps(row)) for row in rows)
+    typed = "return"
+    tokens = {piece.token for piece in find_tokens(index, typed)}
+    assert len(tokens) == 2  # with and without a space
+    found = latent_page(index, sae, TableRequest(token=typed, shown="all"))
+    assert {row["latent"] for row in found.rows} == {
+        row["latent"] for row in rows if tokens & {item["token"] for item in row["tokens"] or []}
+    }
+    labels = pyarrow.parquet.read_table(suite / sae.folder / "explanations.parquet").to_pylist()
+    found = latent_page(index, sae, TableRequest(label="TOKEN retu", shown="all"))
+    assert {row["latent"] for row in found.rows} == {row["latent"] for row in labels if "'return'" in row["label"]}
+
+
+def test_searching_the_suite_ranks_by_share(index: Index):
+    found = latents_by_token(index, find_tokens(index, " return"))
+    shares = [row["share"] for row in found]
+    assert shares == sorted(shares, reverse=True)
+    assert len({row["sae"] for row in found}) > 1
+    assert all("return" in row["label"] for row in latents_by_label(index, "return"))
+    assert find_tokens(index, "#5")[0].token == 5
+
+
+@pytest.mark.parametrize(
+    "typed", ['"', "a OR b", "NEAR(", "*", "a*b", "label:x", "'; DROP TABLE latents; --", "^", "", "  ", "\x00"]
+)
+def test_no_search_is_an_error(index: Index, typed: str):
+    assert isinstance(latents_by_label(index, typed), list)
+    assert isinstance(latents_by_token(index, find_tokens(index, typed)), list)
+    latent_page(index, index.saes[0], TableRequest(label=typed, token=typed))
+    assert "DROP" not in words_query("'; --")
+
+
+def test_addresses_that_make_no_sense_are_the_default():
+    strange = {"sort": "id; DROP", "order": "sideways", "show": "x", "page": "-3", "label": "a" * 999}
+    assert TableRequest.read(strange) == TableRequest(label="a" * 200)
+    assert TableRequest.read({"page": "٣"}).page == 1
+    request = TableRequest("entropy", False, "dead", "a", "b", 4)
+    assert TableRequest.read(request.query) == request
+
+
+def test_walks_meet_each_living_latent_once(index: Index):
+    sae = index.saes[0]
+    alive = {row["latent"] for number in (1, 2) for row in latent_page(index, sae, TableRequest(page=number)).rows}
+    place, seen = min(alive), set()
+    while place not in seen:
+        seen.add(place)
+        _, _, place = index.beside(sae, place)
+    assert seen == alive
+    forward, place = [], min(alive)
+    while place is not None:
+        forward.append(place)
+        before, place, _ = index.beside(sae, place)
+        assert before == (forward[-2] if len(forward) > 1 else None)
+    assert forward == sorted(alive)
+
+
+def test_matches_are_each_latents_best(index: Index, suite: Path):
+    one, other = index.saes[0], next(sae for sae in index.saes if sae.site == index.saes[0].site and sae.width == 256)
+    latents, others, cosines = index.matches(one, other)
+    want = {}
+    for row in published(suite, one.folder):
+        best = [item for item in row["neighbours"] or [] if item["sae"] == other.number]
+        if best:
+            want[row["latent"]] = max(item["cosine"] for item in best)
+    assert dict(zip(latents.tolist(), cosines.tolist(), strict=True)) == want
+    assert (np.diff(cosines) <= 0).all()
+    assert len(others) == len(latents)
+    assert index.matches(one, one) is None
+
+
+def test_an_index_is_kept_and_is_built_anew_when_a_file_changes(tmp_path: Path):
+    suite, cache = write_invented_suite(tmp_path / "suite", TINY), tmp_path / "cache"
+    Preparation(suite, cache).run()
+    (first,) = built(cache)
+    assert Preparation(suite, cache).is_built
+    content = json.loads((suite / "suite.json").read_text())
+    (suite / "suite.json").write_text(json.dumps(content | {"title": "Another"}))
+    again = Preparation(suite, cache)
+    assert not again.is_built
+    assert again.run().suite["title"] == "Another"
+    (second,) = built(cache)
+    assert second != first
+    path = suite / content["saes"][0]["folder"] / "latents.parquet"
+    os.utime(path, ns=(1, 1))
+    assert not Preparation(suite, cache).is_built
+
+
+def test_a_broken_off_index_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    suite, cache = write_invented_suite(tmp_path / "suite", TINY), tmp_path / "cache"
+
+    def breaks(path: Path, *_) -> None:
+        sqlite3.connect(path).execute("CREATE TABLE half(x)").connection.close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation_module, "build_index", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            Preparation(suite, cache).run()
+    assert not built(cache)
+    assert Preparation(suite, cache).run().saes[0].width == 40
+
+
+def test_several_processes_may_come_at_once(tmp_path: Path):
+    suite, cache = write_invented_suite(tmp_path / "suite", TINY), tmp_path / "cache"
+    code = "import sys; from pathlib import Path; from everyscope.browse.preparation import Preparation\n"
+    code += "print(len(Preparation(Path(sys.argv[1]), Path(sys.argv[2])).run().saes))"
+    arguments = [sys.executable, "-c", code, str(suite), str(cache)]
+    workers = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(3)]
+    assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["1"] * 3
+    assert len(built(cache)) == 1
+
+
+def test_a_suite_that_cannot_be_written_is_not(tmp_path: Path):
+    suite = write_invented_suite(tmp_path / "suite", TINY)
+    before = {path: path.stat().st_mtime_ns for path in suite.rglob("*")}
+    paths = [suite, *(path for path in before if path.is_dir())]
+    for path in paths:
+        path.chmod(0o555)
+    try:
+        Preparation(suite, tmp_path / "cache").run()
+        assert {path: path.stat().st_mtime_ns for path in suite.rglob("*")} == before
+    finally:
+        for path in paths:
+            path.chmod(0o755)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path):
+    suite = write_invented_suite(tmp_path / "suite", TINY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="--cache"):
+        Preparation(suite, tmp_path / "file").run()
+
+
+def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_module.cache_folder(None) == tmp_path / "everyscope/browse"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_module.cache_folder(None) == Path.home() / ".cache/everyscope/browse"
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "rows", "order", "bytes"])
+def test_a_damaged_sae_is_named_and_the_others_stay(suite: Path, tmp_path: Path, damage: str):
+    copy = Path(shutil.copytree(suite, tmp_path / "suite"))
+    path = copy / "mlp_out/layer_0/width_64/average_l0_5/latents.parquet"
+    table = pyarrow.parquet.read_table(path)
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "text":
+        path.write_text("this is no Parquet")
+    elif damage == "rows":
+        pyarrow.parquet.write_table(table.slice(0, 10), path)
+    elif damage == "order":
+        pyarrow.parquet.write_table(table.take(list(reversed(range(64)))), path)
+    else:
+        path.write_bytes(content[:200] + bytes(400) + content[600:])
+    index = Preparation(copy, tmp_path / "cache").run()
+    bad = [sae for sae in index.saes if sae.problem]
+    assert [sae.folder for sae in bad] == ["mlp_out/layer_0/width_64/average_l0_5"]
+    assert "latents.parquet" in bad[0].problem
+    assert str(tmp_path) not in bad[0].problem
+    assert index.details(index.saes[1], 0) is not None
+
+
+def test_suites_that_lead_out_of_themselves_are_refused(tmp_path: Path):
+    suite = write_invented_suite(tmp_path / "suite", TINY)
+    content = json.loads((suite / "suite.json").read_text())
+    for folder in ("../../elsewhere", "/etc", "resid_post/layer_0/width_40/../x", ""):
+        content["saes"][0]["folder"] = folder
+        (suite / "suite.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match="names the folder"):
+            Preparation(suite, tmp_path / "cache")
+
+
+def test_what_is_no_suite_is_one_line(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        Preparation(tmp_path / "nothing", None)
+    with pytest.raises(DataError, match="no suite"):
+        Preparation(tmp_path, None)
+    (tmp_path / "suite.json").write_text('{"something": "else"}')
+    with pytest.raises(DataError, match="publish the suite again"):
+        Preparation(tmp_path, None)
+
+
+def test_a_run_folder_leads_to_its_suite(tmp_path: Path):
+    write_invented_suite(tmp_path / "run/suite", TINY)
+    assert Preparation(tmp_path / "run", tmp_path / "cache").title == "Invented scope"
