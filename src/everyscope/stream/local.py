@@ -10,11 +10,14 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from everyscope.base.errors import DataError, NonFinite, ShapeMismatch
+from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
 from everyscope.base.ids import content_id
+from everyscope.shards.bits import TORCH_DTYPE
 from everyscope.shards.order import permutation
-from everyscope.shards.reader import Shards
+from everyscope.shards.reader import open_shards
 
+READ_AHEAD_BYTES = 64 << 20
+"""How far a local source reads ahead, or two batches where these are more [bytes]."""
 CHUNK_ROWS = 4096
 """Rows of an array that are widened to float64 at a time [rows]."""
 
@@ -22,27 +25,70 @@ CHUNK_ROWS = 4096
 def spans(step: int, rows: int, num_rows: int) -> Iterator[tuple[int, int]]:
     """The stretches [start, stop) of a table of `num_rows` that make up batch `step`, wrapping around as often as needed."""
     assert min(step + 1, rows, num_rows) > 0, f"step={step}, rows={rows}, num_rows={num_rows}"
-    start = step * rows % num_rows
-    while rows:
-        stop = min(start + rows, num_rows)
+    yield from stretches(step * rows, (step + 1) * rows, num_rows)
+
+
+def stretches(first: int, last: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """The stretches [start, stop) of a table of `num_rows` behind rows `first` to `last` of its endless repetition."""
+    while first < last:
+        start = first % num_rows
+        stop = min(start + last - first, num_rows)
         yield start, stop
-        rows -= stop - start
-        start = 0
+        first += stop - start
 
 
 class LocalSource:
-    """The shards of one site. They were shuffled when written, so reading them in order is reading at random."""
+    """The shards of one site. They were shuffled when written, so reading them in order is reading at random.
 
-    def __init__(self, folder: Path) -> None:
-        """Open a finished site folder; DataError where it has not been finished."""
-        self.shards = Shards(folder)
+    Trainers on one machine that read the same folder share it in the page cache: nothing is to be started. While a batch is
+    in use, a thread fetches and checks what comes behind it, so that the next one is a single pass from the mapped file into
+    the batch, bfloat16 widened on the way.
+    """
+
+    def __init__(self, folder: Path | str, *, read_ahead_bytes: int = READ_AHEAD_BYTES, is_pinned: bool = False) -> None:
+        """Open a finished site folder, by path or by address; DataError where it has not been finished.
+
+        `read_ahead_bytes` is how far reading goes ahead of batches, 0 for not at all. `is_pinned` puts batches into
+        page-locked memory, from which copies to a GPU run beside its work; ConfigError where there is no GPU.
+        """
+        if is_pinned and not torch.cuda.is_available():
+            raise ConfigError("pinned batches are for copies to a GPU, and torch finds none here; leave is_pinned out")
+        self.shards = open_shards(folder)
         self.d_in, self.num_rows = self.shards.d_in, self.shards.num_rows
         self.scale, self.identity = self.shards.statistics.scale, self.shards.identity
+        row_bytes = self.d_in * TORCH_DTYPE[self.shards.manifest.dtype].itemsize
+        self._rows_ahead, self._ahead, self._is_pinned = read_ahead_bytes // row_bytes, (0, 0), is_pinned
 
     def batch(self, step: int, rows: int) -> Float[Tensor, "rows d_in"]:
         """Batch `step`, float32; DamagedData, naming the shard, where its bytes differ from their checksum."""
-        parts = [self.shards.rows(start, stop) for start, stop in spans(step, rows, self.num_rows)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
+        batch = torch.empty(rows, self.d_in, pin_memory=self._is_pinned)
+        self.batch_into(step, batch)
+        return batch
+
+    def batch_into(self, step: int, batch: Float[Tensor, "rows d_in"]) -> None:
+        """Fill `batch`, on the CPU and of any floating-point dtype, with batch `step` of its size. Raises as `batch` does.
+
+        For callers who go through few buffers again and again, and so spare the system new memory for each batch.
+        """
+        self._prepare(step * len(batch), len(batch))
+        done = 0
+        for start, stop in spans(step, len(batch), self.num_rows):
+            self.shards.rows_into(start, stop, batch[done : done + stop - start])
+            done += stop - start
+
+    def _prepare(self, start: int, rows: int) -> None:
+        """Read ahead from row `start` on, which counts through all epochs; in strides, for small batches ask often."""
+        if not self._rows_ahead:
+            return
+        first, last = self._ahead
+        if not first <= start <= last:  # not where reading went so far
+            first = last = start
+        if last - start <= max(rows, self._rows_ahead // 2):
+            stop = start + min(max(2 * rows, self._rows_ahead), self.num_rows)
+            for begin, end in stretches(last, stop, self.num_rows):
+                self.shards.prepare(begin, end)
+            last = max(last, stop)
+        self._ahead = start, last
 
 
 class ArraySource:

@@ -14,6 +14,10 @@ EngineName = Literal["auto", "dense", "pairs"]
 """auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
 
 
+PLACES = ("shards", "source", "order", "tls_roots", "out")
+"""Fields that tell where things are, and not what is trained."""
+
+
 class BankSettings(Schema):
     """How every bank of a run is trained; what is trained is in the recipe's groups."""
 
@@ -36,6 +40,12 @@ class TrainConfig(Schema):
     """Where the activations are from."""
     shards: Path
     """The site's folder of shards, written by `everyscope harvest`."""
+    source: str | None = None
+    """Where activations come from instead: an address of shards, or flight://HOST:PORT/SITE of activation servers."""
+    order: Literal["fixed", "any"] = "fixed"
+    """Of servers' chunks: fixed is the order of the shards, any takes what the servers have at hand and keeps a journal."""
+    tls_roots: Path | None = None
+    """Certificates to trust servers by, PEM."""
     saes: tuple[SaeConfig, ...] = Field(min_length=1)
     """The SAEs to train, all on the same batches."""
     num_tokens: int = Field(ge=1)
@@ -50,6 +60,8 @@ class TrainConfig(Schema):
         names = [sae_name(config) for config in self.saes]
         if len(set(names)) < len(names):
             raise ValueError(f"saes={names}: two SAEs of a bank share width, sparsity (or target_l0) and seed; change one")
+        if self.order == "any" and not (self.source or "").startswith("flight"):
+            raise ValueError(f"order='any' with source={self.source!r}: only servers have it; give flight://HOST:PORT/SITE")
         if self.num_tokens < self.settings.batch_rows:
             raise ValueError(f"num_tokens={self.num_tokens} is less than one batch of batch_rows={self.settings.batch_rows}")
         return self
@@ -61,7 +73,7 @@ class TrainConfig(Schema):
 
     def record(self) -> dict[str, Any]:
         """All fields but folders, as JSON values, so that a run's folder may be moved."""
-        return {name: value for name, value in self.as_json().items() if name not in ("shards", "out")}
+        return {name: value for name, value in self.as_json().items() if name not in PLACES}
 
     @property
     def bank_id(self) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import has_sae, read_record, save_sae
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
 from everyscope.sae.trainable import StepLosses, fold
-from everyscope.stream.local import LocalSource
+from everyscope.stream.places import opened
 from everyscope.stream.source import Source
 from everyscope.train.bank import Bank
 from everyscope.train.checkpoint import load_checkpoint, save_checkpoint
@@ -34,7 +35,12 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
     SIGTERM saves a checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the
     folder holds SAEs of another config, NonFinite where training diverges.
     """
-    source = LocalSource(config.shards)
+    with source_of(config) as source:
+        train(config, source, progress)
+
+
+def train(config: TrainConfig, source: Source, progress: Callable[[int], None]) -> None:
+    """`run` on a source that is open. Raises what `run` does."""
     run_id = run_id_of(config, source)
     checkpoint = checkpoint_path(config)
     if has_all_saes(config, run_id):
@@ -87,7 +93,17 @@ def checkpoint_path(config: TrainConfig) -> Path:
 
 def is_finished(config: TrainConfig) -> bool:
     """True where nothing is left for `run` to do; raises what `run` does for shards and SAEs that do not fit the config."""
-    return has_all_saes(config, run_id_of(config, LocalSource(config.shards))) and not checkpoint_path(config).exists()
+    if checkpoint_path(config).exists() or not all(has_sae(config.out / sae_name(sae)) for sae in config.saes):
+        return False
+    with source_of(config) as source:
+        return has_all_saes(config, run_id_of(config, source))
+
+
+def source_of(config: TrainConfig) -> AbstractContextManager[Source]:
+    """The bank's activations; servers know it by its bank and its folder, so that whoever resumes it takes its place."""
+    journal = config.out / f"bank_{config.bank_id}.journal" if config.order == "any" else None
+    place, folder = config.source or str(config.shards), content_id(str(config.out.resolve()))
+    return opened(place, journal=journal, trainer=f"{config.site.folder}/{config.bank_id}/{folder}", roots=config.tls_roots)
 
 
 def has_all_saes(config: TrainConfig, run_id: str) -> bool:

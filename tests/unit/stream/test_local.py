@@ -1,11 +1,12 @@
 import itertools
 import math
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
-from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMismatch
+from everyscope.base.errors import ConfigError, DamagedData, DataError, NonFinite, ShapeMismatch
 from everyscope.shards.manifest import seal_folder, shard_path
 from everyscope.shards.writer import new_activation_shard
 from everyscope.stream.local import ArraySource, LocalSource, spans
@@ -54,6 +55,56 @@ def test_a_batch_depends_on_its_number_alone(stored):
 def test_spans_cover_step_after_step_without_gap(num_rows, rows):
     seen = [row for step in range(12) for start, stop in spans(step, rows, num_rows) for row in range(start, stop)]
     assert seen == [row % num_rows for row in range(12 * rows)]
+
+
+@pytest.mark.parametrize("read_ahead_bytes", [0, 1, 60, 10**9])
+@pytest.mark.parametrize("rows", [1, 6, 20, 47])
+def test_reading_ahead_changes_nothing(stored, read_ahead_bytes, rows):
+    folder, want = stored
+    source, batch = LocalSource(folder, read_ahead_bytes=read_ahead_bytes), torch.empty(rows, D_IN)
+    for step in (0, 1, 2, 3, 9, 4, 5, 0, 100, 101):
+        source.batch_into(step, batch)
+        assert torch.equal(batch, want[torch.arange(step * rows, (step + 1) * rows) % NUM_ROWS])
+        assert torch.equal(source.batch(step, rows), batch)
+
+
+def test_reading_goes_ahead_of_batches_in_strides(stored, monkeypatch):
+    source, asked = LocalSource(stored[0], read_ahead_bytes=8 * D_IN * 4), []
+    monkeypatch.setattr(type(source.shards), "prepare", lambda shards, start, stop: asked.append((start, stop)))
+    rows_ahead = source._rows_ahead
+    for step in range(40):
+        source.batch(step, 1)
+    first = [row for start, stop in asked for row in range(start, stop)][:40]
+    assert first == [row % NUM_ROWS for row in range(40)]  # every row once an epoch, none twice
+    assert len(asked) <= 40 // (rows_ahead // 2) + 3
+
+
+def test_a_batch_goes_into_a_buffer_of_any_float(stored):
+    folder, want = stored
+    for dtype in (torch.bfloat16, torch.float64):
+        batch = torch.empty(20, D_IN, dtype=dtype)
+        LocalSource(folder).batch_into(0, batch)
+        assert torch.equal(batch, want.to(dtype))
+    with pytest.raises(ShapeMismatch, match="to fill"):
+        LocalSource(folder).batch_into(0, torch.empty(5, D_IN + 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_pinned_batches_need_a_gpu(stored):
+    with pytest.raises(ConfigError, match="torch finds none"):
+        LocalSource(stored[0], is_pinned=True)
+
+
+def test_an_address_is_as_good_as_a_path(stored, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVERYSCOPE_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    for path in stored[0].iterdir():
+        if path.is_file():
+            files.pipe_file(f"/local_source/{path.name}", path.read_bytes())
+    near, far = LocalSource(str(stored[0])), LocalSource("memory://local_source")
+    assert near.identity == far.identity
+    assert torch.equal(near.batch(3, 11), far.batch(3, 11))
+    files.rm("/local_source", recursive=True)
 
 
 def test_local_source_knows_its_data(stored):
