@@ -28,6 +28,10 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{path}: the disk is full; free some space or choose another folder with --out"
+        elif error.errno == errno.EFBIG:
+            message = f"{path}: files may not grow this large here; raise the limit (ulimit -f) or choose another disk with --out"
+        elif error.errno == errno.EIO:
+            message = f"{path}: the disk fails to read or write (input/output error); choose another one with --out"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message = f"{path}: no permission to write here; choose a folder of yours with --out"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
@@ -83,16 +87,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`; DataError where the file is missing or no JSON."""
+def read_bytes(path: Path) -> bytes:
+    """All bytes of `path`; DataError where the file is missing or cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{path}: no such file; is this the right folder, and did the stage before it finish?") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions or choose another folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); delete it and run the same command again") from error
+
+
+def parse_json(data: bytes, name: Path | str) -> Any:
+    """The JSON value that `data` spells; DataError, which calls the data `name`, where it spells none."""
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: not readable as JSON ({error}); delete it and run the same command again") from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`; DataError where the file is missing or no JSON."""
+    return parse_json(read_bytes(path), path)
 
 
 def sha256(path: Path) -> str:

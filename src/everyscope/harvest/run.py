@@ -2,28 +2,29 @@
 
 Bucket by bucket. A bucket's shards are committed one by one and its tokens last, so after a kill at any moment the same
 command finds the first bucket that lacks something, reads its text again, and writes just what it lacks, to the same bits.
+Several processes may each write a partition of the buckets; the folder is sealed by whoever finds that nothing is missing.
 """
 
+import functools
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from everyscope.base.errors import TextError
-from everyscope.base.files import human_bytes, require_free_space, write_json
+from everyscope.base.errors import StorageError, TextError
+from everyscope.base.files import human_bytes, require_free_space
 from everyscope.base.progress import Meter, human_count, meter, say
-from everyscope.harvest.buckets import Bucket, Place, read_buckets
+from everyscope.harvest.buckets import Bucket, Place, folder_bytes, read_buckets
 from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.folder import OWNER, HarvestFolder
+from everyscope.harvest.fill import ahead, fill, finish, open_writers
+from everyscope.harvest.folder import HarvestFolder
+from everyscope.harvest.ledger import Ledger
+from everyscope.harvest.locks import gate
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
-from everyscope.shards.manifest import TOKENS, read_manifest, seal_folder, shard_path
-from everyscope.shards.writer import ActivationWriter, new_activation_shard, write_token_shard
+from everyscope.shards.manifest import read_manifest, seal_folder, shard_path
+from everyscope.shards.writer import write_token_shard
 from everyscope.sites.names import Site
 
 
@@ -36,16 +37,21 @@ class HarvestResult:
     tokens: Path
     """Where the blocks of token ids lie."""
     num_rows: int
-    """Rows per site [rows]."""
+    """Rows per site, once every partition is there [rows]."""
     tokens_seen: int
     """Tokens that the model has read, those that became no row included [tokens]."""
+    is_sealed: bool = True
+    """Whether nothing is missing, so that the folder can be read; False while other partitions are to come."""
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    """Where this process's time went, by part of the work (`ledger.PARTS`); empty where there was nothing to do [s]."""
 
 
 def run(config: HarvestConfig) -> HarvestResult:
     """Harvest what is not there yet. Where all is there, nothing is loaded.
 
     ConfigError where `out` holds another harvest, a site does not exist or the context is too long; ModelError; TextError;
-    StorageError where the folder cannot be written or the disk is too small; NonFinite, naming site, block and position.
+    StorageError where the folder cannot be written, another process writes the same of it, or the disk or `max_bytes` is too
+    small; DamagedData for a damaged manifest, unless `heal` is set; NonFinite, naming site, block and position.
     An error leaves whole shards or, where there are none yet, nothing.
     """
     return harvest(config, model_identity(config.model), subject_of)
@@ -55,19 +61,25 @@ def harvest(config: HarvestConfig, identity: str, subject_of: Callable[[HarvestC
     """`run` with any model: its `identity`, and a function that gives what a harvest needs of it. Raises what `run` does."""
     folder = HarvestFolder(config, {"model": identity})
     folder.check_owner()
-    if folder.is_finished():
-        return _result(folder)
-    subject = subject_of(config)
-    is_new = not folder.path.exists()
+    if not config.heal:
+        folder.learn()
+        if folder.is_finished():
+            folder.clear_locks()
+            return _result(folder)
+    subject, ledger = subject_of(config), Ledger()
     with folder.locked():
-        try:
-            folder.sweep()
-            _require_disk(folder, subject)
-            _seal(folder, _write_buckets(folder, subject))
-        except BaseException:
-            folder.discard_if_empty(with_root=is_new)
-            raise
-    return _result(folder)
+        if folder.is_finished():  # nothing was damaged, or another process has been quicker
+            return _result(folder)
+        folder.sweep()
+        _require_disk(folder, subject)
+        end = _write_buckets(folder, subject, ledger)
+        if folder.adds_nothing(end):
+            return _result(folder)
+        folder.claim()  # where limits changed without a new bucket
+        is_sealed = _seal(folder, end)
+    if ledger.seconds["forward"]:
+        say(f"  {ledger.line()}")
+    return HarvestResult(folder.sites, folder.tokens, end.rows, end.blocks * config.text.context, is_sealed, ledger.seconds)
 
 
 def _require_disk(folder: HarvestFolder, subject: Subject) -> None:
@@ -78,78 +90,100 @@ def _require_disk(folder: HarvestFolder, subject: Subject) -> None:
     require_free_space(folder.path, need, "this harvest")
 
 
-def _write_buckets(folder: HarvestFolder, subject: Subject) -> Place:
-    """Write every bucket that lacks something; the place behind the last one."""
-    config, place = folder.config, folder.place()
-    buckets = read_buckets(config, subject.tokenizer, place)
-    first = next(buckets, None)
-    if first is not None:
-        write_json(folder.path / OWNER, folder.owner)
-        capture = subject.open()
-        with meter("harvest", config.num_tokens, "tokens") as progress:
-            if place.rows:
-                progress.advance(place.rows, is_resumed=True)
-            for bucket in chain([first], buckets):
-                _write_bucket(folder, subject, bucket, capture, progress)
-                place = bucket.after
+def _write_buckets(folder: HarvestFolder, subject: Subject, ledger: Ledger) -> Place:
+    """Write every bucket of the partition that lacks something; the place behind the last bucket of all."""
+    config, place, room = folder.config, folder.place(), _Room(folder.config, subject)
+    open_model = functools.cache(subject.open)
+    with meter("harvest", config.num_tokens, "tokens") as progress:
+        if place.rows:
+            progress.advance(place.rows, is_resumed=True)
+        is_claimed = False
+        for bucket in ahead(read_buckets(config, subject.tokenizer, place, folder.stops, room.is_enough), ledger):
+            if not is_claimed:
+                folder.claim()
+                is_claimed = True
+            _write_bucket(folder, subject, bucket, open_model, progress, ledger)
+            place = bucket.after
+    if place.rows == 0 and room.is_used_up:
+        blocks = f"one block of {config.text.context} tokens at {len(config.sites)} sites"
+        raise StorageError(f"{config.out}: max_bytes={config.max_bytes} holds not even {blocks}; allow more, or keep fewer sites")
     if place.rows == 0:
         raise TextError(f"{config.text.source}: the train split has no token that counts; give documents that are not empty")
     if place.rows < config.num_tokens:
-        say(f"harvest: the text ends after {place.rows} of {config.num_tokens} tokens; going on with what there is")
+        end = f"max_bytes={config.max_bytes} is used up" if room.is_used_up else "the text ends"
+        say(f"harvest: {end} after {place.rows} of {config.num_tokens} tokens; going on with what there is")
     return place
 
 
-def _write_bucket(folder: HarvestFolder, subject: Subject, bucket: Bucket, capture: Capture, progress: Meter) -> None:
-    """Commit the shards of `bucket` that are missing, then its tokens."""
-    config, index, after = folder.config, bucket.before.bucket, bucket.after.as_json()
-    missing = folder.missing(index)
-    with ExitStack() as stack:
-        writers = {
-            site: stack.enter_context(
-                new_activation_shard(
-                    shard_path(folder.sites[site], index),
-                    name=str(site),
-                    rows=bucket.num_rows,
-                    d_in=subject.widths[site],
-                    dtype=config.dtype,
-                    context=config.text.context,
-                    after=after,
-                )
-            )
-            for site in missing
-        }
-        if writers:
-            _fill(writers, bucket, config, capture, progress)
-        else:
-            progress.advance(bucket.num_rows, is_resumed=True)
-    if not folder.has_tokens(index):
-        write_token_shard(shard_path(folder.tokens, index), bucket.input_ids, after)
+class _Room:
+    """How far `max_bytes` reaches."""
+
+    def __init__(self, config: HarvestConfig, subject: Subject) -> None:
+        self._config, self._widths = config, list(subject.widths.values())
+        self.is_used_up = False
+
+    def is_enough(self, after: Place) -> bool:
+        limit = self._config.max_bytes
+        self.is_used_up = limit is not None and folder_bytes(self._config, self._widths, after) > limit
+        return not self.is_used_up
 
 
-def _fill(
-    writers: dict[Site, ActivationWriter], bucket: Bucket, config: HarvestConfig, capture: Capture, progress: Meter
+def _write_bucket(
+    folder: HarvestFolder,
+    subject: Subject,
+    bucket: Bucket,
+    open_model: Callable[[], Capture],
+    progress: Meter,
+    ledger: Ledger,
 ) -> None:
-    """Run the model over the bucket, and put each row where the shuffle wants it."""
-    places, done = bucket.places(config.seed), 0
-    for start in range(0, len(bucket.input_ids), config.batch_blocks):
-        batch = slice(start, start + config.batch_blocks)
-        block, position = np.nonzero(bucket.mask[batch])
-        where = places[done : done + len(block)]
-        activations = capture(tuple(writers), torch.from_numpy(bucket.input_ids[batch].astype(np.int64)))
-        for site, writer in writers.items():
-            device = activations[site].device
-            rows = activations[site][torch.from_numpy(block).to(device), torch.from_numpy(position).to(device)]
-            writer.put(rows, where, bucket.before.blocks + start + block, position)
-        done += len(block)
-        progress.advance(len(block))
+    """Commit the shards of `bucket` that are missing, then its tokens, if it is of this partition."""
+    index = bucket.before.bucket
+    missing = folder.missing(index, bucket.after) if folder.is_mine(index) else ()
+    if missing:
+        for site in missing:
+            folder.unseal(folder.sites[site], index)
+        with ledger.spending("load"):
+            capture = open_model()
+        with ExitStack() as stack:
+            paths = {site: shard_path(folder.sites[site], index) for site in missing}
+            writers = open_writers(paths, subject.widths, bucket, folder.config, stack)
+            fill(writers, bucket, folder.config, capture, progress, ledger)
+            with ledger.spending("commit"):
+                finish(list(writers.values()))
+                stack.close()
+    else:
+        progress.advance(bucket.num_rows, is_resumed=True)
+    if folder.is_mine(index) and not folder.has_tokens(index, bucket.after):
+        folder.unseal(folder.tokens, index)
+        write_token_shard(shard_path(folder.tokens, index), bucket.input_ids, bucket.after.as_json())
 
 
-def _seal(folder: HarvestFolder, end: Place) -> None:
-    """Write the manifests, those of the sites last: a reader that finds one finds everything else in its place."""
-    config = folder.config.record()
-    for path in reversed(folder.folders):
-        site = TOKENS if path == folder.tokens else path.relative_to(folder.path).as_posix()
-        seal_folder(path, end.bucket, site=site, config=config, parents=folder.parents, version=version("everyscope"))
+def _seal(folder: HarvestFolder, end: Place) -> bool:
+    """Write the manifests that are missing, those of the sites last: a reader that finds one finds everything else in its place.
+
+    Nothing is done while other partitions lack something; whether nothing does.
+    """
+    with gate(folder.path):
+        if not folder.has_all(end):
+            index, count = folder.config.partition
+            say(f"harvest: partition {index} of {count} is done; the folder will be sealed when the others are")
+            return False
+        folder.drop_behind(end)
+        for path in reversed(folder.folders):
+            if folder.is_sealed(path):
+                continue
+            name = folder.name(path)
+            manifest = seal_folder(
+                path,
+                end.bucket,
+                site=name,
+                config=folder.sealed_config,
+                parents=folder.parents(path),
+                version=version("everyscope"),
+            )
+            if manifest.identity != folder.unsealed.get(name, manifest.identity):
+                say(f"harvest: {name} has other bytes than before, as another machine computes them; train on it anew")
+    return True
 
 
 def _result(folder: HarvestFolder) -> HarvestResult:

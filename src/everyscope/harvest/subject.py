@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from everyscope.base.bundled import model_location
 from everyscope.base.errors import ConfigError, ModelError
 from everyscope.harvest.config import HarvestConfig
+from everyscope.harvest.fingerprint import fingerprint
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
@@ -28,8 +28,6 @@ Capture = Callable[[tuple[Site, ...], Int[Tensor, "batch ctx"]], dict[Site, Tens
 """Sites and token ids to the activations at each site, [batch ctx d_in]."""
 FINGERPRINTED = (".safetensors", ".bin", ".json", ".model")
 """Endings of the files that make a model what it is."""
-FINGERPRINT_BYTES = 1 << 20
-"""Bytes read at each end of a model's file: enough to tell two trainings apart, in no time for any size [bytes]."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,7 @@ def model_identity(config: ModelConfig) -> str:
     folder = Path(model_location(config.name))
     if not folder.is_dir():
         return f"{config.name}@{config.revision or 'newest'}"
-    digest = xxhash.xxh3_128()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in FINGERPRINTED):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(size - FINGERPRINT_BYTES, 0))
-            digest.update(file.read())
-    return digest.hexdigest()
+    return fingerprint(path for path in folder.iterdir() if path.suffix in FINGERPRINTED)
 
 
 def subject_of(config: HarvestConfig) -> Subject:

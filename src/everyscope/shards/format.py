@@ -8,13 +8,14 @@ int32 tensors lie before `activations`, so that an odd number of bfloat16 values
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from everyscope.base.errors import DamagedData
-from everyscope.base.files import storage_errors
 from everyscope.base.tensors import tensors_header
 
 RowDtype = Literal["float32", "bfloat16"]
@@ -47,10 +48,17 @@ class Layout:
 
     tensors: tuple[TensorSpec, ...]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """The file's first bytes: the header's length, then JSON padded with spaces."""
         return tensors_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors), alignment=HEADER_ALIGNMENT)
+
+    @cached_property
+    def body_bytes(self) -> dict[str, int]:
+        """Where in the file each tensor begins [bytes]."""
+        sizes = [tensor.num_bytes for tensor in self.tensors]
+        starts = accumulate(sizes[:-1], initial=len(self.header))
+        return {tensor.name: start for tensor, start in zip(self.tensors, starts, strict=True)}
 
     @property
     def num_bytes(self) -> int:
@@ -59,22 +67,25 @@ class Layout:
 
     def views(self, raw: np.ndarray) -> dict[str, np.ndarray]:
         """Each tensor, in its carrier type, as a window on the file's bytes `raw` (uint8 [bytes])."""
-        start, found = len(self.header), {}
+        found = {}
         for tensor in self.tensors:
-            stop = start + tensor.num_bytes
-            found[tensor.name] = raw[start:stop].view(CARRIER[tensor.dtype]).reshape(tensor.shape)
-            start = stop
+            start = self.body_bytes[tensor.name]
+            found[tensor.name] = raw[start : start + tensor.num_bytes].view(CARRIER[tensor.dtype]).reshape(tensor.shape)
         return found
 
     def byte_range(self, name: str, first: int, last: int) -> tuple[int, int]:
         """Where rows `first` to `last` (excluded) of tensor `name` lie in the file: [start, stop) in bytes."""
-        start = len(self.header)
-        for tensor in self.tensors:
-            if tensor.name == name:
-                row_bytes = tensor.num_bytes // tensor.shape[0]
-                return start + first * row_bytes, start + last * row_bytes
-            start += tensor.num_bytes
-        raise AssertionError(f"no tensor {name!r} among {[tensor.name for tensor in self.tensors]}")
+        start, row_bytes = self.body_bytes[name], self.row_bytes(name)
+        return start + first * row_bytes, start + last * row_bytes
+
+    def row_bytes(self, name: str) -> int:
+        """Size of one row of tensor `name` [bytes]."""
+        return next(tensor.num_bytes // tensor.shape[0] for tensor in self.tensors if tensor.name == name)
+
+
+def layout_of(rows: int, d_in: int, dtype: TensorDtype) -> Layout:
+    """The layout of a shard of activations, or of tokens, which are int32."""
+    return token_layout(rows, d_in) if dtype == "int32" else activation_layout(rows, d_in, dtype)
 
 
 def activation_layout(rows: int, d_in: int, dtype: RowDtype) -> Layout:
@@ -93,9 +104,9 @@ def token_layout(blocks: int, context: int) -> Layout:
     return Layout((TensorSpec("input_ids", "int32", (blocks, context)),))
 
 
-def create_shard(path: Path, layout: Layout) -> np.ndarray:
-    """A new file of full size with its header written, mapped for writing as uint8 [bytes]; StorageError on a full disk."""
-    with storage_errors(path), path.open("wb") as file:
+def reserve_shard(path: Path, layout: Layout) -> None:
+    """A new file of full size with its header written, and its room on the disk taken; OSError where there is none."""
+    with path.open("wb") as file:
         file.write(layout.header)
         file.flush()
         if hasattr(os, "posix_fallocate"):
@@ -103,6 +114,11 @@ def create_shard(path: Path, layout: Layout) -> np.ndarray:
             os.posix_fallocate(file.fileno(), 0, layout.num_bytes)
         else:
             file.truncate(layout.num_bytes)
+
+
+def create_shard(path: Path, layout: Layout) -> np.ndarray:
+    """`reserve_shard`, and the file mapped for writing as uint8 [bytes]."""
+    reserve_shard(path, layout)
     return np.memmap(path, dtype=np.uint8, mode="r+")
 
 
@@ -115,9 +131,9 @@ def open_shard(path: Path, layout: Layout) -> np.ndarray:
         raise DamagedData(f"{path}: the shard is missing; run the same harvest again, which writes it anew")
     got = path.stat().st_size
     if got != layout.num_bytes:
-        raise DamagedData(f"{path}: holds {got} bytes, expected {layout.num_bytes}; delete it and run the same harvest again")
+        raise DamagedData(f"{path}: holds {got} bytes, expected {layout.num_bytes}; run the same harvest again with --heal")
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     header = layout.header
     if raw[: len(header)].tobytes() != header:
-        raise DamagedData(f"{path}: its header is not the one written; delete it and run the same harvest again")
+        raise DamagedData(f"{path}: its header is not the one written; run the same harvest again with --heal")
     return raw

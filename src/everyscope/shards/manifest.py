@@ -3,33 +3,49 @@
     shard_00000.safetensors   the rows of one bucket
     shard_00000.json          its sidecar: sizes, checksums, sums, the place in the text behind it
     statistics.json           figures over all shards
-    manifest.json             written last: a folder that has it is whole and never changes again
+    manifest.json             written last, with its own identity: a folder that has it is whole
 
-No record holds a time or a host, so that the same harvest gives the same bytes wherever and however often it was interrupted.
+The shards that a manifest names never change again. A harvest that goes on behind them replaces the manifest at one stroke, and
+who has opened the old one reads on. No record holds a time or a host, so that the same harvest gives the same bytes wherever
+and however often it was interrupted.
+
+`site` is a free name: that of a place in a language model (resid_post/layer_3, which `sites.names.parse_folder` understands),
+`tokens`, or whatever an imported array was called. Shards never parse it; only stages that need a place in a model do.
 """
 
+import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from everyscope.base.errors import DataError
-from everyscope.base.files import read_json, sha256, write_json
+from everyscope.base.errors import DamagedData, DataError
+from everyscope.base.files import parse_json, read_bytes, write_json, write_text
+from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema
-from everyscope.shards.format import Layout, TensorDtype, activation_layout, token_layout
+from everyscope.shards.format import Layout, TensorDtype, layout_of
 from everyscope.shards.statistics import Sums, SumsRecord
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.json"
 TOKENS = "tokens"
 """Stands as `site` in the manifest of the tokens, and is their folder beside the sites' folders."""
+IDENTITY = "identity"
+"""The key in manifest.json of the content id of all other keys, by which a manifest is known to be whole."""
+SHARD_NAME = r"^shard_[0-9]{5,}\.safetensors$"
+"""What a shard's file may be called: a record names files of its own folder, and no others."""
+SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*){0,3}$"
+"""What a site may be called."""
+REMEDY = "run the same harvest again with --heal"
 Record = TypeVar("Record", bound=Schema)
 
 
 class ShardRecord(Schema):
     """A sidecar: what one shard's file must be."""
 
-    file: str
+    file: str = Field(pattern=SHARD_NAME)
     """The shard's file name, in the sidecar's folder."""
     num_bytes: int = Field(gt=0)
     """Its size [bytes]."""
@@ -51,19 +67,17 @@ class ShardRecord(Schema):
     @property
     def layout(self) -> Layout:
         """How the file is laid out."""
-        if self.dtype == "int32":
-            return token_layout(self.rows, self.d_in)
-        return activation_layout(self.rows, self.d_in, self.dtype)
+        return layout_of(self.rows, self.d_in, self.dtype)
 
 
 class ShardEntry(Schema):
     """One shard in a manifest."""
 
-    file: str
+    file: str = Field(pattern=SHARD_NAME)
     """File name in the manifest's folder."""
-    num_bytes: int
+    num_bytes: int = Field(gt=0)
     """Its size [bytes]."""
-    rows: int
+    rows: int = Field(gt=0)
     """Rows in it [rows]."""
     sha256: str
     """SHA-256 of the file, in hexadecimal."""
@@ -76,8 +90,8 @@ class Manifest(Schema):
 
     version: str
     """The everyscope that wrote the folder."""
-    site: str
-    """The site's folder name, as in resid_post/layer_3, or `tokens`."""
+    site: str = Field(pattern=SITE_NAME, max_length=200)
+    """The site's folder name, as in resid_post/layer_3; `tokens`; or the name of what was imported."""
     d_in: int
     """Numbers per row: the site's width, or the context for tokens."""
     dtype: TensorDtype
@@ -89,7 +103,18 @@ class Manifest(Schema):
     config: dict[str, Any]
     """The resolved config of the stage that wrote it."""
     parents: dict[str, str]
-    """Identities of what it was made from."""
+    """Identities of what it was made from; `earlier` is the folder's own before a harvest went on behind it."""
+    statistics_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """SHA-256 of statistics.json; None for tokens, and for folders of everyscope 0.1."""
+
+    def layout(self, rows: int) -> Layout:
+        """How a shard of so many rows of this folder is laid out."""
+        return layout_of(rows, self.d_in, self.dtype)
+
+    @property
+    def identity(self) -> str:
+        """The content id of the manifest, and with it of every byte of the shards."""
+        return content_id(self.as_json())
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -102,9 +127,20 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def parse_sidecar(data: bytes, entry: ShardEntry, manifest: Manifest, name: Path | str) -> ShardRecord:
+    """The sidecar that a manifest's entry tells of; DamagedData where these bytes are another."""
+    if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
+        raise DamagedData(f"{name}: differs from its checksum in {MANIFEST}; {REMEDY}")
+    record = _validated(ShardRecord, parse_json(data, name), name)
+    told = (entry.file, entry.rows, entry.num_bytes, entry.sha256, manifest.d_in, manifest.dtype)
+    if (record.file, record.rows, record.num_bytes, record.sha256, record.d_in, record.dtype) != told:
+        raise DamagedData(f"{name}: disagrees with {MANIFEST} about size, d_in or dtype; {REMEDY}")
+    return record
+
+
 def read_sidecar(shard: Path) -> ShardRecord:
-    """The sidecar of `shard`; DataError where it is missing or no sidecar."""
-    return _parse(ShardRecord, sidecar_path(shard))
+    """The sidecar of `shard`, on its own word; DataError where it is missing or no sidecar."""
+    return _validated(ShardRecord, parse_json(read_bytes(sidecar_path(shard)), sidecar_path(shard)), sidecar_path(shard))
 
 
 def is_committed(shard: Path) -> bool:
@@ -114,47 +150,76 @@ def is_committed(shard: Path) -> bool:
     return shard.stat().st_size == read_sidecar(shard).num_bytes
 
 
+def parse_manifest(data: bytes, name: Path | str) -> Manifest:
+    """The manifest that manifest.json spells; DataError where it is none, DamagedData where it differs from its checksum."""
+    value = parse_json(data, name)
+    identity = value.pop(IDENTITY, None) if isinstance(value, dict) else None
+    manifest = _validated(Manifest, value, name)
+    if identity not in (None, manifest.identity):  # folders of everyscope 0.1 do not name it
+        raise DamagedData(f"{name}: differs from its own checksum; {REMEDY}")
+    if manifest.num_rows != sum(entry.rows for entry in manifest.shards):
+        raise DamagedData(f"{name}: num_rows={manifest.num_rows} is not the sum of its shards; {REMEDY}")
+    return manifest
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`; DataError where there is none, so also where the harvest has not finished."""
-    return _parse(Manifest, folder / MANIFEST)
+    return parse_manifest(read_bytes(folder / MANIFEST), folder / MANIFEST)
+
+
+def merged_sums(records: Iterable[ShardRecord]) -> Sums | None:
+    """The sums over all rows of some shards, in order; None for tokens."""
+    sums = None
+    for record in records:
+        if record.statistics is not None:
+            sums = sums or Sums(record.d_in, len(record.statistics.position_count))
+            sums.merge(Sums.of_record(record.statistics))
+    return sums
+
+
+def statistics_bytes(sums: Sums) -> bytes:
+    """What statistics.json holds for these sums, to the byte."""
+    return (json.dumps(sums.statistics().as_json(), indent=2, allow_nan=False) + "\n").encode()
 
 
 def seal_folder(
     folder: Path, num_shards: int, *, site: str, config: dict[str, Any], parents: dict[str, str], version: str
 ) -> Manifest:
     """Commit `folder` with its first `num_shards` shards, all committed: write statistics (of activations), then the manifest."""
-    entries, sums, last = [], None, None
-    for index in range(num_shards):
-        path = shard_path(folder, index)
-        last = read_sidecar(path)
-        digest = sha256(sidecar_path(path))
+    records, entries = [], []
+    for path in (shard_path(folder, index) for index in range(num_shards)):
+        record, digest = read_sidecar(path), hashlib.sha256(read_bytes(sidecar_path(path))).hexdigest()
+        records.append(record)
         entries.append(
-            ShardEntry(file=last.file, num_bytes=last.num_bytes, rows=last.rows, sha256=last.sha256, sidecar_sha256=digest)
+            ShardEntry(
+                file=record.file, num_bytes=record.num_bytes, rows=record.rows, sha256=record.sha256, sidecar_sha256=digest
+            )
         )
-        if last.statistics is not None:
-            sums = sums or Sums(last.d_in, len(last.statistics.position_count))
-            sums.merge(Sums.of_record(last.statistics))
-    assert last is not None, f"{folder}: no shards to seal"
+    assert records, f"{folder}: no shards to seal"
+    sums, digest = merged_sums(records), None
     if sums is not None:
-        write_json(folder / STATISTICS, sums.statistics().as_json())
+        statistics = statistics_bytes(sums)
+        digest = hashlib.sha256(statistics).hexdigest()
+        write_text(folder / STATISTICS, statistics.decode())
     manifest = Manifest(
         version=version,
         site=site,
-        d_in=last.d_in,
-        dtype=last.dtype,
+        d_in=records[-1].d_in,
+        dtype=records[-1].dtype,
         num_rows=sum(entry.rows for entry in entries),
         shards=tuple(entries),
         config=config,
         parents=parents,
+        statistics_sha256=digest,
     )
-    write_json(folder / MANIFEST, manifest.as_json())
+    write_json(folder / MANIFEST, {IDENTITY: manifest.identity} | manifest.as_json())
     return manifest
 
 
-def _parse(kind: type[Record], path: Path) -> Record:
+def _validated(kind: type[Record], value: Any, name: Path | str) -> Record:
     try:
-        return kind.model_validate(read_json(path))
+        return kind.model_validate(value)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise DataError(f"{path}: {where}: {problem['msg']}; delete it and run the same harvest again") from error
+        raise DataError(f"{name}: {where}: {problem['msg']}; delete it and run the same harvest again") from error

@@ -46,18 +46,27 @@ class Sums:
         name: Callable[[int], str] = "row {}".format,
     ) -> None:
         """Count `rows` in. On NaN or infinity nothing is added: NonFinite, which calls the first such row `name(its index)`."""
-        context = len(self.position_count)
-        total, squares = np.zeros_like(self.total), np.zeros(context, np.float64)
+        total, norms = np.zeros_like(self.total), np.empty(len(rows), np.float64)
         for start in range(0, len(rows), CHUNK_ROWS):
             wide = rows[start : start + CHUNK_ROWS].astype(np.float64)
-            norms = np.einsum("ij,ij->i", wide, wide)
-            if not np.isfinite(norms).all():
-                row = start + int(np.argmin(np.isfinite(norms)))
-                raise NonFinite(f"{name(row)}: NaN or infinity, expected finite activations; run the model in float32")
+            norms[start : start + CHUNK_ROWS] = np.einsum("ij,ij->i", wide, wide)
             total += wide.sum(0)
-            squares += np.bincount(positions[start : start + CHUNK_ROWS], weights=norms, minlength=context)
+        self.count(total, norms, positions, name)
+
+    def count(
+        self,
+        total: Float64[np.ndarray, " d_in"],
+        squared_norms: Float64[np.ndarray, " rows"],
+        positions: Int[np.ndarray, " rows"],
+        name: Callable[[int], str] = "row {}".format,
+    ) -> None:
+        """Count in rows of which the sum and the squared norms are known. NaN and infinity are refused as by `add`."""
+        if not np.isfinite(squared_norms).all():
+            row = int(np.argmin(np.isfinite(squared_norms)))
+            raise NonFinite(f"{name(row)}: NaN or infinity, expected finite activations; run the model in float32")
+        context = len(self.position_count)
         self.total += total
-        self.position_squared_norm += squares
+        self.position_squared_norm += np.bincount(positions, weights=squared_norms, minlength=context)
         self.position_count += np.bincount(positions, minlength=context)
 
     def merge(self, other: "Sums") -> None:
@@ -111,6 +120,17 @@ class Statistics:
     def scale(self) -> float:
         """Root of the mean squared norm: dividing by it gives rows of mean squared norm 1 (Gemma Scope, section 3.1)."""
         return math.sqrt(self.mean_squared_norm)
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> "Statistics":
+        """The figures that `as_json` gave."""
+        return cls(
+            count=value["count"],
+            mean=np.array(value["mean"], np.float64),
+            mean_squared_norm=value["mean_squared_norm"],
+            position_count=np.array(value["position_count"], np.int64),
+            position_mean_squared_norm=np.array(value["position_mean_squared_norm"], np.float64),
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The figures as plain JSON values; `scale` is there for readers who have no Python."""

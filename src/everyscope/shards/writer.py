@@ -1,74 +1,193 @@
-"""Writing one shard: rows arrive in reading order and are scattered to their shuffled places in a mapped file.
+"""Writing one shard: rows arrive in reading order and go to their shuffled places.
 
 The file stands under its own name, and its sidecar beside it, only after the `with` block has ended well; an error inside
 leaves neither. A kill leaves at most `*.partial`, or a shard without sidecar, which the next run writes anew.
+
+A shard that fits in memory is put together there, each row straight at its place, and written at the end: to write through a
+map costs a page fault for every 4 KiB. One that does not fit is mapped, and cut into segments, whose rows are appended in the
+order in which they come, so that the disk sees a few streams; when all are there, each segment in turn is put in order in
+memory and written back. The bytes are the same either way. Memory: the shard; or a segment, a copy of it, and 24 bytes a row,
+besides the map, which the system may write back whenever it likes.
 """
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from everyscope.base.errors import ShapeMismatch
-from everyscope.base.files import PARTIAL, whole_file, write_json
+from everyscope.base.files import whole_file, write_json
 from everyscope.shards.bits import TORCH_DTYPE, carrier_of
-from everyscope.shards.checksums import checksums_of
-from everyscope.shards.format import Layout, RowDtype, activation_layout, create_shard, token_layout
+from everyscope.shards.checksums import BLOCK_BYTES, Checksums, Hasher
+from everyscope.shards.format import Layout, RowDtype, activation_layout, create_shard, reserve_shard, token_layout
+from everyscope.shards.kernels import place_bfloat16, place_float32, round_and_place
 from everyscope.shards.manifest import ShardRecord, sidecar_path
-from everyscope.shards.statistics import Sums
+from everyscope.shards.statistics import Sums, SumsRecord
 
 
 class ActivationWriter:
-    """An open shard of one site. `put` every row once."""
+    """An open shard of one site. `put` every row once; `finish`, or leave it to the end of the block."""
 
-    def __init__(self, name: str, views: dict[str, np.ndarray], dtype: RowDtype, sums: Sums) -> None:
-        """Made by `new_activation_shard`; `name` stands in errors, `views` are windows on the mapped file."""
-        self._name, self._views, self._sums = name, views, sums
-        self._dtype = TORCH_DTYPE[dtype]
+    def __init__(self, name: str, path: Path, layout: Layout, sums: Sums, segment_rows: int | None) -> None:
+        """Made by `new_activation_shard`; `name` stands in errors, `path` is that of the unfinished file."""
+        self._name, self._path, self._layout, self._sums = name, path, layout, sums
+        self._raw = create_shard(path, layout) if segment_rows else in_memory(path, layout)
+        self._views = layout.views(self._raw)
+        self._rows, self._d_in = self._views["activations"].shape
+        self._dtype = TORCH_DTYPE[layout.tensors[-1].dtype]
+        self._segments = _Segments(self._rows, min(segment_rows, self._rows)) if segment_rows else None
+        self._checksums: Checksums | None = None
         self.num_put = 0
+        self.seconds = {"copy": 0.0, "write": 0.0}
+        """Time spent on the way from the device to memory, and from there into the file [s]."""
 
     def put(
         self,
-        rows: Float[Tensor, "rows d_in"],
+        rows: Float[Tensor, "m d_in"],
         places: Int[np.ndarray, " rows"],
         sequence: Int[np.ndarray, " rows"],
         position: Int[np.ndarray, " rows"],
+        taken: Int[np.ndarray, " rows"] | None = None,
     ) -> None:
-        """Store `rows` at `places`, with the block and the position that each is from; NonFinite and ShapeMismatch name them."""
-        d_in = self._views["activations"].shape[1]
-        if tuple(rows.shape) != (len(places), d_in):
+        """Store rows at `places`, with the block and the position that each is from; NonFinite and ShapeMismatch name them.
+
+        `taken` says which of `rows` are meant, in order; all are where it is left out. It saves the caller from copying them.
+        """
+        count = len(rows) if taken is None else len(taken)
+        if rows.ndim != 2 or rows.shape[1] != self._d_in or count != len(places):
             raise ShapeMismatch(
-                f"{self._name}: rows of shape {tuple(rows.shape)}, expected ({len(places)}, {d_in}); harvest again"
+                f"{self._name}: rows of shape ({', '.join(map(str, (count, *rows.shape[1:])))}), "
+                f"expected ({len(places)}, {self._d_in}); harvest again"
             )
-        stored = rows.detach().to("cpu", self._dtype).contiguous()
+        if not count:
+            return
+        start = time.perf_counter()
+        rows, taken = self._on_host(rows.detach(), taken)
+        copied = time.perf_counter()
+        assert min(places.min(), taken.min()) >= 0, f"{self._name}: places from {places.min()}, rows from {taken.min()}"
+        assert places.max() < self._rows, f"{self._name}: place {places.max()} of {self._rows}"
+        assert taken.max() < len(rows), f"{self._name}: row {taken.max()} of {len(rows)}"
+        targets = places if self._segments is None else self._segments.arrive(places)
+        total, norms = np.zeros(self._d_in, np.float64), np.empty(count, np.float64)
+        self._place(rows, taken.astype(np.int64, copy=False), targets.astype(np.int64, copy=False), total, norms)
+        self._sums.count(total, norms, position, lambda row: f"{self._name}, block {sequence[row]}, position {position[row]}")
+        self._views["sequence"][targets] = sequence
+        self._views["position"][targets] = position
+        self.num_put += count
+        self.seconds["copy"] += copied - start
+        self.seconds["write"] += time.perf_counter() - copied
 
-        def name(row: int) -> str:
-            return f"{self._name}, block {sequence[row]}, position {position[row]}"
+    def finish(self) -> Checksums:
+        """Put the last things in order, sum up the bytes, and see them to the disk: all that takes time. Once is enough."""
+        if self._checksums is None:
+            assert self.num_put == self._rows, f"{self._name}: {self.num_put} rows put, {self._rows} expected"
+            if self._segments is None:
+                self._checksums = write_out(self._path, self._raw)
+                self._raw, self._views = np.empty(0, np.uint8), {}
+            else:
+                self._checksums = self._sort(self._segments)
+        return self._checksums
 
-        self._sums.add(stored.float().numpy(), position, name)
-        self._views["activations"][places] = carrier_of(stored)
-        self._views["sequence"][places] = sequence
-        self._views["position"][places] = position
-        self.num_put += len(places)
+    def _sort(self, segments: "_Segments") -> Checksums:
+        """Put the segments in order, hash the file while it passes through memory, and wait for the disk."""
+        assert isinstance(self._raw, np.memmap)
+        hasher, data = Hasher(), self._raw.data
+        segments.close()
+        for name in ("sequence", "position"):
+            for index in range(segments.count):
+                segments.sort(index, self._views[name])
+        hasher.update(data[: self._layout.byte_range("activations", 0, self._rows)[0]])
+        for index in range(segments.count):
+            start, stop = segments.sort(index, self._views["activations"])
+            hasher.update(data[slice(*self._layout.byte_range("activations", start, stop))])
+        self._raw.flush()
+        return hasher.checksums()
+
+    def _on_host(self, rows: Tensor, taken: np.ndarray | None) -> tuple[Tensor, np.ndarray]:
+        """Rows that a kernel can read, and which of them are meant. A device gives away only those, in the stored format."""
+        if rows.device.type != "cpu":
+            chosen = rows if taken is None else rows.index_select(0, torch.from_numpy(taken).to(rows.device))
+            return chosen.to(self._dtype).cpu().contiguous(), np.arange(len(chosen))
+        if rows.dtype not in (torch.float32, torch.bfloat16) or (rows.dtype, self._dtype) == (torch.bfloat16, torch.float32):
+            rows = rows.float()
+        return rows.contiguous(), np.arange(len(rows)) if taken is None else taken
+
+    def _place(self, rows: Tensor, taken: np.ndarray, targets: np.ndarray, total: np.ndarray, norms: np.ndarray) -> None:
+        out = self._views["activations"]
+        if self._dtype == torch.float32:
+            place_float32(rows.numpy(), taken, targets, out, total, norms)
+        elif rows.dtype == torch.bfloat16:
+            place_bfloat16(carrier_of(rows), taken, targets, out, total, norms)
+        else:
+            round_and_place(rows.numpy().view(np.uint32), taken, targets, out, total, norms)
+
+
+class _Segments:
+    """Which row stands where in a shard whose rows still wait, segment by segment, in the order in which they came."""
+
+    def __init__(self, rows: int, segment_rows: int) -> None:
+        self._rows, self._segment_rows = rows, segment_rows
+        self.count = -(-rows // segment_rows)
+        self._filled = np.zeros(self.count, np.int64)
+        self._arrived: list[Int32[np.ndarray, " rows"]] = []
+        self._places = np.empty(0, np.int32)
+
+    def arrive(self, places: Int[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+        """Where rows that belong at `places` are to wait: behind those of their segment that came before."""
+        segment = places // self._segment_rows
+        order = np.argsort(segment, kind="stable")
+        counts = np.bincount(segment, minlength=self.count)
+        rank = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+        targets = np.empty(len(places), np.int64)
+        targets[order] = segment[order] * self._segment_rows + self._filled[segment[order]] + rank
+        self._filled += counts
+        self._arrived.append(places.astype(np.int32, copy=False))  # shared with the other sites of the same rows
+        return targets
+
+    def close(self) -> None:
+        """No more rows will come."""
+        places = np.concatenate(self._arrived)
+        self._places = places[np.argsort(places // self._segment_rows, kind="stable")]
+        self._arrived = []
+
+    def sort(self, index: int, rows: np.ndarray) -> tuple[int, int]:
+        """Put segment `index` of `rows` in order; where it lies, [start, stop) in rows."""
+        start = index * self._segment_rows
+        stop = min(start + self._segment_rows, self._rows)
+        waiting = np.array(rows[start:stop])
+        rows[self._places[start:stop]] = waiting
+        return start, stop
 
 
 @contextmanager
 def new_activation_shard(
-    path: Path, name: str, rows: int, d_in: int, dtype: RowDtype, context: int, after: dict[str, int]
+    path: Path,
+    name: str,
+    rows: int,
+    d_in: int,
+    dtype: RowDtype,
+    context: int,
+    after: dict[str, int],
+    segment_rows: int | None = None,
 ) -> Iterator[ActivationWriter]:
-    """A shard of exactly `rows` rows at `path`, committed when the block ends; `after` goes into its sidecar."""
+    """A shard of exactly `rows` rows at `path`, committed when the block ends; `after` goes into its sidecar.
+
+    `segment_rows` is for shards that do not fit in memory, alone or together (see the module); None keeps the
+    shard in memory.
+    """
     layout, sums = activation_layout(rows, d_in, dtype), Sums(d_in, context)
     sidecar_path(path).unlink(missing_ok=True)  # of a shard that was deleted: it must not commit the new one early
     with whole_file(path) as partial:
-        raw = create_shard(partial, layout)
-        writer = ActivationWriter(name, layout.views(raw), dtype, sums)
+        writer = ActivationWriter(name, partial, layout, sums, segment_rows)
         yield writer
-        assert writer.num_put == rows, f"{path}: {writer.num_put} rows put, {rows} expected"
-        record = _record(partial, raw, layout, after, sums)
-    write_json(sidecar_path(path), record.as_json())
+        checksums = writer.finish()
+    write_json(sidecar_path(path), _record(path, layout, checksums, after, sums.record()).as_json())
 
 
 def write_token_shard(path: Path, input_ids: Int[np.ndarray, "blocks ctx"], after: dict[str, int]) -> None:
@@ -76,18 +195,39 @@ def write_token_shard(path: Path, input_ids: Int[np.ndarray, "blocks ctx"], afte
     layout = token_layout(*input_ids.shape)
     sidecar_path(path).unlink(missing_ok=True)
     with whole_file(path) as partial:
-        raw = create_shard(partial, layout)
+        raw = in_memory(partial, layout)
         layout.views(raw)["input_ids"][:] = input_ids
-        record = _record(partial, raw, layout, after, None)
-    write_json(sidecar_path(path), record.as_json())
+        checksums = write_out(partial, raw)
+    write_json(sidecar_path(path), _record(path, layout, checksums, after, None).as_json())
 
 
-def _record(partial: Path, raw: np.ndarray, layout: Layout, after: dict[str, int], sums: Sums | None) -> ShardRecord:
-    assert isinstance(raw, np.memmap)
-    raw.flush()
-    checksums, rows = checksums_of(partial), layout.tensors[-1]
+def in_memory(path: Path, layout: Layout) -> np.ndarray:
+    """Memory for a whole shard, header included, as uint8 [bytes]; the disk at `path` has kept room for it."""
+    reserve_shard(path, layout)
+    raw = np.empty(layout.num_bytes, np.uint8)
+    raw[: len(layout.header)] = np.frombuffer(layout.header, np.uint8)
+    return raw
+
+
+def write_out(path: Path, raw: np.ndarray) -> Checksums:
+    """Write a shard from memory, hash it on the way, a block at a time, and wait for the disk."""
+    hasher = Hasher()
+    with path.open("r+b", buffering=0) as file:
+        for start in range(0, len(raw), BLOCK_BYTES):
+            block = raw[start : start + BLOCK_BYTES].data
+            hasher.update(block)
+            while len(block):
+                block = block[file.write(block) :]
+        getattr(os, "fdatasync", os.fsync)(file.fileno())  # macOS has only the latter
+    return hasher.checksums()
+
+
+def _record(
+    path: Path, layout: Layout, checksums: Checksums, after: dict[str, int], statistics: SumsRecord | None
+) -> ShardRecord:
+    rows = layout.tensors[-1]
     return ShardRecord(
-        file=partial.name.removesuffix(PARTIAL),
+        file=path.name,
         num_bytes=layout.num_bytes,
         rows=rows.shape[0],
         d_in=rows.shape[1],
@@ -95,5 +235,5 @@ def _record(partial: Path, raw: np.ndarray, layout: Layout, after: dict[str, int
         sha256=checksums.sha256,
         xxh3=checksums.xxh3,
         after=after,
-        statistics=sums.record() if sums else None,
+        statistics=statistics,
     )

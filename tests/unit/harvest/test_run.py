@@ -1,6 +1,8 @@
 import errno
 import os
+import resource
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from everyscope.base.errors import ConfigError, EveryscopeError, ModelError, NonFinite, StorageError, TextError
 from everyscope.harvest.buckets import Place, read_buckets
 from everyscope.harvest.folder import HarvestFolder
+from everyscope.harvest.ledger import PARTS
 from everyscope.shards.reader import Shards, Tokens
 from everyscope.shards.verify import verify_shards
 from everyscope.sites.names import Site
@@ -136,6 +139,37 @@ def test_a_lost_manifest_costs_no_model(config, reap, model):
     assert model.loads == 1
 
 
+@pytest.mark.parametrize("shuffle_bytes", [1, 3000, 20_000])
+def test_the_memory_for_shuffling_changes_no_byte(config, reap, shuffle_bytes):
+    reap(config)
+    reap(config, shuffle_bytes=shuffle_bytes, out=config.out.parent / "little")
+    assert tree(config.out.parent / "little") == tree(config.out)
+
+
+@pytest.mark.parametrize("jump", [-(10**9), 10**9])
+def test_a_clock_that_jumps_changes_nothing(config, reap, model, jump, monkeypatch):
+    reap(config)
+    before = tree(config.out)
+    for number, path in enumerate(sorted(config.out.rglob("*"))):
+        os.utime(path, (0, path.stat().st_mtime + jump * (-1) ** number))
+    reap(config)
+    assert model.loads == 1
+    (config.out / "attn_out/layer_0/shard_00001.safetensors").unlink()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + jump)
+    reap(config)
+    assert tree(config.out) == before
+
+
+def test_it_says_where_the_time_went(config, reap, capsys):
+    result = reap(config)
+    assert set(result.seconds) == set(PARTS)
+    assert all(seconds >= 0 for seconds in result.seconds.values())
+    assert min(result.seconds[part] for part in ("text", "forward", "commit", "write")) > 0
+    assert "harvest took" in capsys.readouterr().err
+    assert not reap(config).seconds
+
+
 def test_only_missing_sites_are_captured_again(config, reap, model):
     reap(config)
     before = tree(config.out)
@@ -180,6 +214,41 @@ def test_a_disk_that_fills_up_on_the_way_keeps_whole_shards_only(config, reap, m
     monkeypatch.undo()
     reap(config)
     verify_shards(config.out)
+
+
+def test_a_limit_on_files_is_one_clear_error_and_keeps_whole_shards_only(config, reap):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (14_000, hard))  # the first shards that are larger are those of attn_out
+    try:
+        with pytest.raises(StorageError, match=r"attn_out/layer_0/shard_00000\.safetensors: files may not grow this large"):
+            reap(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not config.out.exists()
+    reap(config)
+    verify_shards(config.out)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("calls", [0, 3, 9])
+def test_a_disk_that_fails_at_any_call_loses_nothing_whole(config, reap, monkeypatch, name, code, calls):
+    true, left = getattr(os, name), iter(range(calls))
+
+    def failing(*args, **kwargs):
+        if next(left, None) is None:
+            raise OSError(code, os.strerror(code))
+        return true(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, failing)
+    with pytest.raises(StorageError):
+        reap(config)
+    monkeypatch.undo()
+    if config.out.exists():
+        assert not [path for path in config.out.rglob("*") if path.suffix in (".partial", ".lock")]
+    reap(config)
+    reap(config, out=config.out.parent / "undisturbed")
+    assert tree(config.out) == tree(config.out.parent / "undisturbed")
 
 
 def test_disk_need_is_an_upper_bound_and_shrinks_by_what_is_there(config, reap):

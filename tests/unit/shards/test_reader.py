@@ -1,9 +1,11 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from everyscope.base.errors import DamagedData, DataError, ShapeMismatch
-from everyscope.shards import reader
-from everyscope.shards.checksums import BLOCK_BYTES
+from everyscope.shards import opened, reader
+from everyscope.shards.checksums import BLOCK_BYTES, block_checksum
 from everyscope.shards.manifest import shard_path, sidecar_path
 from everyscope.shards.reader import Shards, Tokens
 from tests.unit.shards.conftest import D_IN, SIZES, write_site
@@ -25,6 +27,55 @@ def test_what_it_says_of_itself(written, dtype):
     shards = Shards(written.folder)
     assert (shards.site, shards.d_in, shards.num_rows, shards.dtype) == ("resid_post/layer_3", D_IN, sum(SIZES), dtype)
     assert shards.manifest.parents == {"model": "none"}
+
+
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("start", "stop"), RANGES)
+def test_rows_are_converted_on_the_way(written, into, start, stop):
+    shards, rows = Shards(written.folder), torch.full((stop - start, D_IN), 7, dtype=into)
+    shards.prepare(start, stop)
+    shards.rows_into(start, stop, rows)
+    assert torch.equal(rows, written.rows[start:stop].to(into))
+    with pytest.raises(ShapeMismatch, match="to fill"):
+        shards.rows_into(start, stop, torch.empty(stop - start + 1, D_IN))
+
+
+def test_threads_may_read_at_once(written):
+    shards = Shards(written.folder)
+
+    def reads(number: int) -> bool:
+        start = number % 100
+        shards.prepare(start, 104)
+        return torch.equal(shards.rows(start, start + 4), written.rows[start : start + 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(reads, range(400)))
+
+
+def test_damage_met_ahead_is_told_by_whoever_reads_it(written):
+    path = shard_path(written.folder, 1)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    shards = Shards(written.folder)
+    shards.prepare(0, 104)
+    shards.rows(0, 37)
+    with pytest.raises(DamagedData, match="shard_00001"):
+        shards.rows(0, 38)
+
+
+def test_a_block_is_checked_once_even_if_its_shard_was_closed_in_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 1)
+    made = write_site(tmp_path, "float32")
+    counted = []
+    monkeypatch.setattr(opened, "block_checksum", lambda block: counted.append(1) or block_checksum(block))
+    shards = Shards(made.folder)
+    for _ in range(3):
+        assert torch.equal(shards.rows(0, 104), made.rows)
+    assert len(counted) == 3
+    path = shard_path(made.folder, 0)
+    path.rename(tmp_path / "old")
+    path.write_bytes((tmp_path / "old").read_bytes()[:-1] + b"!")  # another file of that name is another matter
+    with pytest.raises(DamagedData, match="shard_00000"):
+        shards.rows(0, 37)
 
 
 def test_rows_are_a_copy(written):

@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 
 from everyscope.base.errors import DamagedData, DataError
+from everyscope.shards.reader import Shards
 from everyscope.shards.verify import verify_shards
 
 
@@ -56,8 +58,23 @@ def test_records_that_disagree_are_named(written, name, field):
     value = json.loads(path.read_text())
     value[field] += 1
     path.write_text(json.dumps(value))
-    with pytest.raises(DamagedData, match="shard_00000" if field == "d_in" else name):
+    with pytest.raises(DamagedData, match=name):
         verify_shards(written.folder)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_the_first_damaged_file_is_named_however_many_are_read_at_once(written, workers):
+    for index in (2, 0, 1):
+        flip(written.folder / f"shard_{index:05d}.safetensors", -1)
+    with pytest.raises(DamagedData, match="shard_00000"):
+        verify_shards(written.folder, workers)
+
+
+def test_files_of_other_times_are_as_good(written):
+    for number, path in enumerate(sorted(written.folder.iterdir())):
+        os.utime(path, (number * 10**9, (5 - number) * 10**9))
+    verify_shards(written.folder)
+    Shards(written.folder).rows(0, 104)
 
 
 def test_shards_without_a_manifest_have_not_been_finished(written, tmp_path):

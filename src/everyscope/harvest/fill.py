@@ -1,0 +1,119 @@
+"""Filling a bucket's shards: the model runs in one thread, and another puts the batch before into the shards.
+
+So two batches of activations are in memory, and the model waits only for a writer who is slower than itself. What is summed
+and where it is put do not depend on who is quicker.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everyscope.base.progress import Meter
+from everyscope.harvest.buckets import Bucket
+from everyscope.harvest.config import HarvestConfig
+from everyscope.harvest.ledger import Ledger
+from everyscope.harvest.subject import Capture
+from everyscope.shards.format import Layout, activation_layout
+from everyscope.shards.writer import ActivationWriter, new_activation_shard
+from everyscope.sites.names import Site
+
+Writers = dict[Site, ActivationWriter]
+Item = TypeVar("Item")
+
+
+def open_writers(
+    paths: dict[Site, Path], widths: dict[Site, int], bucket: Bucket, config: HarvestConfig, stack: ExitStack
+) -> Writers:
+    """A shard of `bucket` for each site, open until `stack` is closed, and committed then."""
+    layouts = [activation_layout(bucket.num_rows, widths[site], config.dtype) for site in paths]
+    return {
+        site: stack.enter_context(
+            new_activation_shard(
+                path,
+                name=str(site),
+                rows=bucket.num_rows,
+                d_in=widths[site],
+                dtype=config.dtype,
+                context=config.text.context,
+                after=bucket.after.as_json(),
+                segment_rows=rows,
+            )
+        )
+        for (site, path), rows in zip(paths.items(), segment_rows(layouts, config.shuffle_bytes), strict=True)
+    }
+
+
+def segment_rows(layouts: list[Layout], shuffle_bytes: int) -> list[int | None]:
+    """How shards that are written together are shuffled: straight (None) if all fit in so much memory, else by segments.
+
+    As many segments, each with its copy, as there are threads fit in that memory then.
+    """
+    if sum(layout.num_bytes for layout in layouts) <= shuffle_bytes:
+        return [None] * len(layouts)
+    segment_bytes = shuffle_bytes // (2 * torch.get_num_threads())
+    return [max(1, segment_bytes // layout.row_bytes("activations")) for layout in layouts]
+
+
+def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Capture, progress: Meter, ledger: Ledger) -> None:
+    """Run the model over the bucket, and put each row where the shuffle wants it."""
+    places, done, sites = bucket.places(config.seed), 0, tuple(writers)
+    with ThreadPoolExecutor(1, "harvest-writer") as writer:
+        writing: Future[None] | None = None
+        for start in range(0, len(bucket.input_ids), config.batch_blocks):
+            batch = slice(start, start + config.batch_blocks)
+            taken = np.flatnonzero(bucket.mask[batch])
+            with ledger.spending("forward"):
+                activations = capture(sites, torch.from_numpy(bucket.input_ids[batch].astype(np.int64)))
+            if writing is not None:
+                with ledger.spending("wait"):
+                    writing.result()
+            where, first = places[done : done + len(taken)], bucket.before.blocks + start
+            writing = writer.submit(_put, writers, activations, taken, where, first, config.text.context, ledger)
+            done += len(taken)
+            progress.advance(len(taken))
+        if writing is not None:
+            with ledger.spending("wait"):
+                writing.result()
+
+
+def finish(writers: Sequence[ActivationWriter]) -> None:
+    """Sum up all shards and see them to the disk, as many at once as there are threads."""
+    with ThreadPoolExecutor(torch.get_num_threads(), "harvest-commit") as pool:
+        list(pool.map(ActivationWriter.finish, writers))
+
+
+def ahead(items: Iterator[Item], ledger: Ledger) -> Iterator[Item]:
+    """The items, each one made while the one before is in use; waiting for them is counted as text."""
+    with ThreadPoolExecutor(1, "harvest-text") as maker:
+        coming = maker.submit(next, items, None)
+        while True:
+            with ledger.spending("text"):
+                item = coming.result()
+            if item is None:
+                return
+            coming = maker.submit(next, items, None)
+            yield item
+
+
+def _put(
+    writers: Writers,
+    activations: dict[Site, Tensor],
+    taken: np.ndarray,
+    where: np.ndarray,
+    first_block: int,
+    context: int,
+    ledger: Ledger,
+) -> None:
+    """Put one batch; `taken` counts through its positions, block by block."""
+    sequence, position = first_block + taken // context, taken % context
+    for site, writer in writers.items():
+        before = dict(writer.seconds)
+        writer.put(activations[site].flatten(0, 1), where, sequence, position, taken)
+        for part, seconds in writer.seconds.items():
+            ledger.add(part, seconds - before[part])
