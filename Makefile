@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BUILT := .venv/.built
 
-.PHONY: help demo test check bench
+.PHONY: help demo test test-browser check bench bench-serving agreement
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,9 @@ demo: $(BUILT)
 test: $(BUILT)
 	.venv/bin/python -m pytest
 
+test-browser: $(BUILT)
+	.venv/bin/python -m pytest tests/browser
+
 check: $(BUILT)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -27,6 +30,12 @@ check: $(BUILT)
 
 bench: $(BUILT)
 	.venv/bin/python benchmarks/training.py $(BENCH)
+
+bench-serving: $(BUILT)
+	.venv/bin/python benchmarks/serving.py $(BENCH)
+
+agreement: $(BUILT)
+	.venv/bin/python benchmarks/agreement.py runs/tiny
 
 # torch comes first and alone: a torch that is in .venv already, as one built for another CUDA version, is kept if it has
 # this version. The last line builds with the setuptools of the lock, so that nothing unpinned is fetched.

@@ -1,24 +1,29 @@
 """The command line: one subcommand a stage. Flags are parsed before torch is imported, so that `--help` is quick."""
 
 import argparse
-import contextlib
-import io
-import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-import tyro
-from pydantic import ValidationError
 from rich.console import Console
 
 from everyscope.base.errors import ConfigError, EveryscopeError
+from everyscope.base.flags import Config, divided, parse_fields
+from everyscope.base.schema import Schema
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
+from everyscope.browse.config import BrowseConfig, ExportConfig
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.harvest.config import ImportConfig
 from everyscope.recipe import RunConfig
-from everyscope.recipes import RECIPES, find_recipe, one_line
+from everyscope.recipes import RECIPES, find_recipe
+from everyscope.serve.config import ServeConfig
+from everyscope.text.config import TextSource
+
+if TYPE_CHECKING:
+    from everyscope.browse.live import Live
 
 ERROR_EXIT = 1
 INTERRUPTED_EXIT = 130
@@ -26,37 +31,21 @@ INTERRUPTED_EXIT = 130
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does in a line, and the function that does it."""
+    """A subcommand: what it does in a line, the function that does it, and what it is given first."""
 
     help: str
     function: Callable[[argparse.Namespace, list[str]], None]
-    takes_recipe: bool = True
+    takes: str = "RECIPE"
+    config: type[Schema] | None = None
+    """Whose fields the flags are, where there is no recipe; None takes no flags beyond ours."""
 
 
 def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, Path]:
     """The recipe with the fields that flags override, and the run's folder."""
     default = find_recipe(options.recipe)
     prog = f"everyscope {options.command} {options.recipe}"
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(
-                RunConfig, default=default, args=fields, prog=prog, description=f"Fields of the recipe {default.name!r}."
-            )
-    except ValidationError as error:
-        raise ConfigError(one_line(error)) from error
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise ConfigError(f"{unboxed(complaint.getvalue())}; `{prog} --help` lists the fields") from error
+    config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default)
     return config, options.out or Path("runs") / config.name
-
-
-def unboxed(box: str) -> str:
-    """What tyro drew a box around, as one line: without its title, its frame, its footer and pydantic's link."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    text = " ".join(itertools.takewhile(bool, lines))
-    return re.sub(r"\s*(\[type=[^]]*\])?\s*For further information visit \S+", "", text).rstrip(".")
 
 
 def run_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -73,23 +62,70 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
     config, out = resolve(options, fields)
     from everyscope import run
 
+    stages = {
+        "harvest": run.run_harvest,
+        "evaluate": run.run_evaluation,
+        "describe": run.run_description,
+        "explain": run.run_explanation,
+    }
     with run.run_folder(config, out):
-        if options.command == "harvest":
-            run.run_harvest(config, out)
-        elif options.command == "train":
-            run.run_training(config, out, options.workers)
-        elif options.command == "evaluate":
-            run.run_evaluation(config, out)
-        else:
+        if options.command == "train":
+            if options.source is None:
+                run.run_training(config, out, options.workers)
+            else:
+                banks = config.train_configs(out, options.source, options.order, options.tls_roots)
+                run.train_banks(banks, options.workers)
+        elif options.command == "publish":
             show_suite(run.run_publication(config, out).suite, options.json)
+        else:
+            stages[options.command](config, out)
+
+
+def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """The recipe's stage, or the evaluation of SAEs made elsewhere."""
+    if not options.recipe or options.recipe in RECIPES or options.recipe.endswith(".py"):
+        stage_command(options, fields)
+        return
+    suite = Path(options.recipe)
+    if not suite.is_dir():
+        raise ConfigError(f"{suite}: neither a recipe ({', '.join(RECIPES)}, or a .py file) nor a folder of SAEs")
+    out = options.out or Path("runs") / f"{suite.resolve().name}_scores"
+    fields = ["--trained", str(suite), "--out", str(out), *fields]
+    if options.model:
+        fields += ["--model.name", options.model]
+    if options.text:
+        fields += text_fields(options.text)
+    config = parse_fields(EvaluateConfig, f"everyscope evaluate {suite}", fields, "Evaluation of SAEs that lie in a folder.")
+    from everyscope.evaluate.run import run
+    from everyscope.evaluate.table import score_rows, score_table
+    from everyscope.run import quiet_transformers
+
+    quiet_transformers()
+    run(config)
+    rows = score_rows(config)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console().print(score_table(rows))
+        print(f"\nScores  {out}")
+
+
+def text_fields(text: str) -> list[str]:
+    """The flags of a text that is named in one word: one of our sources, local files, or a Hugging Face dataset."""
+    if text in get_args(TextSource):
+        return ["--text.source", text]
+    if Path(text).exists():
+        return ["--text.source", "files", "--text.paths", text]
+    return ["--text.source", "dataset", "--text.dataset", text]
 
 
 def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Print what a recipe costs; spends nothing."""
-    config, _ = resolve(options, fields)
+    config, out = resolve(options, fields)
     from everyscope.plan import plan, plan_json, plan_tables
 
-    price = plan(config, options.teraflops)
+    rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}
+    price = plan(config, options.teraflops, out=out, **rates)
     if options.json:
         print(json.dumps(plan_json(price), indent=2))
         return
@@ -114,6 +150,82 @@ def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
         print(f"{folder}: whole, every checksum agrees")
 
 
+def import_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Activations from elsewhere to a folder of shards."""
+    config = configured(ImportConfig, options, "source", fields)
+    from everyscope.harvest.foreign import import_array
+
+    result = import_array(config)
+    print(f"{config.out}: {result.num_rows} rows of {config.site}; train on it with everyscope.LocalSource")
+
+
+def serve_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Serve shards to trainers, or activations as a model makes them, or look at servers that do."""
+    if options.watch:
+        from everyscope.serve.watch import watch
+
+        if fields:
+            raise ConfigError(f"--watch takes no {' '.join(fields)}; give HOST:PORT, --once, --token-file and --tls-roots alone")
+        servers = str(options.path).split(",")
+        watch(servers, token_file=options.token_file, roots=options.tls_roots, is_once=options.once)
+        return
+    if options.token_file is not None:
+        fields = [*fields, "--token-file", str(options.token_file)]
+    if options.live:
+        serve_live_command(options, fields)
+        return
+    if options.out is not None:
+        raise ConfigError(f"--out {options.out}: shards are served where they lie; leave it out, or serve a recipe with --live")
+    config = configured(ServeConfig, options, "shards", fields)
+    from everyscope.serve.run import run
+
+    run(config)
+
+
+def serve_live_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Serve what the recipe's harvest would write, as the model makes it. Flags are the server's fields and the recipe's."""
+    own, theirs = divided(fields, {*ServeConfig.model_fields, "help"} - {"shards"})
+    options.recipe = str(options.path)
+    recipe, out = resolve(options, theirs)
+    about = "Fields of the server; those of the recipe, as `everyscope run RECIPE --help` lists them, are flags too."
+    config = parse_fields(ServeConfig, f"everyscope serve {options.path} --live", own, about, recipe.live_config(out))
+    from everyscope.run import serve_live
+
+    serve_live(recipe, out, config)
+
+
+def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """The suite's pages on 127.0.0.1, until Ctrl-C."""
+    config = configured(BrowseConfig, options, "suite", fields)
+    from everyscope.browse.run import run
+
+    def live() -> "Live":
+        from everyscope.browse.cache import suite_folder
+        from everyscope.live import SuiteModel
+        from everyscope.run import quiet_transformers
+
+        quiet_transformers()
+        return SuiteModel(suite_folder(config.suite))
+
+    run(config, live)
+
+
+def export_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """The suite's pages as files for any web host."""
+    config = configured(ExportConfig, options, "suite", fields)
+    from everyscope.browse.export import run
+
+    result = run(config)
+    print(f"{result.num_pages} pages; open {result.first_page}")
+
+
+def configured(kind: type[Config], options: argparse.Namespace, field: str, fields: list[str]) -> Config:
+    """The config of a command that takes a path first, which is its field `field`."""
+    given = [] if options.path is None else [f"--{field}", str(options.path)]
+    name = options.path or COMMANDS[options.command].takes
+    return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
+
+
 def show_suite(suite: Path, is_json: bool) -> None:
     """The suite's table on standard output, or its index as JSON, and what to type next."""
     from everyscope.publish.table import suite_table
@@ -127,7 +239,7 @@ def show_suite(suite: Path, is_json: bool) -> None:
     console.print(suite_table(index))
     first = suite / index.saes[0].folder
     console.print(f"\nSuite   {suite}\nReport  {suite / 'report' / 'index.html'}\n", highlight=False)
-    console.print("Next    open the report in a web browser, or", highlight=False)
+    console.print(f"Next    everyscope browse {suite}", highlight=False, soft_wrap=True)
     console.print(f"        everyscope verify {suite}", highlight=False, soft_wrap=True)
     console.print(
         f"        python -c \"import everyscope; print(everyscope.load_sae('{first}'))\"", highlight=False, soft_wrap=True
@@ -135,18 +247,24 @@ def show_suite(suite: Path, is_json: bool) -> None:
 
 
 COMMANDS = {
-    "run": Command("every stage: harvest, train, evaluate, publish; resumes what is there", run_command),
+    "run": Command("every stage from text to suite; resumes what is there", run_command),
     "plan": Command("every SAE, its tokens, bytes, operations and hours, before anything is spent", plan_command),
     "harvest": Command("text and model to shards of activations", stage_command),
     "train": Command("shards to SAEs", stage_command),
-    "evaluate": Command("SAEs and held-out text to scores", stage_command),
-    "publish": Command("SAEs and scores to the suite", stage_command),
-    "verify": Command("check shards or a suite against their checksums", verify_command, takes_recipe=False),
+    "evaluate": Command("SAEs and held-out text to scores", evaluate_command, "RECIPE|SUITE"),
+    "describe": Command("what each latent fires on and writes", stage_command),
+    "explain": Command("a label for each latent, and how well it predicts", stage_command),
+    "publish": Command("SAEs, scores and descriptions to the suite", stage_command),
+    "browse": Command("the suite's pages in a web browser, on this machine alone", browse_command, "SUITE", BrowseConfig),
+    "export": Command("the suite's pages as files for any web host", export_command, "SUITE", ExportConfig),
+    "serve": Command("shards to trainers in other processes and on other hosts", serve_command, "SHARDS", ServeConfig),
+    "import": Command("activations from elsewhere to shards", import_command, "ARRAY", ImportConfig),
+    "verify": Command("check shards or a suite against their checksums", verify_command, "PATH"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of everything but a recipe's own fields, which tyro reads."""
+    """The parser of everything but a recipe's or config's own fields, which tyro reads."""
     top = argparse.ArgumentParser(
         prog="everyscope",
         description="Sparse autoencoders on every layer and sub-layer of a language model.",
@@ -154,22 +272,49 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help, add_help=not command.takes_recipe)
+        has_fields = command.config is not None or command.takes.startswith("RECIPE")
+        sub = commands.add_parser(name, help=command.help, description=command.help, add_help=not has_fields)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if not command.takes_recipe:
-            sub.add_argument("path", type=Path, metavar="PATH", help="a run's folder, its shards/ or its suite/")
-            continue
-        sub.add_argument("recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(RECIPES)}, or the path of a .py file")
-        sub.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
-        sub.add_argument("--json", action="store_true", help="results as JSON on standard output")
-        sub.add_argument("--help", "-h", action="store_true", help="show this, and with a RECIPE all its fields")
-        if name in ("run", "train"):
-            sub.add_argument("--workers", type=int, help="banks trained side by side (default: one a core on the CPU, else 1)")
-        if name == "run":
-            sub.add_argument("--engine", choices=["local"], default="local", help="where jobs run")
-        if name == "plan":
-            sub.add_argument("--teraflops", type=float, help="sustained rate to reckon with [10^12/s] (default: measured here)")
+        if has_fields:
+            sub.add_argument("--help", "-h", action="store_true", help="show this and all fields")
+        if not command.takes.startswith("RECIPE"):
+            sub.add_argument("path", type=Path, metavar=command.takes, nargs="?" if has_fields else None)
+        else:
+            add_recipe_arguments(sub, name)
+        if name == "serve":
+            sub.add_argument(
+                "--live", action="store_true", help="SHARDS is a RECIPE, whose model makes activations as trainers ask"
+            )
+            sub.add_argument("--out", type=Path, help="with --live, the run's folder (default: runs/<recipe>)")
+            sub.add_argument("--watch", action="store_true", help="look at running servers: SHARDS is then HOST:PORT[,HOST:PORT]")
+            sub.add_argument("--once", action="store_true", help="with --watch, look once")
+            sub.add_argument("--token-file", type=Path, help="a file with the token (default: EVERYSCOPE_TOKEN)")
+            sub.add_argument("--tls-roots", type=Path, help="with --watch, the certificates to trust, PEM")
     return top
+
+
+def add_recipe_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    """What commands take that work from a recipe."""
+    sub.add_argument("recipe", metavar=COMMANDS[name].takes, nargs="?", help=f"{', '.join(RECIPES)}, or the path of a .py file")
+    sub.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
+    sub.add_argument("--json", action="store_true", help="results as JSON on standard output")
+    if name in ("run", "train"):
+        sub.add_argument("--workers", type=int, help="banks trained side by side (default: one a core on the CPU, else 1)")
+    if name == "run":
+        sub.add_argument("--engine", choices=["local"], default="local", help="where jobs run")
+    if name == "train":
+        sub.add_argument("--source", help="where activations come from instead of the run's shards, as flight://HOST:PORT")
+        sub.add_argument(
+            "--order", choices=["fixed", "any"], default="fixed", help="of servers' chunks: the shards', or as they come"
+        )
+        sub.add_argument("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
+    if name == "plan":
+        sub.add_argument("--teraflops", type=float, help="sustained rate to reckon with [10^12/s] (default: measured here)")
+        sub.add_argument("--disk-gbps", type=float, help="rate of the disk [GB/s] (default: measured in --out)")
+        sub.add_argument("--model-tokens-per-second", type=float, help="rate of the model (default: by --teraflops)")
+    if name == "evaluate":
+        sub.add_argument("--model", help="for a folder of SAEs: their language model, a bundled one, a folder or a hub id")
+        sub.add_argument("--text", help="for a folder of SAEs: a source of ours, a file or folder, or a dataset on the hub")
 
 
 def dispatch(arguments: Sequence[str]) -> None:
@@ -177,19 +322,30 @@ def dispatch(arguments: Sequence[str]) -> None:
     top = parser()
     options, fields = top.parse_known_args(arguments)
     command = COMMANDS[options.command]
-    if not command.takes_recipe and fields:
+    sub = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices[options.command]
+    first = options.recipe if command.takes.startswith("RECIPE") else options.path
+    if command.config is None and not command.takes.startswith("RECIPE") and fields:
         top.error(f"unrecognized arguments: {' '.join(fields)}")
-    if command.takes_recipe and (options.recipe is None or options.help):
-        commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
-        commands.choices[options.command].print_help()
-        if options.recipe is None:
-            if not options.help:
-                raise ConfigError(f"everyscope {options.command} needs a RECIPE: {', '.join(RECIPES)}, or the path of a .py file")
+    if getattr(options, "help", False) or first is None:
+        sub.print_help()
+        if first is None and not options.help:
+            raise ConfigError(f"everyscope {options.command} needs a {command.takes}: {WHAT_IT_IS[command.takes]}")
+        if first is None and command.config is None:
             return
         fields = [*fields, "--help"]
     if getattr(options, "workers", None) is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: expected 1 or more")
     command.function(options, fields)
+
+
+WHAT_IT_IS = {
+    "RECIPE": f"{', '.join(RECIPES)}, or the path of a .py file",
+    "RECIPE|SUITE": f"{', '.join(RECIPES)}, the path of a .py file, or a folder of SAEs",
+    "SUITE": "the folder of a suite, or of the run that holds it",
+    "SHARDS": "the folder `shards` of a run, or that of one site",
+    "ARRAY": "a .npy or .safetensors file, or a folder of SAELens' cached activations",
+    "PATH": "a run's folder, its shards/ or its suite/",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ which is an upper bound; on the CPU two, for there a step by pairs takes about a
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from everyscope.base.files import human_bytes
 from everyscope.base.progress import human_count
 from everyscope.recipe import RunConfig
 from everyscope.sites.names import Site
+from everyscope.storage_plan import Rate, SiteDemand, StoragePlan, storage_plan
 from everyscope.suite.layout import width_label
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
@@ -55,6 +57,8 @@ class Plan:
     flop_per_second: float
     """Sustained rate that the hours rest on [operations/s]."""
     rate_origin: str
+    storage: StoragePlan
+    """Whether shards or a live model suit the recipe and this machine."""
 
     @property
     def shard_bytes(self) -> int:
@@ -76,8 +80,19 @@ class Plan:
         return flop / self.flop_per_second / 3600
 
 
-def plan(config: RunConfig, teraflops: float | None = None) -> Plan:
-    """Price a recipe. `teraflops` is the rate to reckon with [10^12 operations/s]; None measures this machine's product."""
+def plan(
+    config: RunConfig,
+    teraflops: float | None = None,
+    *,
+    out: Path = Path(),
+    disk_gbps: float | None = None,
+    model_tokens_per_second: float | None = None,
+) -> Plan:
+    """Price a recipe whose run's folder is `out`.
+
+    Rates to reckon with: `teraflops` [10^12 operations/s], None measures this machine's product; `disk_gbps` [10^9 bytes/s],
+    None measures the disk of `out`; `model_tokens_per_second` [tokens/s], None divides operations by teraflops.
+    """
     size = NUMBER_BYTES[config.harvest.dtype]
     is_by_pairs = config.train.device == "cpu" and config.train.engine != "dense"
     flop_per_row = FLOP_BY_PAIRS if is_by_pairs else FLOP_DENSE
@@ -102,15 +117,25 @@ def plan(config: RunConfig, teraflops: float | None = None) -> Plan:
     rate, origin = (
         (measure_product(), "a matrix product on this machine, just now") if teraflops is None else (teraflops * 1e12, "given")
     )
+    flop_per_token = float(FLOP_PER_MODEL_PARAMETER) * config.shape.num_parameters
+    model = Rate(rate / flop_per_token, origin) if model_tokens_per_second is None else Rate(model_tokens_per_second, "given")
+    banks = {(sae.site, sae.num_tokens) for sae in saes}
+    demands = [
+        SiteDemand(
+            config.shape.d_in(site) * size, rows, tuple(trained for other, trained in sorted(banks, key=str) if other == site)
+        )
+        for site, rows in tokens.items()
+    ]
     return Plan(
         name=config.name,
         saes=tuple(saes),
         tokens_of=tokens,
         bytes_of={site: rows * config.shape.d_in(site) * size for site, rows in tokens.items()},
         dtype=config.harvest.dtype,
-        harvest_flop=float(FLOP_PER_MODEL_PARAMETER) * config.shape.num_parameters * max(tokens.values()),
+        harvest_flop=flop_per_token * max(tokens.values()),
         flop_per_second=rate,
         rate_origin=origin,
+        storage=storage_plan(demands, sum(sae.flop for sae in saes) / rate, model, out, disk_gbps),
     )
 
 
@@ -162,11 +187,12 @@ def plan_json(price: Plan) -> dict[str, Any]:
         "rate_origin": price.rate_origin,
         "harvest_hours": price.hours(price.harvest_flop),
         "train_hours": price.hours(price.train_flop),
+        "storage": price.storage.as_json(),
     }
 
 
 def plan_tables(price: Plan) -> list[Table]:
-    """The plan for people: a table of SAEs by site and width, and one of totals."""
+    """The plan for people: a table of SAEs by site and width, one of totals, and one of disk or live."""
     saes = Table(title=f"{price.name}: {len(price.saes)} SAEs", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("site", "layers", "width", "SAEs", "tokens", "weights", "FLOP", "hours"):
         saes.add_column(heading, justify="left" if heading in ("site", "layers") else "right", no_wrap=True)
@@ -194,7 +220,7 @@ def plan_tables(price: Plan) -> list[Table]:
     totals.add_row("rate", f"{price.flop_per_second / 1e12:,.2f} TFLOP/s ({price.rate_origin})")
     for what, size in storage_options(price):
         totals.add_row(f"shards, {what}", human_bytes(size) if size else "none")
-    return [saes, totals]
+    return [saes, totals, price.storage.table()]
 
 
 def _span(layers: list[int]) -> str:

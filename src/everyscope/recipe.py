@@ -3,83 +3,53 @@
 What a single stage needs is derived here, so that stages know nothing of one another.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema
+from everyscope.describe.config import DescribeConfig
+from everyscope.describe.explanations.config import ExplainConfig
+from everyscope.evaluate.comparisons.config import (
+    ComparisonConfig,
+    PrecisionConfig,
+    ProbingConfig,
+    RandomModelConfig,
+    SplittingConfig,
+    SubsetsConfig,
+    TransferConfig,
+    WidthsConfig,
+    built_in_subsets,
+)
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import HarvestConfig
 from everyscope.publish.config import PublishConfig
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.serve.config import ServeConfig
+from everyscope.settings import (
+    Companion,
+    CompareSettings,
+    DescribeSettings,
+    EvaluateSettings,
+    ExplainSettings,
+    HarvestSettings,
+    ModelShape,
+    SaeGroup,
+)
 from everyscope.sites.config import ModelConfig
-from everyscope.sites.names import Site, SiteKind, sites_of
+from everyscope.sites.names import Site, sites_of
 from everyscope.text.config import TextConfig
 from everyscope.train.config import BankSettings, TrainConfig, sae_name
 
-
-class ModelShape(Schema):
-    """The sizes that a plan needs, known before the model is downloaded; a run checks all but num_parameters against it."""
-
-    num_layers: int = Field(ge=1)
-    """Blocks of the model [layers]."""
-    d_model: int = Field(ge=1)
-    """Width of the residual stream and of the MLP's output."""
-    d_attention: int = Field(ge=1)
-    """Heads times head_dim, the width of attn_out."""
-    num_parameters: int = Field(ge=1)
-    """Parameters of the model, embeddings counted once [parameters]."""
-
-    def d_in(self, site: Site) -> int:
-        """The width of a site."""
-        return self.d_attention if site.kind == "attn_out" else self.d_model
-
-
-class SaeGroup(Schema):
-    """SAEs of equal sites, widths and budget: one row of Gemma Scope's table 1. Every combination is trained."""
-
-    sites: tuple[SiteKind, ...] = Field(min_length=1)
-    """Kinds of sites."""
-    layers: tuple[int, ...] | None = None
-    """Layers, from 0; None takes all."""
-    widths: tuple[int, ...] = Field(min_length=1)
-    """Numbers of latents [latents]."""
-    sparsity_coefficients: tuple[float, ...] = Field(min_length=1)
-    """Lambdas; more makes sparser SAEs. With target_l0s, how firmly these are held [1]."""
-    target_l0s: tuple[float | None, ...] = (None,)
-    """L0s to aim at; None has no target, so that the lambda alone decides [latents]."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial decoders."""
-    num_tokens: int = Field(ge=1)
-    """Activation vectors that each SAE sees [tokens]."""
-
-
-class HarvestSettings(Schema):
-    """How activations are written; which ones follows from the groups."""
-
-    num_tokens: int | None = Field(default=None, ge=1)
-    """Rows kept per site; None keeps as many as the longest training wants, fewer are read several times [tokens]."""
-    bucket_rows: int = Field(default=2**20, ge=1)
-    """Rows shuffled together, which make one shard [rows]."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format on disk."""
-    batch_blocks: int = Field(default=16, ge=1)
-    """Blocks per forward pass [blocks]."""
-
-
-class EvaluateSettings(Schema):
-    """How much held-out text scores rest on."""
-
-    num_sequences: int = Field(default=2048, ge=1)
-    """Held-out blocks read [blocks]."""
-    batch_blocks: int = Field(default=16, ge=1)
-    """Blocks per forward pass [blocks]."""
-    checkpoint_batches: int = Field(default=16, ge=1)
-    """Batches between two saves of the sums [batches]."""
-    pca_rows: int = Field(default=2**17, ge=2)
-    """Training rows behind the PCA baseline [rows]."""
+LIVE_HOLD_SECONDS = 60.0
+"""How long, without a disk, a trainer that lags may keep rows from being replaced: to make them again is dear [s]."""
+LIVE_CHUNKS = 8
+"""The least into which a bucket is cut there, where chunks would not be larger than usual [chunks]."""
+UNAIMED_L0 = 100
+"""L0 near which an SAE stands for its site and width where the recipe aims at none, as in Gemma Scope [latents]."""
 
 
 class RunConfig(Schema):
@@ -105,6 +75,16 @@ class RunConfig(Schema):
     """How banks are trained."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """How SAEs are scored."""
+    compare: CompareSettings = CompareSettings()
+    """What is compared over the whole suite."""
+    instruction_tuned: Companion | None = None
+    """The instruction-tuned sibling on which the SAEs are evaluated too, beside SAEs of its own; None leaves that out."""
+    random_weights: Companion | None = None
+    """The same architecture with random weights, whose SAEs are a baseline; None leaves that out."""
+    describe: DescribeSettings = DescribeSettings()
+    """How latents are described."""
+    explain: ExplainSettings = ExplainSettings()
+    """How latents are labelled."""
     seed: int = Field(default=0, ge=0)
     """Seed of the harvest's shuffle."""
 
@@ -137,8 +117,21 @@ class RunConfig(Schema):
             out=out / "shards",
         )
 
-    def train_configs(self, out: Path) -> tuple[TrainConfig, ...]:
-        """One bank per site and token budget, in order of layer; ConfigError where two groups ask for the same SAE."""
+    def live_config(self, out: Path) -> ServeConfig:
+        """A server of what the harvest would write. Laggards are waited for, and a bucket has chunks enough that what trainers
+        ask ahead seldom lies in two.
+        """
+        bucket_rows = min(self.harvest.bucket_rows, max(self.tokens_of(site) for site in self.all_sites))
+        usual = ServeConfig(shards=out / "live", hold_seconds=LIVE_HOLD_SECONDS)
+        return usual.model_copy(update={"chunk_rows": max(1, min(usual.chunk_rows, bucket_rows // LIVE_CHUNKS))})
+
+    def train_configs(
+        self, out: Path, source: str | None = None, order: Literal["fixed", "any"] = "fixed", tls_roots: Path | None = None
+    ) -> tuple[TrainConfig, ...]:
+        """One bank per site and token budget, in order of layer; ConfigError where two groups ask for the same SAE.
+
+        `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
+        """
         banks: dict[tuple[Site, int], list[SaeConfig]] = {}
         for site in self.all_sites:
             for group in (group for group in self.groups if site in self.sites(group)):
@@ -151,6 +144,9 @@ class RunConfig(Schema):
             TrainConfig(
                 site=site,
                 shards=out / "shards" / site.folder,
+                source=source and f"{source.rstrip('/')}/{site.folder}",
+                order=order,
+                tls_roots=tls_roots,
                 saes=tuple(saes),
                 num_tokens=num_tokens,
                 settings=self.train,
@@ -169,23 +165,111 @@ class RunConfig(Schema):
             for seed in group.seeds
         ]
 
+    @property
+    def canonical_l0(self) -> float:
+        """The L0 whose nearest SAE stands for its site and width: the middle of those aimed at, or UNAIMED_L0 [latents]."""
+        targets = sorted({target for group in self.groups for target in group.target_l0s if target is not None})
+        return targets[len(targets) // 2] if targets else UNAIMED_L0
+
+    def parts(self, out: Path) -> Iterator[tuple["RunConfig", Path]]:
+        """This run and its companions that train SAEs, each with its folder."""
+        yield self, out
+        for name in ("instruction_tuned", "random_weights"):
+            companion: Companion | None = getattr(self, name)
+            if companion is not None and companion.groups:
+                yield self.of_companion(name, companion), out / "companions" / name
+
+    def of_companion(self, name: str, companion: Companion) -> "RunConfig":
+        """The run that trains a companion's SAEs."""
+        changes = {
+            "name": f"{self.name}_{name}",
+            "model": companion.model,
+            "text": companion.text or self.text,
+            "groups": companion.groups,
+            "instruction_tuned": None,
+            "random_weights": None,
+        }
+        return self.model_copy(update=changes)
+
     def evaluate_config(self, out: Path) -> EvaluateConfig:
         """The evaluation of everything trained, on the held-out documents of the run's own text."""
-        settings = self.evaluate
         return EvaluateConfig(
             model=self.model,
             text=self.text,
             shards=out / "shards",
             trained=out / "train",
             out=out / "scores",
-            num_sequences=settings.num_sequences,
-            batch_blocks=settings.batch_blocks,
-            checkpoint_batches=settings.checkpoint_batches,
-            pca_rows=settings.pca_rows,
+            seed=self.seed,
+            **self.evaluate.model_dump(),
+        )
+
+    def comparison_configs(self, out: Path) -> list[ComparisonConfig]:
+        """The comparisons over the suite that the recipe asks for, once everything is evaluated."""
+        common: dict[str, Any] = {"evaluate": self.evaluate_config(out), "canonical_l0": self.canonical_l0}
+        settings, companions = self.compare, {config.name: (config, folder) for config, folder in self.parts(out)}
+        again: dict[str, Any] = common | {"num_sequences": settings.num_sequences}
+        wanted: dict[str, ComparisonConfig] = {
+            "widths": WidthsConfig(**common),
+            "splitting": SplittingConfig(**common, num_sequences=settings.splitting_sequences),
+            "subsets": SubsetsConfig(**again, subsets=settings.subsets or built_in_subsets(self.text)),
+            "precision": PrecisionConfig(**again),
+            "probing": ProbingConfig(
+                **common, text=self._python_text(), train_tokens=settings.probe_tokens, test_tokens=settings.probe_tokens
+            ),
+        }
+        widths = {width for group in self.groups for width in group.widths}
+        configs = [wanted[name] for name in settings.slices if len(widths) > 1 or name not in ("widths", "splitting")]
+        if self.instruction_tuned is not None:
+            tuned = companions.get(f"{self.name}_instruction_tuned")
+            configs.append(
+                TransferConfig(
+                    **again,
+                    tuned=self.instruction_tuned.model,
+                    text=self.instruction_tuned.text or self.text,
+                    tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1]),
+                )
+            )
+        random = companions.get(f"{self.name}_random_weights")
+        if random is not None:
+            configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1])))
+        return configs
+
+    def _python_text(self) -> TextConfig:
+        """Python sources, whose tokens have classes of their own, packed as the run's text."""
+        packing = self.text.model_dump(include={"context", "prefix", "suffix", "held_out_fraction"})
+        return TextConfig(source="standard_library", **packing)
+
+    def describe_config(self, out: Path) -> DescribeConfig:
+        """The description of every latent, from training and held-out documents."""
+        return DescribeConfig(
+            model=self.model,
+            text=self.text,
+            trained=out / "train",
+            scores=out / "scores",
+            out=out / "descriptions",
+            seed=self.seed,
+            **self.describe.model_dump(),
+        )
+
+    def explain_config(self, out: Path) -> ExplainConfig:
+        """The labels of every latent, learnt on training documents and scored on held-out ones."""
+        return ExplainConfig(
+            model=self.model,
+            text=self.text,
+            trained=out / "train",
+            out=out / "descriptions",
+            seed=self.seed,
+            **self.explain.model_dump(),
         )
 
     def publish_config(self, out: Path) -> PublishConfig:
         """The suite made of the run's SAEs and scores."""
         return PublishConfig(
-            trained=out / "train", scores=out / "scores", out=out / "suite", title=self.title, model=self.model.name
+            trained=out / "train",
+            scores=out / "scores",
+            descriptions=out / "descriptions",
+            out=out / "suite",
+            title=self.title,
+            model=self.model.name,
+            canonical_l0=self.canonical_l0,
         )

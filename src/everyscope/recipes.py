@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from everyscope.base.errors import ConfigError
+from everyscope.base.flags import one_line
 from everyscope.recipe import RunConfig
 
 RECIPES = {
@@ -52,11 +53,3 @@ def _recipe_in(path: Path) -> RunConfig:
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{path}: recipe() returned {type(config).__name__}, expected a RunConfig")
     return config
-
-
-def one_line(error: ValidationError) -> str:
-    """What pydantic found wrong, in one line: field, problem, what was given."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or error.title
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{field}: {first['msg']}, got {first['input']!r}{more}"

@@ -2,9 +2,10 @@
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -13,16 +14,43 @@ from everyscope.base.bundled import model_location
 from everyscope.base.errors import ConfigError, ModelError, first_line
 from everyscope.base.files import make_folder, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
+from everyscope.describe.explanations.run import run as explain
+from everyscope.describe.run import run as describe
+from everyscope.evaluate.comparisons import precision, probing, random_model, splitting, subsets, transfer, widths
+from everyscope.evaluate.comparisons.config import (
+    PrecisionConfig,
+    ProbingConfig,
+    RandomModelConfig,
+    SplittingConfig,
+    SubsetsConfig,
+    TransferConfig,
+    WidthsConfig,
+)
 from everyscope.evaluate.run import run as evaluate
+from everyscope.harvest.live import LiveHarvest
 from everyscope.harvest.run import run as harvest
 from everyscope.jobs.pool import Job, default_workers, run_jobs
 from everyscope.publish.run import PublishResult
 from everyscope.publish.run import run as publish
 from everyscope.recipe import RunConfig
+from everyscope.serve.config import ServeConfig
+from everyscope.serve.live import LiveOrigin
+from everyscope.serve.run import serve
+from everyscope.train.config import TrainConfig
 from everyscope.train.run import is_finished
 from everyscope.train.run import run as train_bank
 
 RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
+COMPARISONS: dict[type, Callable[[Any], Path]] = {
+    WidthsConfig: widths.run,
+    SplittingConfig: splitting.run,
+    SubsetsConfig: subsets.run,
+    PrecisionConfig: precision.run,
+    ProbingConfig: probing.run,
+    TransferConfig: transfer.run,
+    RandomModelConfig: random_model.run,
+}
+"""By its config, how each comparison is made."""
 
 
 def quiet_transformers() -> None:
@@ -73,31 +101,65 @@ def check_shape(config: RunConfig) -> None:
 
 
 def run_harvest(config: RunConfig, out: Path) -> None:
-    """Text and model to shards."""
-    heading("harvest")
-    check_shape(config)
-    result = harvest(config.harvest_config(out))
-    say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {out / 'shards'}")
+    """Text and model to shards, for the run and its companions."""
+    for part, folder in config.parts(out):
+        heading("harvest" if part is config else f"harvest {part.name}")
+        check_shape(part)
+        result = harvest(part.harvest_config(folder))
+        say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {folder / 'shards'}")
 
 
 def run_training(config: RunConfig, out: Path, workers: int | None = None) -> None:
     """Shards to folded SAEs, one bank a job; `workers` processes (None: one a core on the CPU)."""
     heading("train")
-    banks = config.train_configs(out)
+    train_banks([bank for part, folder in config.parts(out) for bank in part.train_configs(folder)], workers)
+    say(f"  in {out / 'train'}")
+
+
+def train_banks(banks: Sequence[TrainConfig], workers: int | None = None) -> None:
+    """Train the banks that are not finished; `workers` processes (None: one a core on the CPU)."""
     pending = [bank for bank in banks if not is_finished(bank)]
-    count = default_workers(len(banks), config.train.device) if workers is None else workers
+    count = default_workers(len(banks), banks[0].settings.device) if workers is None else workers
     run_jobs([Job(train_bank, bank) for bank in pending], count, "banks", sum(bank.steps for bank in pending), "steps")
-    say(f"  {sum(len(bank.saes) for bank in banks)} SAEs of {len(banks)} banks in {out / 'train'}")
+    say(f"  {sum(len(bank.saes) for bank in banks)} SAEs of {len(banks)} banks")
+
+
+def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:
+    """Serve what a harvest would write, made by the model as trainers ask for it, until SIGTERM; see `serve.run.run`.
+
+    `out`/live keeps where buckets end and the scales. Trainers may work in `out` meanwhile: it is not held.
+    """
+    quiet_transformers()
+    check_shape(config)
+    harvest_config = config.harvest_config(out).model_copy(update={"out": out / "live"})
+    serve(serve_config, LiveOrigin(LiveHarvest(harvest_config), serve_config))
 
 
 def run_evaluation(config: RunConfig, out: Path) -> None:
-    """SAEs and held-out text to scores."""
-    heading("evaluate")
-    evaluate(config.evaluate_config(out))
+    """SAEs and held-out text to scores, then what is compared over the whole suite."""
+    for part, folder in config.parts(out):
+        heading("evaluate" if part is config else f"evaluate {part.name}")
+        evaluate(part.evaluate_config(folder))
+    for comparison in config.comparison_configs(out):
+        run = COMPARISONS[type(comparison)]
+        heading(f"compare {run.__module__.rpartition('.')[2].replace('_', ' ')}")
+        run(comparison)
+
+
+def run_description(config: RunConfig, out: Path) -> None:
+    """SAEs and text to what each latent fires on and what it writes."""
+    heading("describe")
+    describe(config.describe_config(out))
+
+
+def run_explanation(config: RunConfig, out: Path) -> None:
+    """Labels for every latent, learnt on training documents, scored on held-out ones."""
+    heading("explain")
+    explain(config.explain_config(out))
 
 
 def run_publication(config: RunConfig, out: Path) -> PublishResult:
-    """SAEs and scores to the suite."""
+    """SAEs, scores and descriptions to the suite."""
     heading("publish")
     return publish(config.publish_config(out))
 
@@ -108,4 +170,6 @@ def run_recipe(config: RunConfig, out: Path, workers: int | None = None) -> Publ
         run_harvest(config, out)
         run_training(config, out, workers)
         run_evaluation(config, out)
+        run_description(config, out)
+        run_explanation(config, out)
         return run_publication(config, out)

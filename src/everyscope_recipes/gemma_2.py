@@ -4,7 +4,8 @@ Sparsities: the released suites have five per point on 2B and six on 9B; the coe
 from the files on the hub (2.5e-4, 5e-4, 1e-3, 4e-3 seen, 1.25e-4 and 2e-3 inferred) and serve for all.
 """
 
-from everyscope.recipe import HarvestSettings, ModelShape, RunConfig, SaeGroup
+from everyscope.recipe import RunConfig
+from everyscope.settings import DescribeSettings, EvaluateSettings, HarvestSettings, ModelShape, SaeGroup
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import SUBLAYERS, SiteKind
 from everyscope.text.config import TextConfig
@@ -13,6 +14,8 @@ from everyscope.train.config import BankSettings
 BILLION = 10**9
 STORED_TOKENS = 8 * BILLION
 """Rows kept per site; the 2^20 SAEs, which see 16B, read them twice, so that all other sites need not store twice as much."""
+SAES_AT_ONCE = 8
+"""SAEs that are evaluated or described in one pass: of 2^17 latents, they take 30 GB in float32 on 9B [SAEs]."""
 FIVE_SPARSITIES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 SIX_SPARSITIES = (1.25e-4, *FIVE_SPARSITIES)
 RESIDUAL: tuple[SiteKind, ...] = ("resid_post",)
@@ -45,6 +48,8 @@ def suite(size: str, title: str, shape: ModelShape, groups: tuple[SaeGroup, ...]
         groups=groups,
         harvest=HarvestSettings(num_tokens=STORED_TOKENS),
         train=BankSettings(device="cuda"),
+        evaluate=EvaluateSettings(saes_at_once=SAES_AT_ONCE),
+        describe=DescribeSettings(saes_at_once=SAES_AT_ONCE),
     )
 
 

@@ -134,7 +134,9 @@ def test_configs_and_the_command_line_load_no_torch():
     light = [
         name
         for name in module_names()
-        if name.startswith("everyscope.base") or name.endswith(".config") or name in ("everyscope.cli", "everyscope.sites.names")
+        if name.startswith(("everyscope.base", "everyscope.browse"))
+        or name.endswith(".config")
+        or name in ("everyscope.cli", "everyscope.sites.names")
     ]
     assert "everyscope.text.config" in light
     assert not loads_heavy(["everyscope", *light])

@@ -6,6 +6,7 @@ The state lives on normalised activations, with the pre-encoder bias; `fold` tur
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
@@ -66,10 +67,12 @@ class TrainableSae:
 def new_sae(config: SaeConfig, d_in: int, device: str = "cpu") -> TrainableSae:
     """The SAE at step 0: He-uniform unit decoder rows, W_enc their transpose, zero biases, equal thresholds (section 3.2).
 
-    Drawn on the CPU from `config.seed`, so that every device starts alike. He-uniform over a row is uniform in (-a, a), and
-    a does not matter once rows have norm one.
+    Drawn on the CPU from `config.seed` and the width, so that every device starts alike, and a wide SAE does not start from a
+    narrow one's directions: it would seem to have split latents that it was given. He-uniform over a row is uniform in (-a, a),
+    and a does not matter once rows have norm one.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    seed = np.random.SeedSequence([config.seed, config.width]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
     w_dec = unit_rows(torch.empty(config.width, d_in).uniform_(-1, 1, generator=generator))
     parameters = {
         "w_enc": (w_dec * config.recipe.encoder_scale).T,

@@ -79,13 +79,15 @@ def test_three_hundred_steps_follow_the_float64_oracle():
     """Thresholds decide alike but for pre-activations within rounding of them, whose latents then part by a step's noise."""
     sae = sae_of(24, 200, 0.5, learning_rate=1e-3)
     oracle, start = in_float64(sae), copy.deepcopy(sae)
-    engine = CpuPairs([sae])
+    engine, got, wanted = CpuPairs([sae]), 0.0, 0.0
     for step in range(300):
         x = rows(128, 24, seed=step)
         losses = engine.step(x, step, 300)[0]
         want = dense_update(oracle, x.double(), step, 300)
+        if step >= 270:  # the mean of some steps: after one such decision a single step's loss is off by that one latent
+            got, wanted = got + losses.reconstruction.item(), wanted + want.reconstruction.item()
     catch_up(sae, 300)
-    assert losses.reconstruction.item() == pytest.approx(want.reconstruction.item(), rel=1e-3)
+    assert got == pytest.approx(wanted, rel=1e-3)
     for name in TENSORS:
         moved = (oracle.parameters[name] - start.parameters[name]).norm()
         assert (sae.parameters[name] - oracle.parameters[name]).norm() < 5e-3 * moved, name

@@ -1,0 +1,139 @@
+"""The parts of a recipe: what each stage is told beyond what follows from the others. Torch-free."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from everyscope.base.schema import Schema
+from everyscope.describe.explanations.config import EndpointConfig
+from everyscope.evaluate.comparisons.config import Subset
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.names import Site, SiteKind
+from everyscope.text.config import TextConfig
+
+
+class ModelShape(Schema):
+    """The sizes that a plan needs, known before the model is downloaded; a run checks all but num_parameters against it."""
+
+    num_layers: int = Field(ge=1)
+    """Blocks of the model [layers]."""
+    d_model: int = Field(ge=1)
+    """Width of the residual stream and of the MLP's output."""
+    d_attention: int = Field(ge=1)
+    """Heads times head_dim, the width of attn_out."""
+    num_parameters: int = Field(ge=1)
+    """Parameters of the model, embeddings counted once [parameters]."""
+
+    def d_in(self, site: Site) -> int:
+        """The width of a site."""
+        return self.d_attention if site.kind == "attn_out" else self.d_model
+
+
+class SaeGroup(Schema):
+    """SAEs of equal sites, widths and budget: one row of Gemma Scope's table 1. Every combination is trained."""
+
+    sites: tuple[SiteKind, ...] = Field(min_length=1)
+    """Kinds of sites."""
+    layers: tuple[int, ...] | None = None
+    """Layers, from 0; None takes all."""
+    widths: tuple[int, ...] = Field(min_length=1)
+    """Numbers of latents [latents]."""
+    sparsity_coefficients: tuple[float, ...] = Field(min_length=1)
+    """Lambdas; more makes sparser SAEs. With target_l0s, how firmly these are held [1]."""
+    target_l0s: tuple[float | None, ...] = (None,)
+    """L0s to aim at; None has no target, so that the lambda alone decides [latents]."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial decoders."""
+    num_tokens: int = Field(ge=1)
+    """Activation vectors that each SAE sees [tokens]."""
+
+
+class HarvestSettings(Schema):
+    """How activations are written; which ones follows from the groups."""
+
+    num_tokens: int | None = Field(default=None, ge=1)
+    """Rows kept per site; None keeps as many as the longest training wants, fewer are read several times [tokens]."""
+    bucket_rows: int = Field(default=2**20, ge=1)
+    """Rows shuffled together, which make one shard [rows]."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format on disk."""
+    batch_blocks: int = Field(default=16, ge=1)
+    """Blocks per forward pass [blocks]."""
+
+
+class EvaluateSettings(Schema):
+    """How much held-out text scores rest on."""
+
+    num_sequences: int = Field(default=2048, ge=1)
+    """Held-out blocks read [blocks]."""
+    stride: int = Field(default=1, ge=1)
+    """Of every so many held-out blocks one is read: more documents, where these are long [blocks]."""
+    batch_blocks: int = Field(default=16, ge=1)
+    """Blocks per forward pass [blocks]."""
+    checkpoint_batches: int = Field(default=16, ge=1)
+    """Batches between two saves of the sums [batches]."""
+    saes_at_once: int | None = Field(default=None, ge=1)
+    """SAEs held in memory at once; None holds all [SAEs]."""
+    pca_rows: int = Field(default=2**17, ge=2)
+    """Training rows behind the baselines [rows]."""
+    uniformity_sequences: int = Field(default=16, ge=0)
+    """Blocks on which the uniformity of latents' importance is measured; 0 leaves it out [blocks]."""
+    baseline_sequences: int = Field(default=32, ge=0)
+    """Blocks with which the baselines' delta loss is measured; 0 leaves it out [blocks]."""
+
+
+Slice = Literal["widths", "splitting", "subsets", "precision", "probing"]
+"""Comparisons over a whole suite that need nothing but the suite."""
+
+
+class CompareSettings(Schema):
+    """What is compared over the whole suite, beyond the scores of each SAE."""
+
+    slices: tuple[Slice, ...] = ("widths", "splitting", "subsets", "precision", "probing")
+    """The comparisons to make; two more follow from `instruction_tuned` and `random_weights`. Those of widths are left out where
+    there is only one."""
+    num_sequences: int | None = Field(default=None, ge=1)
+    """Held-out blocks read for subsets, precision and transfer; None reads as many as the scores rest on [blocks]."""
+    subsets: tuple[Subset, ...] = ()
+    """Corpora to compare; none takes those that need no download."""
+    splitting_sequences: int = Field(default=256, ge=1)
+    """Held-out blocks on which firings of narrow and wide latents are counted [blocks]."""
+    probe_tokens: int = Field(default=2**15, ge=100)
+    """Tokens that probes are trained on, and as many that they are scored on [tokens]."""
+
+
+class Companion(Schema):
+    """A smaller run of a sibling of the model, made only to be compared with."""
+
+    model: ModelConfig
+    """The sibling; it has the sizes of the recipe's own model."""
+    text: TextConfig | None = None
+    """Its text; None takes the recipe's."""
+    groups: tuple[SaeGroup, ...] = ()
+    """SAEs trained on it; none compares the recipe's own SAEs alone."""
+
+
+class DescribeSettings(Schema):
+    """How much text latents are described from."""
+
+    num_sequences: int = Field(default=4096, ge=2)
+    """Blocks read, half of them held out [blocks]."""
+    batch_blocks: int = Field(default=16, ge=1)
+    """Blocks per forward pass [blocks]."""
+    saes_at_once: int | None = Field(default=None, ge=1)
+    """SAEs held in memory at once; None holds all [SAEs]."""
+
+
+class ExplainSettings(Schema):
+    """How much text labels are learnt from and scored on, and who writes them."""
+
+    num_sequences: int = Field(default=512, ge=1)
+    """Blocks of training documents [blocks]."""
+    num_held_out_sequences: int = Field(default=512, ge=1)
+    """Held-out blocks [blocks]."""
+    batch_blocks: int = Field(default=16, ge=1)
+    """Blocks per forward pass [blocks]."""
+    saes_per_pass: int = Field(default=12, ge=1)
+    """SAEs held in memory at once [SAEs]."""
+    endpoint: EndpointConfig | None = None
+    """A language model that labels a sample of the latents; None leaves it at offline labels."""
