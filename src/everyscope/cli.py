@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from everyscope.base.errors import ConfigError, EveryscopeError
-from everyscope.base.flags import Config, divided, parse_fields
+from everyscope.base.flags import Config, divided, one_line, parse_fields
 from everyscope.base.schema import Schema
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
 from everyscope.browse.config import BrowseConfig, ExportConfig
@@ -63,11 +64,13 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
     from everyscope import run
 
     stages = {
-        "harvest": run.run_harvest,
         "evaluate": run.run_evaluation,
         "describe": run.run_description,
         "explain": run.run_explanation,
     }
+    if options.command == "harvest":
+        harvest_stage(config, out, options)
+        return
     with run.run_folder(config, out):
         if options.command == "train":
             if options.source is None:
@@ -79,6 +82,18 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
             show_suite(run.run_publication(config, out).suite, options.json)
         else:
             stages[options.command](config, out)
+
+
+def harvest_stage(config: RunConfig, out: Path, options: argparse.Namespace) -> None:
+    """Shards; one of several processes, which share the run's folder, writes a partition of them."""
+    from everyscope import run
+
+    index, slash, count = (options.partition or "0/1").partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--partition {options.partition}: expected I/N with 0 <= I < N, as in 0/2 and 1/2")
+    partition = (int(index), int(count))
+    with run.run_folder(config, out, is_shared=partition[1] > 1):
+        run.run_harvest(config, out, partition, options.heal)
 
 
 def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -142,6 +157,7 @@ def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
     if not path.exists():
         raise ConfigError(f"{path}: no such folder; give a run's folder, its shards/ or its suite/")
     checks = {path / "shards": verify_shards, path / "suite": verify_suite}
+    checks |= dict.fromkeys(sorted(path.glob("companions/*/shards")), verify_shards)
     found = {folder: check for folder, check in checks.items() if folder.is_dir()}
     if not found:
         found = {path: verify_suite if (path / "suite.json").exists() else verify_shards}
@@ -308,6 +324,9 @@ def add_recipe_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "--order", choices=["fixed", "any"], default="fixed", help="of servers' chunks: the shards', or as they come"
         )
         sub.add_argument("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
+    if name == "harvest":
+        sub.add_argument("--partition", metavar="I/N", help="write every N-th bucket from I on; other processes write the others")
+        sub.add_argument("--heal", action="store_true", help="read all that is there first, and write damaged shards anew")
     if name == "plan":
         sub.add_argument("--teraflops", type=float, help="sustained rate to reckon with [10^12/s] (default: measured here)")
         sub.add_argument("--disk-gbps", type=float, help="rate of the disk [GB/s] (default: measured in --out)")
@@ -355,10 +374,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave_on_termination()
     try:
         dispatch(given)
-    except EveryscopeError as error:
+    except (EveryscopeError, ValidationError) as error:  # the latter where fields of a recipe do not go together
         if "--debug" in given:
             raise
-        print(f"everyscope: {error}", file=sys.stderr)
+        print(f"everyscope: {one_line(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
         print("everyscope: stopped; the same command goes on from here", file=sys.stderr)

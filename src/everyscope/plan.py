@@ -96,7 +96,8 @@ def plan(
     size = NUMBER_BYTES[config.harvest.dtype]
     is_by_pairs = config.train.device == "cpu" and config.train.engine != "dense"
     flop_per_row = FLOP_BY_PAIRS if is_by_pairs else FLOP_DENSE
-    tokens = {site: config.tokens_of(site) for site in config.all_sites}
+    most = max(config.tokens_of(site) for site in config.all_sites)  # one pass of the model writes every site
+    tokens = dict.fromkeys(config.all_sites, most)
     saes = []
     for group in config.groups:
         for site in config.sites(group):

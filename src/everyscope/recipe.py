@@ -114,6 +114,8 @@ class RunConfig(Schema):
             dtype=self.harvest.dtype,
             batch_blocks=self.harvest.batch_blocks,
             seed=self.seed,
+            max_bytes=self.harvest.max_bytes,
+            shuffle_bytes=self.harvest.shuffle_bytes,
             out=out / "shards",
         )
 
@@ -192,11 +194,15 @@ class RunConfig(Schema):
         return self.model_copy(update=changes)
 
     def evaluate_config(self, out: Path) -> EvaluateConfig:
-        """The evaluation of everything trained, on the held-out documents of the run's own text."""
+        """The evaluation of everything trained, on the held-out documents of the run's own text.
+
+        A run that was trained from servers has no shards; then the baselines are fitted on the text's training documents.
+        """
+        shards = out / "shards"
         return EvaluateConfig(
             model=self.model,
             text=self.text,
-            shards=out / "shards",
+            shards=shards if shards.is_dir() else None,
             trained=out / "train",
             out=out / "scores",
             seed=self.seed,

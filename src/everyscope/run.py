@@ -60,20 +60,22 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def run_folder(config: RunConfig, out: Path) -> Iterator[None]:
+def run_folder(config: RunConfig, out: Path, is_shared: bool = False) -> Iterator[None]:
     """Hold `out` for this process and write the resolved recipe into it; ConfigError while another process holds it.
 
-    An error before any stage has written something takes the folder away again, if it was not there before.
+    Where it `is_shared`, processes that share it hold it together, and none of them writes the recipe. An error before any stage
+    has written something takes the folder away again, if it was not there before.
     """
     quiet_transformers()
     is_new = not out.exists()
     make_folder(out)
     with storage_errors(out), (out / LOCK_FILE).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{out}: another run is at work here; wait for it, or choose another --out") from None
-        write_json(out / RECIPE_FILE, config.as_json())
+        if not is_shared:
+            write_json(out / RECIPE_FILE, config.as_json())
         try:
             yield
         except Exception:
@@ -100,13 +102,15 @@ def check_shape(config: RunConfig) -> None:
             raise ConfigError(f"shape.{field}={getattr(config.shape, field)}, but {name!r} has {size}; set shape.{field}={size}")
 
 
-def run_harvest(config: RunConfig, out: Path) -> None:
-    """Text and model to shards, for the run and its companions."""
+def run_harvest(config: RunConfig, out: Path, partition: tuple[int, int] = (0, 1), heal: bool = False) -> None:
+    """Text and model to shards, for the run and its companions; of several processes each writes a partition."""
     for part, folder in config.parts(out):
         heading("harvest" if part is config else f"harvest {part.name}")
         check_shape(part)
-        result = harvest(part.harvest_config(folder))
+        result = harvest(part.harvest_config(folder).model_copy(update={"partition": partition, "heal": heal}))
         say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {folder / 'shards'}")
+        if not result.is_sealed:
+            say("  other partitions are still to come; whoever is last seals the folder")
 
 
 def run_training(config: RunConfig, out: Path, workers: int | None = None) -> None:

@@ -7,6 +7,7 @@ from pydantic import Field
 from everyscope.base.schema import Schema
 from everyscope.describe.explanations.config import EndpointConfig
 from everyscope.evaluate.comparisons.config import Subset
+from everyscope.harvest.config import SHUFFLE_BYTES
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
@@ -59,6 +60,10 @@ class HarvestSettings(Schema):
     """Number format on disk."""
     batch_blocks: int = Field(default=16, ge=1)
     """Blocks per forward pass [blocks]."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Disk that the shards may take; the harvest ends early, and whole, before they would take more. None: no limit [bytes]."""
+    shuffle_bytes: int = Field(default=SHUFFLE_BYTES, ge=1)
+    """Memory for shuffling [bytes]."""
 
 
 class EvaluateSettings(Schema):

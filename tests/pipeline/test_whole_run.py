@@ -39,7 +39,21 @@ def recipe():
         ),
         harvest=HarvestSettings(bucket_rows=1024, dtype="bfloat16", batch_blocks=8),
         train=BankSettings(batch_rows=64, checkpoint_steps=8, log_steps=4),
-        evaluate=EvaluateSettings(num_sequences=24, batch_blocks=4, checkpoint_batches=1, pca_rows=1024),
+        evaluate=EvaluateSettings(
+            num_sequences=24, batch_blocks=4, checkpoint_batches=1, pca_rows=1024, uniformity_sequences=4, baseline_sequences=4
+        ),
+        compare=CompareSettings(slices=("widths", "splitting", "precision"), num_sequences=4, splitting_sequences=8),
+        instruction_tuned=None,
+        random_weights=Companion(
+            model=ModelConfig(name={model!r}, weights="random"),
+            groups=(
+                SaeGroup(
+                    sites=("mlp_out",), layers=(1,), widths=(48,), sparsity_coefficients=(4.0,), target_l0s=(8,), num_tokens=2048
+                ),
+            ),
+        ),
+        describe=DescribeSettings(num_sequences=24, batch_blocks=4),
+        explain=ExplainSettings(num_sequences=12, num_held_out_sequences=12, batch_blocks=4, saes_per_pass=24),
     ))
 """
 
@@ -65,8 +79,9 @@ def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files below."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The bytes of all files below, but for those that tell how long something took."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "cost.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +94,35 @@ def finished(recipe, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("moment", "sent"),
-    [
-        ("shards/*/*/shard_00002.safetensors", signal.SIGKILL),
-        ("train/*/*/bank_*.safetensors", signal.SIGKILL),
-        ("train/*/*/bank_*.safetensors", signal.SIGTERM),
-        ("train/*/*/*/sae.json", signal.SIGKILL),
-        ("scores/*progress*", signal.SIGKILL),
-    ],
-)
-def test_killed_at_any_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path, moment, sent):
+MOMENTS = {
+    "shards/*/*/shard_00002.safetensors": signal.SIGKILL,
+    "train/*/*/bank_*.safetensors": signal.SIGTERM,
+    "train/*/*/*/sae.json": signal.SIGKILL,
+    "scores/*progress*": signal.SIGKILL,
+    "scores/slices/*.json": signal.SIGKILL,
+    "descriptions/codes*/*": signal.SIGKILL,
+    "descriptions/*/*/*/explanations.parquet": signal.SIGTERM,
+    "suite/*/*/*/*/params.npz": signal.SIGKILL,
+}
+"""Files that a run comes to, in this order, and how it is stopped when the first of them is there."""
+
+
+def test_killed_at_every_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path):
+    """One run, killed over and over: each time it gets a stage further."""
     out = tmp_path / "run"
-    child = start(recipe, out)
-    while child.poll() is None and not list(out.glob(moment)):
-        time.sleep(0.002)
-    assert child.poll() is None, f"the run ended before {moment} was there: {child.communicate()}"
-    child.send_signal(sent)
-    _, errors = child.communicate()
-    if sent == signal.SIGTERM:
-        assert child.returncode == 128 + signal.SIGTERM
-        assert errors.splitlines()[-1] == "everyscope: asked to stop; the same command goes on from here"
-    again = start(recipe, out)
-    _, errors = again.communicate()
-    assert again.returncode == 0, errors
+    for moment, sent in MOMENTS.items():
+        child = start(recipe, out)
+        while child.poll() is None and not list(out.glob(moment)):
+            time.sleep(0.002)
+        assert child.poll() is None, f"the run ended before {moment} was there: {child.communicate()}"
+        child.send_signal(sent)
+        _, errors = child.communicate()
+        if sent == signal.SIGTERM:
+            assert child.returncode == 128 + signal.SIGTERM
+            assert errors.splitlines()[-1] == "everyscope: asked to stop; the same command goes on from here"
+    last = start(recipe, out)
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors
     want, got = tree(finished), tree(out)
     assert sorted(got) == sorted(want)
     assert [name for name in want if want[name] != got[name]] == []

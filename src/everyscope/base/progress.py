@@ -31,10 +31,10 @@ class Meter:
         """Add `amount` to the count; what `is_resumed` was done in an earlier run and stays out of the rate."""
         self._done += amount
         now = time.monotonic()
-        if is_resumed:
-            self._start = now
-        else:
+        if not is_resumed:
             self._counted += amount
+        elif not self._counted:  # what was done before is counted first; what others did in between takes no time of ours
+            self._start = now
         rate = self._counted / max(now - self._start, 1e-9)
         self._progress.update(self._task, completed=self._done, rate=f"{human_count(rate)} {self._unit}/s")
         if not console.is_terminal and (now >= self._next_line or self._done >= self._total):

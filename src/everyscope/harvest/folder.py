@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from everyscope.base.errors import ConfigError, StorageError
 from everyscope.base.files import PARTIAL, read_json, write_json
 from everyscope.base.ids import content_id
@@ -239,7 +241,8 @@ class HarvestFolder:
         return {"config": manifest.config, "parents": manifest.parents}
 
     def _refuse_others(self, held: dict[str, Any]) -> None:
-        told, wanted = (_flat({name: owner[name] for name in ("config", "parents")}) for owner in (held, self.owner))
+        told = _flat({"config": _resolved(held["config"]), "parents": held["parents"]})
+        wanted = _flat({name: self.owner[name] for name in ("config", "parents")})
         differing = [name for name in dict.fromkeys([*told, *wanted]) if told.get(name) != wanted.get(name)]
         if "num_tokens" in differing and told["num_tokens"] < wanted["num_tokens"]:
             differing.remove("num_tokens")
@@ -257,7 +260,7 @@ def _is_sealed(folder: Path, config: dict[str, Any]) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     manifest = read_manifest(folder)
-    if manifest.config != config or not (manifest.site == TOKENS or (folder / STATISTICS).is_file()):
+    if _resolved(manifest.config) != _resolved(config) or not (manifest.site == TOKENS or (folder / STATISTICS).is_file()):
         return False
     return all(_is_there(folder / entry.file, entry.num_bytes) for entry in manifest.shards)
 
@@ -268,6 +271,16 @@ def _is_there(shard: Path, num_bytes: int) -> bool:
 
 def _sealed_config(owner: dict[str, Any]) -> dict[str, Any]:
     return owner["config"] | ({"stops": owner["stops"]} if owner.get("stops") else {})
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as it was recorded, with the defaults of fields that it does not know, for they came to everyscope later."""
+    stops = {"stops": config["stops"]} if "stops" in config else {}
+    try:
+        fields = {name: value for name, value in config.items() if name != "stops"}
+        return HarvestConfig.model_validate(fields | {"out": Path()}).record() | stops
+    except ValidationError:  # of a later everyscope, or damaged: then it speaks for itself
+        return config
 
 
 def _limits(owner: dict[str, Any]) -> tuple[int, int | None]:

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import resource
 import shutil
@@ -85,6 +86,27 @@ def test_a_finished_harvest_does_nothing(config, reap, model):
     assert model.loads == 1
     assert tree(config.out) == before
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == stamps
+
+
+def test_fields_that_came_later_are_at_their_defaults_in_older_folders(config, reap, model):
+    reap(config)
+    for path in (config.out / "harvest.json", *config.out.rglob("manifest.json")):
+        value = json.loads(path.read_text())
+        value.pop("identity", None)
+        del value["config"]["seed"], value["config"]["text"]["column"]
+        path.write_text(json.dumps(value))
+    before = tree(config.out)
+    reap(config)
+    assert model.loads == 1
+    assert tree(config.out) == before
+    with pytest.raises(ConfigError, match="seed is 0 there and 3 here"):
+        reap(config, seed=3)
+    (config.out / "attn_out/layer_0/manifest.json").unlink()
+    reap(config)  # only what is missing is sealed anew
+    assert {name for name, data in tree(config.out).items() if before[name] != data} <= {
+        "harvest.json",
+        "attn_out/layer_0/manifest.json",
+    }
 
 
 def test_a_moved_folder_is_still_finished(config, reap, model):
