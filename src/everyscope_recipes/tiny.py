@@ -55,9 +55,9 @@ def recipe() -> RunConfig:
         harvest=HarvestSettings(dtype="bfloat16", bucket_rows=2**16, batch_blocks=4),
         train=BankSettings(batch_rows=256, checkpoint_steps=256, log_steps=32),
         evaluate=EvaluateSettings(
-            num_sequences=64, stride=7, batch_blocks=4, checkpoint_batches=4, uniformity_sequences=8, baseline_sequences=16
+            num_sequences=64, stride=7, batch_blocks=4, checkpoint_batches=4, uniformity_sequences=8, baseline_sequences=8
         ),
-        compare=CompareSettings(num_sequences=24, splitting_sequences=64, probe_tokens=2**13),
+        compare=CompareSettings(num_sequences=16, splitting_sequences=64, probe_tokens=2**13),
         describe=DescribeSettings(num_sequences=384, batch_blocks=4),
         explain=ExplainSettings(num_sequences=256, num_held_out_sequences=256, batch_blocks=8),
     )
