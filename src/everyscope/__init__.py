@@ -9,6 +9,7 @@ from typing import Any
 _HOMES = {
     "ArraySource": "everyscope.stream.local",
     "EveryscopeError": "everyscope.base.errors",
+    "FlightSource": "everyscope.stream.flight",
     "LocalSource": "everyscope.stream.local",
     "ModelConfig": "everyscope.sites.config",
     "RunConfig": "everyscope.recipe",
@@ -22,6 +23,7 @@ _HOMES = {
     "load_language_model": "everyscope.sites.model",
     "load_sae": "everyscope.suite.reader",
     "load_suite": "everyscope.suite.reader",
+    "open_shards": "everyscope.shards.reader",
     "run_recipe": "everyscope.run",
     "splice": "everyscope.sites.splice",
     "train_saes": "everyscope.train.arrays",

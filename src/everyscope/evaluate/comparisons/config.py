@@ -135,7 +135,18 @@ class PrecisionConfig(VariantsConfig):
     sae_dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32", "bfloat16", "int8")
     """Number formats of the SAE's weights."""
     model_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Number formats of the language model; every combination is measured."""
+    """Number formats of the language model. float32 is measured with every format of SAEs, another with SAEs in float32 and
+    in the same format, as in Gemma Scope."""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The formats of SAE and model that are measured together."""
+        return [
+            (sae, model)
+            for model in self.model_dtypes
+            for sae in self.sae_dtypes
+            if model == "float32" or sae in ("float32", model)
+        ]
 
 
 class ProbingConfig(ComparisonConfig):

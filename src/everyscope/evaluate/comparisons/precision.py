@@ -14,7 +14,7 @@ VERSION = 1
 
 
 def run(config: PrecisionConfig) -> Path:
-    """Write slices/precision.json and return its path: every combination of formats, all on the same text."""
+    """Write slices/precision.json and return its path: every pair of formats, all on the same text."""
     base = config.base
     chosen = canonical_of_sites(read_scored(config.evaluate), config.canonical_l0)
     found = {
@@ -26,8 +26,7 @@ def run(config: PrecisionConfig) -> Path:
             model=base.model.model_copy(update={"dtype": model_dtype}),
             shards=base.shards,  # another rounding of the same model: its training rows are the same ones
         )
-        for sae_dtype in config.sae_dtypes
-        for model_dtype in config.model_dtypes
+        for sae_dtype, model_dtype in config.pairs
     }
     path = config.slices / SLICE
     inputs = content_id([VERSION, list(found), identities(found.values())])
