@@ -57,7 +57,7 @@ def recipe() -> RunConfig:
         evaluate=EvaluateSettings(
             num_sequences=64, stride=7, batch_blocks=4, checkpoint_batches=4, uniformity_sequences=8, baseline_sequences=8
         ),
-        compare=CompareSettings(num_sequences=8, splitting_sequences=64, probe_tokens=2**13),
+        compare=CompareSettings(num_sequences=8, splitting_sequences=64, probe_tokens=2**12),
         describe=DescribeSettings(num_sequences=384, batch_blocks=4),
         explain=ExplainSettings(num_sequences=256, num_held_out_sequences=256, batch_blocks=8),
     )

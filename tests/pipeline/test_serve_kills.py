@@ -207,12 +207,12 @@ def test_memory_stays_bounded_while_a_client_stalls(tmp_path, ending):
     started = server(tmp_path / "wide", tmp_path, ending, chunk_rows=chunk_rows, buffer_bytes=6 * chunk)
     pid, url = started.process.pid, f"flight://127.0.0.1:{started.port}/{site}"
     with FlightSource(url, use_files=False) as source:
-        for step in range(20):
-            source.batch(step, 1024)
-        at_work = resident_bytes(pid)
         stalled = spawn(TRAINER, url, "fixed", "stalled", str(tmp_path / "stalled"), "10000", "4096", "0")
         ending.callback(end, stalled)
         wait_until(lambda: (tmp_path / "stalled").exists() and (tmp_path / "stalled").stat().st_size > 50_000, "some steps")
+        for step in range(40):  # every chunk, and both clients at work: the buffer and what Arrow keeps for them are as they stay
+            source.batch(step, 1024)
+        at_work = resident_bytes(pid)
         stalled.send_signal(signal.SIGSTOP)
         until, step, peak = time.monotonic() + seconds, 0, 0
         while time.monotonic() < until:
