@@ -132,6 +132,8 @@ class DescribeSettings(Schema):
 class ExplainSettings(Schema):
     """How much text labels are learnt from and scored on, and who writes them."""
 
+    saes: str = "*"
+    """Pattern of `<site>/layer_<L>/<SAE>` for the SAEs whose latents are labelled."""
     num_sequences: int = Field(default=512, ge=1)
     """Blocks of training documents [blocks]."""
     num_held_out_sequences: int = Field(default=512, ge=1)

@@ -59,5 +59,5 @@ def recipe() -> RunConfig:
         ),
         compare=CompareSettings(num_sequences=8, splitting_sequences=64, probe_tokens=2**12),
         describe=DescribeSettings(num_sequences=384, batch_blocks=4),
-        explain=ExplainSettings(num_sequences=256, num_held_out_sequences=256, batch_blocks=8),
+        explain=ExplainSettings(saes="*_l0_25_*", num_sequences=256, num_held_out_sequences=256, batch_blocks=8),
     )

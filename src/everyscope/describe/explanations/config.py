@@ -88,6 +88,8 @@ class ExplainConfig(Schema):
     """The corpus; explainers see its train split, scorers its held-out split."""
     trained: Path
     """Folder written by `everyscope train`: every SAE in it is explained."""
+    saes: str = "*"
+    """Pattern of `<site>/layer_<L>/<SAE>` for the SAEs whose latents are labelled, as in resid_post/layer_2/*."""
     out: Path
     """The folder of descriptions; gets <site>/layer_<L>/<SAE>/explanations.parquet."""
     num_sequences: int = Field(default=512, gt=0)

@@ -13,7 +13,7 @@ from everyscope.describe.explanations.table import EXPLANATIONS_FILE, facts_of
 from everyscope.sae.files import TENSOR_FILE, trained_folders
 from everyscope.sites.names import Site, parse_folder
 
-IDLE_FIELDS = {"out", "trained", "batch_blocks", "saes_per_pass", "endpoint"}
+IDLE_FIELDS = {"saes", "out", "trained", "batch_blocks", "saes_per_pass", "endpoint"}
 """Fields of the config on which explanations do not depend, or only some do."""
 DECIDING_ENDPOINT_FIELDS = {
     "model",
@@ -61,7 +61,11 @@ def find_targets(config: ExplainConfig) -> list[Target]:
     folders = trained_folders(config.trained)
     if not folders:
         raise DataError(f"{config.trained}: holds no finished SAE; run `everyscope train` first")
-    targets = [_target(config, folder) for folder in folders]
+    wanted = [folder for folder in folders if fnmatchcase(folder.relative_to(config.trained).as_posix(), config.saes)]
+    if not wanted:
+        one = folders[0].relative_to(config.trained).as_posix()
+        raise DataError(f"saes={config.saes!r} matches no SAE below {config.trained}; one of them is {one}")
+    targets = [_target(config, folder) for folder in wanted]
     if config.endpoint is not None and not any(target.endpoint for target in targets):
         raise DataError(
             f"endpoint.saes={config.endpoint.saes!r} matches no SAE below {config.trained}; "
