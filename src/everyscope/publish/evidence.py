@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from everyscope.base.progress import human_count
-from everyscope.publish.drawing.palette import SITE_MARKERS, layer_colours, width_markers
+from everyscope.publish.drawing.palette import layer_colours, width_markers
 from everyscope.publish.drawing.pictures import Key
 from everyscope.sites.names import SITE_KINDS, Site, SiteKind, parse_folder
 from everyscope.suite.layout import width_label
@@ -104,8 +104,3 @@ def present(rows: Iterable[dict[str, Any]]) -> list[SiteKind]:
     """The kinds of site among a slice's rows, in the order of the house."""
     found = {kind_of(row) for row in rows}
     return [kind for kind in SITE_KINDS if kind in found]
-
-
-def site_markers(kinds: Iterable[SiteKind]) -> dict[SiteKind, str]:
-    """A marker for each kind of site."""
-    return {kind: SITE_MARKERS[kind] for kind in kinds}

@@ -1,4 +1,4 @@
-"""The table of a suite: rows for JSON, texts for pages, and a rendering for terminals.
+"""The table of a suite: texts for pages, and a rendering for terminals.
 
 Numbers stand with half their interval's width, rounded up. A canonical SAE is marked ●. What ties with an SAE of the same site
 and like L0, so that nobody can say which is better, is marked = and greyed.
@@ -6,7 +6,6 @@ and like L0, so that nobody can say which is better, is marked = and greyed.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -30,19 +29,6 @@ class Ties:
 
     fvu: bool
     delta_loss: bool
-
-
-def suite_rows(index: SuiteIndex) -> list[dict[str, Any]]:
-    """One flat object per SAE, in the suite's order: site, layer, width, headline numbers, ends of their intervals, folder."""
-    rows = []
-    for sae in index.saes:
-        headline = sae.metrics.as_json()
-        intervals, baselines = headline.pop("intervals"), headline.pop("baselines_fvu")
-        row = {"site": sae.site, "layer": sae.layer, "width": sae.width, **headline}
-        for name, interval in intervals.items():
-            row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
-        rows.append(row | {f"baseline_{name}_fvu": fvu for name, fvu in baselines.items()} | {"folder": sae.folder})
-    return rows
 
 
 def ties_of(index: SuiteIndex) -> dict[str, Ties]:

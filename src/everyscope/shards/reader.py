@@ -266,8 +266,3 @@ def shard_folder(location: str | Path) -> Path | Folder:
     if location.startswith("file://"):
         return Path(location.removeprefix("file://"))
     return remote_folder(location) if is_address(location) else Path(location)
-
-
-def read_statistics(folder: Path) -> Statistics:
-    """The statistics of a finished site folder; DataError where it has not been finished."""
-    return ShardFiles(folder).statistics()

@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 
@@ -6,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from everyscope.publish.config import PublishConfig
-from everyscope.publish.table import number_text, suite_rows, suite_table, ties_of
+from everyscope.publish.table import number_text, suite_table, ties_of
 from everyscope.suite.reader import load_suite
 from everyscope.suite.records import SuiteIndex
 
@@ -54,14 +53,6 @@ def test_the_terminal_table_fits_80_columns_and_marks_canonical_saes(published: 
     assert text.count("resid_post") == 36
     assert len(re.findall(r"● \d", text)) == 12
     assert "= 0.139±.004" in text
-
-
-def test_rows_for_json_are_flat(published: PublishConfig):
-    index = load_suite(published.out).index
-    rows = json.loads(json.dumps(suite_rows(index)))
-    assert [row["folder"] for row in rows] == [sae.folder for sae in index.saes]
-    assert not any(isinstance(value, dict | list) for row in rows for value in row.values())
-    assert rows[0]["fvu_low"] == (index.saes[0].metrics.intervals.fvu or [None])[0]
 
 
 def test_the_card_shows_every_sae_and_pictures_that_are_there(published: PublishConfig):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from everyscope.base.errors import NonFinite
-from everyscope.shards.reader import Shards, read_statistics
+from everyscope.shards.reader import Shards
 from everyscope.shards.statistics import Sums, SumsRecord
 
 CONTEXT = 16
@@ -54,7 +54,7 @@ def test_json_keeps_every_bit(written):
     sums.add(np.random.default_rng(0).normal(size=(99, 3)).astype(np.float32), np.arange(99) % CONTEXT)
     back = Sums.of_record(SumsRecord.model_validate(json.loads(json.dumps(sums.record().as_json()))))
     assert back.record() == sums.record()
-    statistics = read_statistics(written.folder)
+    statistics = Shards(written.folder).statistics
     assert json.loads(json.dumps(statistics.as_json())) == statistics.as_json()
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from everyscope.base.errors import DataError
 from everyscope.base.files import whole_file
 from everyscope.describe.explanations.scores import Score
 
@@ -85,11 +84,3 @@ def facts_of(path: Path) -> dict[str, Any]:
         return json.loads(metadata[b"everyscope"])
     except (OSError, pyarrow.ArrowException, KeyError, ValueError):
         return {}
-
-
-def read_explanations(path: Path) -> list[dict[str, Any]]:
-    """The rows of an explanations.parquet; DataError where it is none."""
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}); delete it and run `everyscope explain` again") from error

@@ -13,7 +13,7 @@ from everyscope.base.errors import ConfigError, DataError
 from everyscope.describe.explanations import run as explain
 from everyscope.describe.explanations.config import EndpointConfig, ExplainConfig
 from everyscope.describe.explanations.passages import read_passages
-from everyscope.describe.explanations.table import SCHEMA, facts_of, read_explanations
+from everyscope.describe.explanations.table import SCHEMA, facts_of
 from everyscope.sites.names import Site
 from everyscope.text.blocks import read_blocks
 from everyscope.text.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def asking(config: ExplainConfig, root: Path, url: str, **changes: Any) -> Expla
 
 
 def rows_of(config: ExplainConfig, sae: str = "mlp_out/layer_1/w32_0") -> list[dict[str, Any]]:
-    return read_explanations(config.out / sae / "explanations.parquet")
+    return pyarrow.parquet.read_table(config.out / sae / "explanations.parquet").to_pylist()
 
 
 def test_files_have_the_promised_columns(explained: ExplainConfig):
@@ -64,7 +64,7 @@ def test_files_have_the_promised_columns(explained: ExplainConfig):
         for name in ("w32_0", "w32_1"):
             path = explained.out / site.folder / name / "explanations.parquet"
             assert pyarrow.parquet.read_schema(path).remove_metadata() == SCHEMA
-            rows = read_explanations(path)
+            rows = pyarrow.parquet.read_table(path).to_pylist()
             assert [row["latent"] for row in rows] == sorted({row["latent"] for row in rows})
             assert any(row["detection"] is not None for row in rows)
             for row in rows:
