@@ -3,7 +3,6 @@
 Whatever the storage, what a `window` shows has passed its block's checksum.
 """
 
-import mmap
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +41,10 @@ class Folder(Protocol):
         """Blocks that are best fetched at once."""
         ...
 
+    def is_near(self, file: str, block: int) -> bool:
+        """Whether to fetch a block of a shard ahead of its reading would gain nothing."""
+        ...
+
     def read(self, file: str) -> bytes:
         """All of a small file; DataError where there is none."""
         ...
@@ -66,6 +69,11 @@ class LocalFolder:
         """The folder's path."""
         return str(self._path)
 
+    def is_near(self, file: str, block: int) -> bool:
+        """True for what was checked: should the system have dropped it since, its own reading ahead of a map brings it back."""
+        known = self._checked.get(file)
+        return known is not None and bool(known[1][block])
+
     def read(self, file: str) -> bytes:
         """All of a small file; DataError where there is none."""
         return read_bytes(self._path / file)
@@ -88,10 +96,8 @@ class MappedShard:
         self._path, self._raw, self._record, self._checked = path, raw, record, checked
 
     def fetch(self, block: int) -> None:
-        """Check one block, which brings it into memory, or touch each of its pages; DamagedData, naming file and block."""
-        if self._checked[block]:
-            self._raw[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES : mmap.PAGESIZE].max()
-        else:
+        """Check one block, which brings it into memory; DamagedData, naming file and block."""
+        if not self._checked[block]:
             self._check(block)
 
     def window(self, start: int, stop: int) -> UInt8[np.ndarray, " bytes"]:

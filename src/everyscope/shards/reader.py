@@ -87,8 +87,9 @@ class ShardFiles:
                 self._ahead = ThreadPoolExecutor(self.folder.num_readers, thread_name_prefix="shards-ahead")
             for shard, first, last in self._stretches(start, stop):
                 begin, end = self._layout(shard).byte_range(name, first, last)
+                file = self.manifest.shards[shard].file
                 for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
-                    if (shard, block) not in self._pending:
+                    if (shard, block) not in self._pending and not self.folder.is_near(file, block):
                         self._pending[shard, block] = self._ahead.submit(self._fetch, shard, block)
 
     def statistics(self) -> Statistics:

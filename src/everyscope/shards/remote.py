@@ -46,6 +46,10 @@ class RemoteFolder:
         self._fetching: dict[str, Future[np.ndarray]] = {}
         self._lock = threading.Lock()
 
+    def is_near(self, file: str, block: int) -> bool:
+        """False: whoever fetches looks first into memory and cache."""
+        return False
+
     def read(self, file: str) -> bytes:
         """All of a small file; DataError where there is none, StorageError where it cannot be had."""
         return self._asked(file, 0, None)

@@ -15,6 +15,7 @@ from everyscope.base.ids import content_id
 from everyscope.shards.bits import TORCH_DTYPE
 from everyscope.shards.order import permutation
 from everyscope.shards.reader import open_shards
+from everyscope.stream.recycled import RecycledMemory
 
 READ_AHEAD_BYTES = 64 << 20
 """How far a local source reads ahead, or two batches where these are more [bytes]."""
@@ -57,18 +58,22 @@ class LocalSource:
         self.d_in, self.num_rows = self.shards.d_in, self.shards.num_rows
         self.scale, self.identity = self.shards.statistics.scale, self.shards.identity
         row_bytes = self.d_in * TORCH_DTYPE[self.shards.manifest.dtype].itemsize
-        self._rows_ahead, self._ahead, self._is_pinned = read_ahead_bytes // row_bytes, (0, 0), is_pinned
+        self._rows_ahead, self._ahead = read_ahead_bytes // row_bytes, (0, 0)
+        self._is_pinned, self._memory = is_pinned, RecycledMemory()
 
     def batch(self, step: int, rows: int) -> Float[Tensor, "rows d_in"]:
         """Batch `step`, float32; DamagedData, naming the shard, where its bytes differ from their checksum."""
-        batch = torch.empty(rows, self.d_in, pin_memory=self._is_pinned)
+        if self._is_pinned:
+            batch = torch.empty(rows, self.d_in, pin_memory=True)
+        else:
+            batch = self._memory.empty(rows, self.d_in)
         self.batch_into(step, batch)
         return batch
 
     def batch_into(self, step: int, batch: Float[Tensor, "rows d_in"]) -> None:
         """Fill `batch`, on the CPU and of any floating-point dtype, with batch `step` of its size. Raises as `batch` does.
 
-        For callers who go through few buffers again and again, and so spare the system new memory for each batch.
+        For callers who have a place for it already.
         """
         self._prepare(step * len(batch), len(batch))
         done = 0
