@@ -48,7 +48,8 @@ def time_harvest(config: HarvestConfig) -> dict[str, float]:
     start = time.perf_counter()
     result = harvest(config)
     seconds = time.perf_counter() - start
-    return {"whole": seconds - result.seconds["load"], **result.seconds}
+    parts = {"disk_seconds" if part == "disk" else part: spent for part, spent in result.seconds.items()}
+    return {"whole": seconds - result.seconds["load"], **parts}
 
 
 def time_forward(model: torch.nn.Module, blocks: torch.Tensor, batch_blocks: int) -> float:
@@ -98,17 +99,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table_of(records: list[dict[str, Any]], title: str) -> Table:
     """Medians and ranges for people."""
-    table = Table("what", "median", "range", title=title)
+    table = Table("what [s]", "median", "range", title=title)
     names = {
-        "bare": "bare forward pass [s]",
-        "disk": "the same bytes to the disk [s]",
-        "whole": "harvest of all sites [s]",
+        "bare": "bare forward pass",
+        "disk": "the same bytes to the disk",
+        "whole": "harvest of all sites",
         "ratio": "harvest / (forward + disk)",
-        "forward": "  of it: the model with its hooks [s]",
-        "text": "  of it: waiting for tokens [s]",
-        "wait": "  of it: waiting for the writer [s]",
-        "commit": "  of it: checksums and the disk [s]",
-        "write": "  beside the model: shuffle and statistics [s]",
+        "forward": "  of it: the model with its hooks",
+        "text": "  of it: waiting for tokens",
+        "wait": "  of it: waiting for the writer",
+        "commit": "  of it: waiting for the disk",
+        "write": "  beside the model: shuffle and statistics",
+        "disk_seconds": "  beside the model: checksums and writing out",
     }
     for name, title in names.items():
         values = [record[name] for record in records]

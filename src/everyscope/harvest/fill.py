@@ -1,10 +1,11 @@
-"""Filling a bucket's shards: the model runs in one thread, and another puts the batch before into the shards.
+"""Filling a bucket's shards: the model runs in one thread, and another puts the batch before into the shards. A third sees the
+bucket before to the disk.
 
-So two batches of activations are in memory, and the model waits only for a writer who is slower than itself. What is summed
-and where it is put do not depend on who is quicker.
+So two batches of activations and two buckets are in memory, and the model waits only for a writer or a disk that is slower than
+itself. What is summed and where it is put do not depend on who is quicker.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ def open_writers(
 ) -> Writers:
     """A shard of `bucket` for each site, open until `stack` is closed, and committed then."""
     layouts = [activation_layout(bucket.num_rows, widths[site], config.dtype) for site in paths]
+    memory = config.shuffle_bytes // 2  # the bucket before may still be on its way to the disk
     return {
         site: stack.enter_context(
             new_activation_shard(
@@ -45,7 +47,7 @@ def open_writers(
                 segment_rows=rows,
             )
         )
-        for (site, path), rows in zip(paths.items(), segment_rows(layouts, config.shuffle_bytes), strict=True)
+        for (site, path), rows in zip(paths.items(), segment_rows(layouts, memory), strict=True)
     }
 
 
@@ -86,6 +88,38 @@ def finish(writers: Sequence[ActivationWriter]) -> None:
     """Sum up all shards and see them to the disk, as many at once as there are threads."""
     with ThreadPoolExecutor(torch.get_num_threads(), "harvest-commit") as pool:
         list(pool.map(ActivationWriter.finish, writers))
+
+
+class Commits:
+    """Committing beside everything else, one bucket after another: nobody waits for the disk who has something to do."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        """Nothing under way."""
+        self._thread, self._ledger = ThreadPoolExecutor(1, "harvest-commit"), ledger
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "Commits":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for what is under way; its error is raised, unless there is another one already."""
+        self._thread.shutdown(wait=error is not None)
+        if error is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the bucket before, and raise its error."""
+        if self._last is not None:
+            with self._ledger.spending("commit"):
+                self._last.result()
+
+    def begin(self, commit: Callable[[], None]) -> None:
+        """Commit one more."""
+        self._last = self._thread.submit(self._timed, commit)
+
+    def _timed(self, commit: Callable[[], None]) -> None:
+        with self._ledger.spending("disk"):
+            commit()
 
 
 def ahead(items: Iterator[Item], ledger: Ledger) -> Iterator[Item]:

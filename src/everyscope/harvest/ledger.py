@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PARTS = ("load", "text", "forward", "wait", "commit", "copy", "write")
+PARTS = ("load", "text", "forward", "wait", "commit", "copy", "write", "disk")
 """load: of the model; text: waiting for tokens; forward: the model, and the hooks in it; wait: for the writer, who is behind;
-commit: checksums and the disk. Beside these, while the model runs: copy, from the device to memory; write, to the places in the
-shards, with statistics."""
+commit: for the disk, which still has the bucket before. Beside these, while the model runs: copy, from the device to memory;
+write, to the places in the shards, with statistics; disk: checksums and writing out."""
 
 
 class Ledger:
@@ -38,4 +38,4 @@ class Ledger:
         share = {part: f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items()}
         total = time.perf_counter() - self._start
         before = ", ".join(share[part] for part in ("load", "text", "forward", "wait", "commit"))
-        return f"harvest took {total:.1f} s: {before}; beside the model: {share['copy']}, {share['write']}"
+        return f"harvest took {total:.1f} s: {before}; beside the model: {share['copy']}, {share['write']}, {share['disk']}"

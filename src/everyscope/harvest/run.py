@@ -1,15 +1,16 @@
 """Harvest: text through a language model, the activations of all wanted sites to shuffled shards.
 
-Bucket by bucket. A bucket's shards are committed one by one and its tokens last, so after a kill at any moment the same
-command finds the first bucket that lacks something, reads its text again, and writes just what it lacks, to the same bits.
+Bucket by bucket; one goes to the disk while the model fills the next. A bucket's shards are committed one by one and its tokens
+last, so after a kill at any moment the same command finds the first bucket that lacks something, reads its text again, and
+writes just what it lacks, to the same bits.
 Several processes may each write a partition of the buckets; the folder is sealed by whoever finds that nothing is missing.
 """
 
-import functools
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from everyscope.base.files import human_bytes, require_free_space
 from everyscope.base.progress import Meter, human_count, meter, say
 from everyscope.harvest.buckets import Bucket, Place, folder_bytes, read_buckets
 from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.fill import ahead, fill, finish, open_writers
+from everyscope.harvest.fill import Commits, Writers, ahead, fill, finish, open_writers
 from everyscope.harvest.folder import HarvestFolder
 from everyscope.harvest.ledger import Ledger
 from everyscope.harvest.locks import gate
@@ -93,8 +94,8 @@ def _require_disk(folder: HarvestFolder, subject: Subject) -> None:
 def _write_buckets(folder: HarvestFolder, subject: Subject, ledger: Ledger) -> Place:
     """Write every bucket of the partition that lacks something; the place behind the last bucket of all."""
     config, place, room = folder.config, folder.place(), _Room(folder.config, subject)
-    open_model = functools.cache(subject.open)
-    with meter("harvest", config.num_tokens, "tokens") as progress:
+    open_model = cache(subject.open)
+    with meter("harvest", config.num_tokens, "tokens") as progress, Commits(ledger) as commits:
         if place.rows:
             progress.advance(place.rows, is_resumed=True)
         is_claimed = False
@@ -102,7 +103,7 @@ def _write_buckets(folder: HarvestFolder, subject: Subject, ledger: Ledger) -> P
             if not is_claimed:
                 folder.claim()
                 is_claimed = True
-            _write_bucket(folder, subject, bucket, open_model, progress, ledger)
+            _write_bucket(folder, subject, bucket, open_model, progress, ledger, commits)
             place = bucket.after
     if place.rows == 0 and room.is_used_up:
         blocks = f"one block of {config.text.context} tokens at {len(config.sites)} sites"
@@ -135,27 +136,35 @@ def _write_bucket(
     open_model: Callable[[], Capture],
     progress: Meter,
     ledger: Ledger,
+    commits: Commits,
 ) -> None:
-    """Commit the shards of `bucket` that are missing, then its tokens, if it is of this partition."""
+    """Fill the shards of `bucket` that are missing, if it is of this partition, and let them be committed."""
     index = bucket.before.bucket
     missing = folder.missing(index, bucket.after) if folder.is_mine(index) else ()
-    if missing:
-        for site in missing:
-            folder.unseal(folder.sites[site], index)
-        with ledger.spending("load"):
-            capture = open_model()
-        with ExitStack() as stack:
+    with ExitStack() as stack:
+        writers: Writers = {}
+        if missing:
+            for site in missing:
+                folder.unseal(folder.sites[site], index)
+            with ledger.spending("load"):
+                capture = open_model()
             paths = {site: shard_path(folder.sites[site], index) for site in missing}
             writers = open_writers(paths, subject.widths, bucket, folder.config, stack)
             fill(writers, bucket, folder.config, capture, progress, ledger)
-            with ledger.spending("commit"):
-                finish(list(writers.values()))
-                stack.close()
-    else:
-        progress.advance(bucket.num_rows, is_resumed=True)
-    if folder.is_mine(index) and not folder.has_tokens(index, bucket.after):
-        folder.unseal(folder.tokens, index)
-        write_token_shard(shard_path(folder.tokens, index), bucket.input_ids, bucket.after.as_json())
+        else:
+            progress.advance(bucket.num_rows, is_resumed=True)
+        if folder.is_mine(index):
+            commits.wait()
+            commits.begin(partial(_commit, folder, bucket, writers, stack.pop_all()))
+
+
+def _commit(folder: HarvestFolder, bucket: Bucket, writers: Writers, shards: ExitStack) -> None:
+    """See shards to the disk, which closing `shards` commits, and then the bucket's tokens, if they are missing."""
+    with shards:
+        finish(list(writers.values()))
+    if not folder.has_tokens(bucket.before.bucket, bucket.after):
+        folder.unseal(folder.tokens, bucket.before.bucket)
+        write_token_shard(shard_path(folder.tokens, bucket.before.bucket), bucket.input_ids, bucket.after.as_json())
 
 
 def _seal(folder: HarvestFolder, end: Place) -> bool:
