@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BUILT := .venv/.built
 
-.PHONY: help demo test test-browser check bench bench-serving agreement
+.PHONY: help demo test test-browser test-cluster check bench bench-serving bench-harvest bench-scaling agreement
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a small Gemma Scope of the bundled model, in runs/tiny"
 	@echo "make test    all tests"
 	@echo "make check   style, types, floors and house rules"
+	@echo "make test-cluster   tests on a Ray cluster of this host; installs Ray"
 	@echo "make bench   training beside other trainers, which are installed the first time; options in BENCH='...'"
 
 demo: $(BUILT)
@@ -20,6 +21,11 @@ test: $(BUILT)
 
 test-browser: $(BUILT)
 	.venv/bin/python -m pytest tests/browser
+
+# Ray is large and only these tests need it, so it is not in the lock.
+test-cluster: $(BUILT)
+	.venv/bin/python -m pip install -q "ray==2.60.0"
+	.venv/bin/python -m pytest -m cluster tests/pipeline/test_ray.py
 
 check: $(BUILT)
 	.venv/bin/ruff format --check .
@@ -33,6 +39,12 @@ bench: $(BUILT)
 
 bench-serving: $(BUILT)
 	.venv/bin/python benchmarks/serving.py $(BENCH)
+
+bench-harvest: $(BUILT)
+	.venv/bin/python benchmarks/harvest.py $(BENCH)
+
+bench-scaling: $(BUILT)
+	.venv/bin/python benchmarks/scaling.py $(BENCH)
 
 agreement: $(BUILT)
 	.venv/bin/python benchmarks/agreement.py runs/tiny

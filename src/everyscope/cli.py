@@ -3,21 +3,21 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from pydantic import ValidationError
 from rich.console import Console
 
+from everyscope.arguments import WHAT_IT_IS, Command, engine_of, parser
 from everyscope.base.errors import ConfigError, EveryscopeError
 from everyscope.base.flags import Config, divided, one_line, parse_fields
-from everyscope.base.schema import Schema
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
 from everyscope.browse.config import BrowseConfig, ExportConfig
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
+from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.recipe import RunConfig
 from everyscope.recipes import RECIPES, find_recipe
 from everyscope.serve.config import ServeConfig
@@ -25,20 +25,10 @@ from everyscope.text.config import TextSource
 
 if TYPE_CHECKING:
     from everyscope.browse.live import Live
+    from everyscope.jobs.schedule import Watch
 
 ERROR_EXIT = 1
 INTERRUPTED_EXIT = 130
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: what it does in a line, the function that does it, and what it is given first."""
-
-    help: str
-    function: Callable[[argparse.Namespace, list[str]], None]
-    takes: str = "RECIPE"
-    config: type[Schema] | None = None
-    """Whose fields the flags are, where there is no recipe; None takes no flags beyond ours."""
 
 
 def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, Path]:
@@ -52,10 +42,18 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
 def run_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Every stage, then the suite's table and what to type next."""
     config, out = resolve(options, fields)
+    engine = engine_of(options)
     from everyscope.run import run_recipe
 
-    result = run_recipe(config, out, options.workers)
-    show_suite(result.suite, options.json)
+    result = run_recipe(config, out, engine, watches(options))
+    show_suite(result.suite, options.json, is_line=engine.engine == "ray")
+
+
+def watches(options: argparse.Namespace) -> "list[Watch]":
+    """Who is told of jobs besides the person at the terminal: a program that reads standard output."""
+    from everyscope.jobs.watch import printed
+
+    return [printed] if options.json and options.engine == "ray" else []
 
 
 def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -64,24 +62,23 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
     from everyscope import run
 
     stages = {
+        "train": run.run_training,
         "evaluate": run.run_evaluation,
         "describe": run.run_description,
         "explain": run.run_explanation,
     }
-    if options.command == "harvest":
-        harvest_stage(config, out, options)
-        return
-    with run.run_folder(config, out):
-        if options.command == "train":
-            if options.source is None:
-                run.run_training(config, out, options.workers)
-            else:
-                banks = config.train_configs(out, options.source, options.order, options.tls_roots)
-                run.train_banks(banks, options.workers)
-        elif options.command == "publish":
+    if options.command == "publish":
+        with run.run_folder(config, out):
             show_suite(run.run_publication(config, out).suite, options.json)
-        else:
-            stages[options.command](config, out)
+    elif options.command == "harvest":
+        harvest_stage(config, out, options)
+    else:
+        with run.run_folder(config, out), run.opened_engine(engine_of(options), out, watches(options)) as engine:
+            if options.command == "train" and options.source is not None:
+                banks = config.train_configs(out, options.source, options.order, options.tls_roots)
+                run.train_banks(config, banks, engine)
+            else:
+                stages[options.command](config, out, engine)
 
 
 def harvest_stage(config: RunConfig, out: Path, options: argparse.Namespace) -> None:
@@ -92,8 +89,14 @@ def harvest_stage(config: RunConfig, out: Path, options: argparse.Namespace) -> 
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(f"--partition {options.partition}: expected I/N with 0 <= I < N, as in 0/2 and 1/2")
     partition = (int(index), int(count))
-    with run.run_folder(config, out, is_shared=partition[1] > 1):
-        run.run_harvest(config, out, partition, options.heal)
+    settings = engine_of(options)
+    if partition != (0, 1) and settings.engine == "ray":
+        raise ConfigError(f"--partition {options.partition} with --engine ray: the engine divides the harvest; leave one out")
+    with (
+        run.run_folder(config, out, is_shared=partition[1] > 1),
+        run.opened_engine(settings, out, watches(options)) as engine,
+    ):
+        run.run_harvest(config, out, engine, partition, options.heal)
 
 
 def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -137,14 +140,21 @@ def text_fields(text: str) -> list[str]:
 def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Print what a recipe costs; spends nothing."""
     config, out = resolve(options, fields)
+    from everyscope.placement.report import cluster_report, wants_cluster
     from everyscope.plan import plan, plan_json, plan_tables
 
-    rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}
-    price = plan(config, options.teraflops, out=out, **rates)
+    if wants_cluster(options):
+        rates = {"mfu": options.mfu, "disk_gbps": options.disk_gbps}
+        report = cluster_report(config, options.gpus, options.gpu, **rates, with_curve=options.curve)
+        found, tables = report.as_json(), report.tables()
+    else:
+        rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}
+        price = plan(config, options.teraflops, out=out, **rates)
+        found, tables = plan_json(price), plan_tables(price)
     if options.json:
-        print(json.dumps(plan_json(price), indent=2))
+        print(json.dumps(found, indent=2))
         return
-    for table in plan_tables(price):
+    for table in tables:
         Console().print(table)
 
 
@@ -227,7 +237,12 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
 
 
 def export_command(options: argparse.Namespace, fields: list[str]) -> None:
-    """The suite's pages as files for any web host."""
+    """The suite's pages as files for any web host, or its latents for Neuronpedia."""
+    if options.format == "neuronpedia":
+        from everyscope.publish.neuronpedia.run import run as write_for_neuronpedia
+
+        print(write_for_neuronpedia(configured(NeuronpediaConfig, options, "suite", fields)).words)
+        return
     config = configured(ExportConfig, options, "suite", fields)
     from everyscope.browse.export import run
 
@@ -242,14 +257,16 @@ def configured(kind: type[Config], options: argparse.Namespace, field: str, fiel
     return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
 
 
-def show_suite(suite: Path, is_json: bool) -> None:
-    """The suite's table on standard output, or its index as JSON, and what to type next."""
+def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
+    """The suite's table on standard output, or its index as JSON (as the last of several lines, or indented), and what to type
+    next.
+    """
     from everyscope.publish.table import suite_table
     from everyscope.suite.records import read_index
 
     index = read_index(suite)
     if is_json:
-        print(json.dumps(index.as_json(), indent=2))
+        print(json.dumps({"event": "suite"} | index.as_json()) if is_line else json.dumps(index.as_json(), indent=2))
         return
     console = Console()
     console.print(suite_table(index))
@@ -272,73 +289,18 @@ COMMANDS = {
     "explain": Command("a label for each latent, and how well it predicts", stage_command),
     "publish": Command("SAEs, scores and descriptions to the suite", stage_command),
     "browse": Command("the suite's pages in a web browser, on this machine alone", browse_command, "SUITE", BrowseConfig),
-    "export": Command("the suite's pages as files for any web host", export_command, "SUITE", ExportConfig),
+    "export": Command(
+        "the suite's pages for any web host, or its latents for Neuronpedia", export_command, "SUITE", ExportConfig
+    ),
     "serve": Command("shards to trainers in other processes and on other hosts", serve_command, "SHARDS", ServeConfig),
     "import": Command("activations from elsewhere to shards", import_command, "ARRAY", ImportConfig),
     "verify": Command("check shards or a suite against their checksums", verify_command, "PATH"),
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of everything but a recipe's or config's own fields, which tyro reads."""
-    top = argparse.ArgumentParser(
-        prog="everyscope",
-        description="Sparse autoencoders on every layer and sub-layer of a language model.",
-        epilog=f"RECIPE is one of {', '.join(RECIPES)}, or the path of a .py file. `everyscope run RECIPE --help` lists fields.",
-    )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        has_fields = command.config is not None or command.takes.startswith("RECIPE")
-        sub = commands.add_parser(name, help=command.help, description=command.help, add_help=not has_fields)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if has_fields:
-            sub.add_argument("--help", "-h", action="store_true", help="show this and all fields")
-        if not command.takes.startswith("RECIPE"):
-            sub.add_argument("path", type=Path, metavar=command.takes, nargs="?" if has_fields else None)
-        else:
-            add_recipe_arguments(sub, name)
-        if name == "serve":
-            sub.add_argument(
-                "--live", action="store_true", help="SHARDS is a RECIPE, whose model makes activations as trainers ask"
-            )
-            sub.add_argument("--out", type=Path, help="with --live, the run's folder (default: runs/<recipe>)")
-            sub.add_argument("--watch", action="store_true", help="look at running servers: SHARDS is then HOST:PORT[,HOST:PORT]")
-            sub.add_argument("--once", action="store_true", help="with --watch, look once")
-            sub.add_argument("--token-file", type=Path, help="a file with the token (default: EVERYSCOPE_TOKEN)")
-            sub.add_argument("--tls-roots", type=Path, help="with --watch, the certificates to trust, PEM")
-    return top
-
-
-def add_recipe_arguments(sub: argparse.ArgumentParser, name: str) -> None:
-    """What commands take that work from a recipe."""
-    sub.add_argument("recipe", metavar=COMMANDS[name].takes, nargs="?", help=f"{', '.join(RECIPES)}, or the path of a .py file")
-    sub.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
-    sub.add_argument("--json", action="store_true", help="results as JSON on standard output")
-    if name in ("run", "train"):
-        sub.add_argument("--workers", type=int, help="banks trained side by side (default: one a core on the CPU, else 1)")
-    if name == "run":
-        sub.add_argument("--engine", choices=["local"], default="local", help="where jobs run")
-    if name == "train":
-        sub.add_argument("--source", help="where activations come from instead of the run's shards, as flight://HOST:PORT")
-        sub.add_argument(
-            "--order", choices=["fixed", "any"], default="fixed", help="of servers' chunks: the shards', or as they come"
-        )
-        sub.add_argument("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
-    if name == "harvest":
-        sub.add_argument("--partition", metavar="I/N", help="write every N-th bucket from I on; other processes write the others")
-        sub.add_argument("--heal", action="store_true", help="read all that is there first, and write damaged shards anew")
-    if name == "plan":
-        sub.add_argument("--teraflops", type=float, help="sustained rate to reckon with [10^12/s] (default: measured here)")
-        sub.add_argument("--disk-gbps", type=float, help="rate of the disk [GB/s] (default: measured in --out)")
-        sub.add_argument("--model-tokens-per-second", type=float, help="rate of the model (default: by --teraflops)")
-    if name == "evaluate":
-        sub.add_argument("--model", help="for a folder of SAEs: their language model, a bundled one, a folder or a hub id")
-        sub.add_argument("--text", help="for a folder of SAEs: a source of ours, a file or folder, or a dataset on the hub")
-
-
 def dispatch(arguments: Sequence[str]) -> None:
     """Parse and run one command; errors go to the caller."""
-    top = parser()
+    top = parser(COMMANDS)
     options, fields = top.parse_known_args(arguments)
     command = COMMANDS[options.command]
     sub = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices[options.command]
@@ -355,16 +317,6 @@ def dispatch(arguments: Sequence[str]) -> None:
     if getattr(options, "workers", None) is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: expected 1 or more")
     command.function(options, fields)
-
-
-WHAT_IT_IS = {
-    "RECIPE": f"{', '.join(RECIPES)}, or the path of a .py file",
-    "RECIPE|SUITE": f"{', '.join(RECIPES)}, the path of a .py file, or a folder of SAEs",
-    "SUITE": "the folder of a suite, or of the run that holds it",
-    "SHARDS": "the folder `shards` of a run, or that of one site",
-    "ARRAY": "a .npy or .safetensors file, or a folder of SAELens' cached activations",
-    "PATH": "a run's folder, its shards/ or its suite/",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,10 +2,10 @@
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -16,41 +16,51 @@ from everyscope.base.files import make_folder, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
 from everyscope.describe.explanations.run import run as explain
 from everyscope.describe.run import run as describe
-from everyscope.evaluate.comparisons import precision, probing, random_model, splitting, subsets, transfer, widths
-from everyscope.evaluate.comparisons.config import (
-    PrecisionConfig,
-    ProbingConfig,
-    RandomModelConfig,
-    SplittingConfig,
-    SubsetsConfig,
-    TransferConfig,
-    WidthsConfig,
+from everyscope.division import (
+    bank_jobs,
+    bank_workers,
+    comparison_jobs,
+    evaluation_jobs,
+    gather_scores,
+    harvest_jobs,
+    model_resources,
 )
-from everyscope.evaluate.run import run as evaluate
 from everyscope.harvest.live import LiveHarvest
 from everyscope.harvest.run import run as harvest
-from everyscope.jobs.pool import Job, default_workers, run_jobs
+from everyscope.jobs.config import EngineConfig
+from everyscope.jobs.job import Job
+from everyscope.jobs.runner import LocalRunner, Runner, opened_runner
+from everyscope.jobs.schedule import Watch
 from everyscope.publish.run import PublishResult
 from everyscope.publish.run import run as publish
 from everyscope.recipe import RunConfig
 from everyscope.serve.config import ServeConfig
 from everyscope.serve.live import LiveOrigin
 from everyscope.serve.run import serve
+from everyscope.served_banks import served
 from everyscope.train.config import TrainConfig
-from everyscope.train.run import is_finished
-from everyscope.train.run import run as train_bank
 
 RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
-COMPARISONS: dict[type, Callable[[Any], Path]] = {
-    WidthsConfig: widths.run,
-    SplittingConfig: splitting.run,
-    SubsetsConfig: subsets.run,
-    PrecisionConfig: precision.run,
-    ProbingConfig: probing.run,
-    TransferConfig: transfer.run,
-    RandomModelConfig: random_model.run,
-}
-"""By its config, how each comparison is made."""
+JOBS_FOLDER = "jobs"
+"""In a run's folder: locks and events of jobs that run in other processes."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where a run's jobs run, as it was asked for, and what runs them."""
+
+    settings: EngineConfig
+    runner: Runner
+
+
+THIS_HOST = Engine(EngineConfig(), LocalRunner())
+
+
+@contextmanager
+def opened_engine(settings: EngineConfig, out: Path, watches: Sequence[Watch] = ()) -> Iterator[Engine]:
+    """The engine of `settings` for a run in `out`; `watches` are told what becomes of jobs that leave this process."""
+    with opened_runner(settings, out / JOBS_FOLDER, watches) as runner:
+        yield Engine(settings, runner)
 
 
 def quiet_transformers() -> None:
@@ -102,29 +112,43 @@ def check_shape(config: RunConfig) -> None:
             raise ConfigError(f"shape.{field}={getattr(config.shape, field)}, but {name!r} has {size}; set shape.{field}={size}")
 
 
-def run_harvest(config: RunConfig, out: Path, partition: tuple[int, int] = (0, 1), heal: bool = False) -> None:
+def run_harvest(
+    config: RunConfig, out: Path, engine: Engine = THIS_HOST, partition: tuple[int, int] = (0, 1), heal: bool = False
+) -> None:
     """Text and model to shards, for the run and its companions; of several processes each writes a partition."""
     for part, folder in config.parts(out):
-        heading("harvest" if part is config else f"harvest {part.name}")
+        name = "harvest" if part is config else f"harvest {part.name}"
+        heading(name)
         check_shape(part)
-        result = harvest(part.harvest_config(folder).model_copy(update={"partition": partition, "heal": heal}))
+        part_config = part.harvest_config(folder).model_copy(update={"partition": partition, "heal": heal})
+        resources = model_resources(part.model.device, engine.settings)
+        count = engine.runner.side_by_side(resources)
+        if partition == (0, 1) and count > 1:
+            engine.runner.run(harvest_jobs(part_config, count, resources, name), name)
+            part_config = part_config.model_copy(update={"heal": False})
+        result = harvest(part_config)  # where jobs have done it, this loads nothing
         say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {folder / 'shards'}")
         if not result.is_sealed:
             say("  other partitions are still to come; whoever is last seals the folder")
 
 
-def run_training(config: RunConfig, out: Path, workers: int | None = None) -> None:
-    """Shards to folded SAEs, one bank a job; `workers` processes (None: one a core on the CPU)."""
+def run_training(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
+    """Shards to folded SAEs, one bank a job."""
     heading("train")
-    train_banks([bank for part, folder in config.parts(out) for bank in part.train_configs(folder)], workers)
+    banks = [bank for part, folder in config.parts(out) for bank in part.train_configs(folder)]
+    train_banks(config, banks, engine, out / JOBS_FOLDER if engine.settings.serve else None)
     say(f"  in {out / 'train'}")
 
 
-def train_banks(banks: Sequence[TrainConfig], workers: int | None = None) -> None:
-    """Train the banks that are not finished; `workers` processes (None: one a core on the CPU)."""
-    pending = [bank for bank in banks if not is_finished(bank)]
-    count = default_workers(len(banks), banks[0].settings.device) if workers is None else workers
-    run_jobs([Job(train_bank, bank) for bank in pending], count, "banks", sum(bank.steps for bank in pending), "steps")
+def train_banks(config: RunConfig, banks: Sequence[TrainConfig], engine: Engine = THIS_HOST, servers: Path | None = None) -> None:
+    """Train the banks of a recipe that are not finished, each a job; from servers of their shards, which keep their addresses in
+    the folder `servers`, if there is one.
+    """
+    jobs = bank_jobs(banks, lambda bank: config.shape.d_in(bank.site), engine.settings)
+    if servers is not None:
+        jobs = served(jobs, engine.settings, servers)
+    workers = bank_workers(banks, engine.settings) if isinstance(engine.runner, LocalRunner) else engine.settings.workers
+    engine.runner.run(jobs, "banks", "steps", workers)
     say(f"  {sum(len(bank.saes) for bank in banks)} SAEs of {len(banks)} banks")
 
 
@@ -139,27 +163,43 @@ def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:
     serve(serve_config, LiveOrigin(LiveHarvest(harvest_config), serve_config))
 
 
-def run_evaluation(config: RunConfig, out: Path) -> None:
+def run_evaluation(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
     """SAEs and held-out text to scores, then what is compared over the whole suite."""
-    for part, folder in config.parts(out):
-        heading("evaluate" if part is config else f"evaluate {part.name}")
-        evaluate(part.evaluate_config(folder))
-    for comparison in config.comparison_configs(out):
-        run = COMPARISONS[type(comparison)]
-        heading(f"compare {run.__module__.rpartition('.')[2].replace('_', ' ')}")
-        run(comparison)
+    parts = list(config.parts(out))
+    jobs: list[Job] = []
+    for part, folder in parts:
+        name = "evaluate" if part is config else f"evaluate {part.name}"
+        resources = model_resources(part.model.device, engine.settings)
+        jobs += evaluation_jobs(part.evaluate_config(folder), engine.settings.evaluate_jobs, resources, name)
+    run_titled(jobs, "evaluate", engine)
+    for part, folder in parts:
+        gather_scores(part.evaluate_config(folder).out)
+    run_titled(
+        comparison_jobs(config.comparison_configs(out), model_resources(config.model.device, engine.settings)), "compare", engine
+    )
 
 
-def run_description(config: RunConfig, out: Path) -> None:
+def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
+    """Run jobs that show their own progress: here one after another, each below its name; elsewhere together."""
+    if not isinstance(engine.runner, LocalRunner):
+        heading(title)
+        engine.runner.run(jobs, title, workers=engine.settings.workers)
+        return
+    for job in jobs:
+        heading(job.name)
+        engine.runner.run([job], job.name)
+
+
+def run_description(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
     """SAEs and text to what each latent fires on and what it writes."""
-    heading("describe")
-    describe(config.describe_config(out))
+    resources = model_resources(config.model.device, engine.settings)
+    run_titled([Job(describe, config.describe_config(out), "describe", resources)], "describe", engine)
 
 
-def run_explanation(config: RunConfig, out: Path) -> None:
+def run_explanation(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
     """Labels for every latent, learnt on training documents, scored on held-out ones."""
-    heading("explain")
-    explain(config.explain_config(out))
+    resources = model_resources(config.model.device, engine.settings)
+    run_titled([Job(explain, config.explain_config(out), "explain", resources)], "explain", engine)
 
 
 def run_publication(config: RunConfig, out: Path) -> PublishResult:
@@ -168,12 +208,14 @@ def run_publication(config: RunConfig, out: Path) -> PublishResult:
     return publish(config.publish_config(out))
 
 
-def run_recipe(config: RunConfig, out: Path, workers: int | None = None) -> PublishResult:
+def run_recipe(
+    config: RunConfig, out: Path, engine: EngineConfig = THIS_HOST.settings, watches: Sequence[Watch] = ()
+) -> PublishResult:
     """All stages, from text to suite. Typed again, it does nothing twice."""
-    with run_folder(config, out):
-        run_harvest(config, out)
-        run_training(config, out, workers)
-        run_evaluation(config, out)
-        run_description(config, out)
-        run_explanation(config, out)
+    with run_folder(config, out), opened_engine(engine, out, watches) as opened:
+        run_harvest(config, out, opened)
+        run_training(config, out, opened)
+        run_evaluation(config, out, opened)
+        run_description(config, out, opened)
+        run_explanation(config, out, opened)
         return run_publication(config, out)

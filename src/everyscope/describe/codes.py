@@ -73,7 +73,7 @@ def encoded(sae: Sae, rows: Float[Tensor, "n d_in"], places: Int64[np.ndarray, "
     chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
     parts = []
     for start in range(0, len(rows), chunk):
-        f = sae.encode(rows[start : start + chunk])
+        f = sae.encode(rows[start : start + chunk].to(sae.w_enc.device))
         latent, row = f.T.contiguous().nonzero(as_tuple=True)  # by latent, then row; NaN is not zero either
         values = f[row, latent].float()
         if not torch.isfinite(values).all():

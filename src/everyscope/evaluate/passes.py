@@ -79,9 +79,12 @@ def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
         gradients: Activations = {}
         if with_gradients:
-            goal = centred_logits(logits, batch.input_ids, batch.mask)
+            goal = centred_logits(logits.to(batch.mask.device), batch.input_ids, batch.mask)
             gradients = dict(zip(sites, torch.autograd.grad(goal, [activations[site] for site in sites]), strict=True))
-    return Clean(logits.detach(), {site: found.detach() for site, found in activations.items()}, gradients)
+    # Of a model spread over devices everything comes to one, that of the SAEs.
+    home = batch.mask.device
+    found = {site: x.detach().to(home) for site, x in activations.items()}
+    return Clean(logits.detach().to(home), found, {site: gradient.to(home) for site, gradient in gradients.items()})
 
 
 @torch.no_grad()

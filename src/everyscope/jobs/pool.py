@@ -1,15 +1,15 @@
 """Independent jobs on this machine: one after another in this process, or side by side in several.
 
-A job is a picklable function of a config; its state lies on disk, so a killed job is simply run again.
+Here jobs go to other processes as pickled functions and configs, for these processes are our own children; what goes to other
+hosts does not (job.py).
 """
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
@@ -17,21 +17,11 @@ import torch
 
 from everyscope.base.errors import EveryscopeError
 from everyscope.base.progress import Meter, meter
-
-Work = Callable[[Any, Callable[[int], None]], None]
-"""A job's function: (config, progress), where progress is told of units done."""
+from everyscope.jobs.job import Job
 
 POLL_SECONDS = 0.2
 REPORTED_UNITS = 16
 """Units a worker counts before it tells its parent, so that telling costs less than the work."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One unit of work: a module-level function and its config."""
-
-    work: Work
-    config: Any
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, title: str, total: int, unit: str) -> None:
@@ -46,7 +36,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, title: str, total: int, unit: st
     with meter(title, total, unit) as progress:
         if workers == 1:
             for job in jobs:
-                job.work(job.config, progress.advance)
+                job.run(progress.advance)
         else:
             _run_in_processes(jobs, workers, progress)
 
@@ -56,10 +46,15 @@ def default_workers(num_jobs: int, device: str) -> int:
     return max(1, min(num_jobs, os.cpu_count() or 1)) if device == "cpu" else 1
 
 
+def threads_of(workers: int) -> int:
+    """Threads of each of so many jobs side by side; of a single one, all that torch would take [threads]."""
+    return torch.get_num_threads() if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
+
+
 def _run_in_processes(jobs: Sequence[Job], workers: int, progress: Meter) -> None:
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_of(workers)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _Worker.start, (reports, threads))
     try:
         pending: set[Future[None]] = {pool.submit(_Worker.run, job) for job in jobs}
@@ -108,7 +103,7 @@ class _Worker:
                 cls.reports.put(waiting)
                 waiting = 0
 
-        job.work(job.config, progress)
+        job.run(progress)
         if waiting:
             cls.reports.put(waiting)
 

@@ -72,39 +72,97 @@ def loss_gradients(
     (arXiv 2407.14435, eq. 10 to 12): d jumprelu / d threshold = -(threshold / bandwidth) K, d step / d threshold =
     -(1 / bandwidth) K. The sparsity terms therefore send nothing to the encoder. Dense: five products [batch, d_in, d_sae].
     """
-    rows = x.shape[0]
-    centred = x - b_dec
-    pre = pre_activations(centred, w_enc, b_enc)
-    # Masks as numbers, written straight into a float tensor: a product with a bool tensor takes five times as long on CPUs.
-    active = torch.gt(pre, threshold, out=torch.empty_like(pre))
-    near = torch.lt((pre - threshold).abs_(), bandwidth / 2, out=torch.empty_like(pre))
-    pairs = torch.maximum(active, near).sum() / rows
-    f = pre.mul_(active)
-    errors, groups = [b_dec - x], list(pairwise((0, *(prefixes or (len(threshold),)))))
-    for start, stop in groups:
-        errors.append(torch.addmm(errors[-1], f[:, start:stop], w_dec[start:stop]))
-    reconstruction_loss = errors[-1].square().sum() / rows
-    d_x_hat, d_f, d_w_dec = torch.zeros_like(x), torch.empty_like(pre), torch.empty_like(w_dec)
-    for (start, stop), error in reversed(list(zip(groups, errors[1:], strict=True))):
-        d_x_hat.add_(error, alpha=2 / (rows * len(groups)))  # each group of latents serves its own prefix and all longer ones
-        torch.mm(d_x_hat, w_dec[start:stop].T, out=d_f[:, start:stop])
-        torch.mm(f[:, start:stop].T, d_x_hat, out=d_w_dec[start:stop])
-    fired, close = active.sum(0), near.sum(0)
-    sparsity = close.mul_(penalty(fired / rows) / rows)
-    d_threshold = (d_f * near).sum(0).mul_(threshold).add_(sparsity).mul_(-1 / bandwidth)
-    d_pre = d_f.mul_(active)
-    d_b_enc = d_pre.sum(0)
+    rows, width = x.shape[0], len(threshold)
+    code = forward(x, w_enc, w_dec, b_enc, b_dec, threshold, bandwidth, prefixes or (width,))
+    fired = code.active.sum(0)
+    pairs = torch.maximum(code.active, code.near).sum() / rows
+    reconstruction_loss = code.errors[-1].square().sum() / rows
+    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec = backward(
+        code, code.errors, w_dec, threshold, penalty(fired / rows), bandwidth, prefixes or (width,), rows
+    )
     return Gradients(
-        w_enc=(d_pre.T @ centred).T,  # in the layout of w_enc, which is stored by latent
+        w_enc=d_w_enc.T,  # in the layout of w_enc, which is stored by latent
         w_dec=d_w_dec,
         b_enc=d_b_enc,
-        b_dec=d_x_hat.sum(0) - w_enc @ d_b_enc,
+        b_dec=d_b_dec - w_enc @ d_b_enc,
         threshold=d_threshold,
         reconstruction_loss=reconstruction_loss,
         l0=fired.sum() / rows,
         fired=fired,
         pairs=pairs,
     )
+
+
+@dataclass(frozen=True)
+class Code:
+    """A training step up to the errors of the reconstructions."""
+
+    centred: Float[Tensor, "batch d_in"]
+    f: Float[Tensor, "batch d_sae"]
+    active: Float[Tensor, "batch d_sae"]
+    """1 where a latent is active, else 0."""
+    near: Float[Tensor, "batch d_sae"]
+    """1 where its pre-activation is within half a bandwidth of its threshold, else 0."""
+    errors: list[Float[Tensor, "batch d_in"]]
+    """x_hat^k - x for each prefix k."""
+
+
+def forward(
+    x: Float[Tensor, "batch d_in"],
+    w_enc: Float[Tensor, "d_in d_sae"],
+    w_dec: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_dec: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"],
+    bandwidth: float,
+    prefixes: Sequence[int],
+    is_first: bool = True,
+) -> Code:
+    """The first half of `loss_gradients`. Of a shard of latents, errors are its part; b_dec - x is in that of the first alone."""
+    centred = x - b_dec
+    pre = pre_activations(centred, w_enc, b_enc)
+    # Masks as numbers, written straight into a float tensor: a product with a bool tensor takes five times as long on CPUs.
+    active = torch.gt(pre, threshold, out=torch.empty_like(pre))
+    near = torch.lt((pre - threshold).abs_(), bandwidth / 2, out=torch.empty_like(pre))
+    f = pre.mul_(active)
+    errors = [b_dec - x if is_first else torch.zeros_like(x)]
+    for start, stop in pairwise((0, *prefixes)):
+        errors.append(torch.addmm(errors[-1], f[:, start:stop], w_dec[start:stop]))
+    return Code(centred, f, active, near, errors[1:])
+
+
+def backward(
+    code: Code,
+    errors: Sequence[Float[Tensor, "batch d_in"]],
+    w_dec: Float[Tensor, "d_sae d_in"],
+    threshold: Float[Tensor, " d_sae"],
+    cost: Float[Tensor, " d_sae"],
+    bandwidth: float,
+    prefixes: Sequence[int],
+    batch: int,
+    into: Sequence[Tensor | None] = (None,) * 5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The second half: gradients by w_enc [d_sae d_in], w_dec, b_enc and threshold, and by the reconstructions' bias [d_in].
+
+    `errors` are those of all latents, `cost` the sparsity terms' derivative by firing rates, `batch` the rows of means. To b_dec
+    also goes, through the pre-encoder bias, -w_enc @ d_b_enc. `into` gives them memory; None takes new. It consumes `code`.
+    """
+    spans = list(pairwise((0, *prefixes)))
+    into_w_enc, into_w_dec, into_b_enc, into_threshold, into_b_dec = into
+    d_w_dec = torch.empty_like(w_dec) if into_w_dec is None else into_w_dec
+    d_x_hat, d_f = torch.zeros_like(code.centred), torch.empty_like(code.f)
+    for (start, stop), error in reversed(list(zip(spans, errors, strict=True))):
+        d_x_hat.add_(error, alpha=2 / (batch * len(spans)))  # each group of latents serves its own prefix and all longer ones
+        torch.mm(d_x_hat, w_dec[start:stop].T, out=d_f[:, start:stop])
+        torch.mm(code.f[:, start:stop].T, d_x_hat, out=d_w_dec[start:stop])
+    sparsity = code.near.sum(0).mul_(cost / batch)
+    d_threshold = (d_f * code.near).sum(0).mul_(threshold).add_(sparsity).mul_(-1 / bandwidth)
+    if into_threshold is not None:
+        d_threshold = into_threshold.copy_(d_threshold)
+    d_pre = d_f.mul_(code.active)
+    d_b_enc = torch.sum(d_pre, 0, out=into_b_enc)
+    d_w_enc = torch.mm(d_pre.T, code.centred, out=into_w_enc)
+    return d_w_enc, d_w_dec, d_b_enc, d_threshold, torch.sum(d_x_hat, 0, out=into_b_dec)
 
 
 def without_parallel_part(

@@ -2,11 +2,14 @@
 
 The product decides which (row, latent) pairs might matter; float32 decides which do, and with what values. All that comes after
 touches these pairs alone. Results therefore depend neither on how the product was summed nor on the number of threads.
+
+Of several ranks each finds the pairs of its own latents and rows. They meet after the reconstruction and before the update.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.parallel.mesh import ALONE, Collective
+from everyscope.sae.across_ranks import counted, shared_dense_update, shared_penalty
 from everyscope.sae.kernels.cpu import (
     SUM_ROWS,
     Candidates,
@@ -26,7 +31,7 @@ from everyscope.sae.kernels.cpu import (
     round_rows,
     screen_rows,
 )
-from everyscope.sae.kernels.cpu_update import Adam, update_b_dec, update_latents
+from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, update_b_dec, update_latents
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
@@ -62,9 +67,9 @@ class Threads:
 class CpuPairs:
     """The SAEs of a bank, stepped by pairs where the code is sparse and densely where it is not."""
 
-    def __init__(self, saes: Sequence[TrainableSae]) -> None:
+    def __init__(self, saes: Sequence[TrainableSae], collective: Collective = ALONE) -> None:
         """Take over `saes`, whose tensors change in place; as many threads as torch has now."""
-        self.saes = saes
+        self.saes, self.collective = saes, collective
         self._threads = Threads(torch.get_num_threads())
         self._uses_pairs = torch.ones(len(saes), dtype=torch.bool)
         self._latents = [latents_of(sae) for sae in saes]
@@ -81,7 +86,7 @@ class CpuPairs:
             round_weights(latents)
 
     def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations, in place."""
+        """One training step of every SAE on normalised activations, this rank's rows, in place."""
         losses = []
         for number, sae in enumerate(self.saes):
             done = self._pairs_step(number, x, step, steps) if self._uses_pairs[number] else None
@@ -91,20 +96,54 @@ class CpuPairs:
     def _dense_step(self, number: int, sae: TrainableSae, x: Tensor, step: int, steps: int) -> StepLosses:
         if self._uses_pairs[number]:
             catch_up(sae, step)
-        losses = dense_update(sae, x, step, steps)
-        self._uses_pairs[number] = bool(losses.pairs < PAIRS_SHARE * sae.config.width)
+        if self.collective.mesh.ranks == 1:
+            losses = dense_update(sae, x, step, steps)
+            self._uses_pairs[number] = bool(losses.pairs < PAIRS_SHARE * sae.config.width)
+        else:  # no rank may run out of room where the others do not
+            losses, crowd = shared_dense_update(sae, x, step, steps, self.collective)
+            self._uses_pairs[number] = bool(crowd < PAIRS_SHARE)
         if self._uses_pairs[number]:
             round_weights(self._latents[number])
         return losses
 
     def _pairs_step(self, number: int, x: Tensor, step: int, steps: int) -> StepLosses | None:
         """The step, or None, with nothing changed, where there are too many pairs."""
-        sae, latents = self.saes[number], self._latents[number]
-        recipe, width = sae.config.recipe, sae.config.width
-        prefixes = np.array(sae.config.prefixes)
-        buffers = self._buffers_for(len(x), x.shape[1], width, len(prefixes))
+        sae, latents, mesh = self.saes[number], self._latents[number], self.collective.mesh
+        prefixes = np.array(sae.prefixes)
+        buffers = self._buffers_for(len(x), x.shape[1], sae.width, len(prefixes))
         rows, pairs = buffers.rows._replace(x=x.contiguous().numpy()), buffers.pairs
-        b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(recipe.bandwidth)
+        batch = len(x) * mesh.replicas
+        fits = self._reconstruct(sae, latents, buffers, rows, prefixes, batch)
+        squares = torch.tensor(rows.squares.sum(dtype=np.float64))
+        if mesh.ranks == 1:
+            if not fits:
+                return None
+            fired, moving = torch.from_numpy(pairs.fired.sum(0)), np.empty(0, np.int64)
+            sums = torch.stack([squares, fired.sum(), torch.tensor(pairs.start[:, -1].sum())])
+            cost = penalty(sae.config, sparsity_coefficient(sae.config, step), fired / batch)
+        else:
+            by_latent = np.stack([pairs.fired.sum(0), np.diff(pairs.start, axis=1).sum(0)])
+            counts = counted(self.collective, torch.from_numpy(by_latent), squares, torch.tensor([0.0 if fits else 1.0]))
+            if counts.said[0] > 0:  # at one rank or another
+                return None
+            fired, moving = counts.by_latent[0], np.flatnonzero(counts.by_latent[1].numpy())
+            sums = torch.stack([counts.squares, *counts.totals])
+            cost = shared_penalty(sae, step, fired, counts.totals[0], batch)
+        group_of = np.searchsorted(prefixes, np.arange(sae.width), side="right")
+        update = Update(sae, latents, rows, pairs, group_of, cost.numpy(), batch, adam_at(sae, step, steps))
+        if mesh.replicas == 1:
+            self._update(update)
+        else:
+            self._update_with_replicas(update, moving)
+        reconstruction, l0, num_pairs = (sums / batch).float()
+        return StepLosses(reconstruction, l0, num_pairs, fired)
+
+    def _reconstruct(
+        self, sae: TrainableSae, latents: Latents, buffers: "Buffers", rows: Rows, prefixes: np.ndarray, batch: int
+    ) -> bool:
+        """Find the pairs, and the loss's derivatives by the reconstructions and at the pairs; False where there are too many."""
+        b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(sae.config.recipe.bandwidth)
+        pairs, is_first, tiles = buffers.pairs, self.collective.mesh.shard == 0, range(len(buffers.tiles))
 
         def forward(tile: int) -> bool:
             start, stop = buffers.tiles[tile]
@@ -114,36 +153,105 @@ class CpuPairs:
             bits = screened[: stop - start].view(torch.int16).numpy()
             if screen_rows(start, bits, rows, latents, bandwidth, found) < 0:
                 return False
-            reconstruct(tile, start, stop, rows, latents, b_dec, bandwidth, prefixes, found, pairs)
-            differentiate(tile, start, stop, rows, latents, prefixes, pairs)
+            reconstruct(tile, start, stop, rows, latents, b_dec, bandwidth, prefixes, found, pairs, is_first)
             return True
 
-        if not all(self._threads.map(forward, range(len(buffers.tiles)))):
-            return None
-        fired = torch.from_numpy(pairs.fired.sum(0))
-        cost = penalty(sae.config, sparsity_coefficient(sae.config, step), fired / len(x)).numpy()
-        adam = adam_at(sae, step, steps)
-        group_of = np.searchsorted(prefixes, np.arange(width), side="right")
+        def backward(tile: int) -> None:
+            differentiate(tile, *buffers.tiles[tile], rows, latents, prefixes, pairs, batch)
+
+        def both(tile: int) -> bool:
+            if not forward(tile):
+                return False
+            backward(tile)  # at once, while the tile's rows are in cache
+            return True
+
+        if self.collective.mesh.shards == 1:
+            return all(self._threads.map(both, tiles))
+        buffers.misfits[0] = not all(self._threads.map(forward, tiles))
+        self.collective.sum_(buffers.errors_and_misfits, "shards")
+        if not buffers.misfits[0]:
+            self._threads.map(backward, tiles)
+        return not buffers.misfits[0]
+
+    def _update(self, update: "Update") -> None:
+        """Gradients and update at once, latent by latent."""
+        width, d_in = update.latents.w_dec.shape
         starts = range(0, width, LATENT_CHUNK)
-        latent_sums = np.zeros((len(starts), x.shape[1]), np.float32)
+        latent_sums = np.zeros((len(starts), d_in), np.float32)
+        self._threads.map(
+            lambda chunk: update.at_once(starts[chunk], min(starts[chunk] + LATENT_CHUNK, width), latent_sums[chunk]),
+            range(len(starts)),
+        )
+        self._update_b_dec(update, update.rows.d_b_dec.sum(0), latent_sums.sum(0))
 
-        def update(chunk: int) -> None:
-            start, stop = starts[chunk], min(starts[chunk] + LATENT_CHUNK, width)
-            update_latents(start, stop, rows, pairs, latents, group_of, cost, bandwidth, adam, latent_sums[chunk])
+    def _update_with_replicas(self, update: "Update", moving: np.ndarray) -> None:
+        """Gradients, their sum over replicas, then the update: of those latents alone that have pairs in some replica."""
+        d_in, starts = update.rows.x.shape[1], range(0, len(moving), LATENT_CHUNK)
+        flat = np.empty(len(moving) * (2 * d_in + 2) + d_in, np.float32)  # what replicas add up, in one piece
+        gradients, from_errors = flat[:-d_in].reshape(len(moving), 2 * d_in + 2), flat[-d_in:]
+        from_errors[:] = update.rows.d_b_dec.sum(0)
+        latent_sums = np.zeros((len(starts), d_in), np.float32)
 
-        self._threads.map(update, range(len(starts)))
-        # Not by torch: its sqrt, however short, wakes threads that then spin for milliseconds on cores that the next step wants.
-        update_b_dec(adam, b_dec, rows.d_b_dec.sum(0) + latent_sums.sum(0), sae.squared["b_dec"].numpy())
-        squares = rows.squares.sum(dtype=np.float64)
-        means = torch.tensor([squares, pairs.fired.sum(), pairs.start[:, -1].sum()], dtype=torch.float64) / len(x)
-        reconstruction, l0, num_pairs = means.float()
-        return StepLosses(reconstruction, l0, num_pairs, fired)
+        def part(chunk: int) -> slice:
+            return slice(starts[chunk], min(starts[chunk] + LATENT_CHUNK, len(moving)))
+
+        self._threads.map(lambda chunk: update.sum_up(moving[part(chunk)], gradients[part(chunk)]), range(len(starts)))
+        self.collective.sum_(torch.from_numpy(flat), "replicas")
+        self._threads.map(
+            lambda chunk: update.move(moving[part(chunk)], gradients[part(chunk)], latent_sums[chunk]), range(len(starts))
+        )
+        self._update_b_dec(update, from_errors, latent_sums.sum(0))
+
+    def _update_b_dec(self, update: "Update", from_errors: np.ndarray, from_latents: np.ndarray) -> None:
+        """Move b_dec by its gradient, of which `from_latents` is this shard's part.
+
+        Not by torch: its sqrt, however short, wakes threads that then spin for milliseconds on cores that the next step wants.
+        """
+        self.collective.sum_(torch.from_numpy(from_latents), "shards")
+        sae = update.sae
+        update_b_dec(update.adam, sae.parameters["b_dec"].numpy(), from_errors + from_latents, sae.squared["b_dec"].numpy())
 
     def _buffers_for(self, batch: int, d_in: int, width: int, groups: int) -> "Buffers":
         key = (batch, d_in, width, groups)
         if key not in self._buffers:
             self._buffers[key] = Buffers(batch, d_in, width, groups, self._threads.count)
         return self._buffers[key]
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that one SAE's update needs."""
+
+    sae: TrainableSae
+    latents: Latents
+    rows: Rows
+    pairs: Pairs
+    group_of: np.ndarray
+    """The group of prefixes that a latent belongs to; [d_sae]"""
+    cost: np.ndarray
+    """The sparsity terms' derivative by each latent's firing rate; [d_sae]"""
+    batch: int
+    """Rows of all replicas."""
+    adam: Adam
+
+    @property
+    def bandwidth(self) -> np.float32:
+        """As kernels take it."""
+        return np.float32(self.sae.config.recipe.bandwidth)
+
+    def at_once(self, start: int, stop: int, d_b_dec: np.ndarray) -> None:
+        """Latents [start, stop), from pairs to parameters."""
+        update_latents(
+            start, stop, self.rows, self.pairs, self.latents, self.group_of, self.cost, self.bandwidth, self.adam, d_b_dec
+        )
+
+    def sum_up(self, moving: np.ndarray, gradients: np.ndarray) -> None:
+        """The gradients of the latents `moving`."""
+        sum_latents(moving, self.rows, self.pairs, self.latents, self.group_of, self.cost, self.bandwidth, self.batch, gradients)
+
+    def move(self, moving: np.ndarray, gradients: np.ndarray, d_b_dec: np.ndarray) -> None:
+        """The latents `moving` by their gradients."""
+        move_latents(moving, gradients, self.latents, self.adam, d_b_dec)
 
 
 class Buffers:
@@ -158,13 +266,15 @@ class Buffers:
         self._room, self._width = max(1, int(DENSE_SHARE * width * min(tile_rows, batch))), width
         self._local = threading.local()
         self.rounded = torch.empty(batch, d_in, dtype=torch.bfloat16)
+        self.errors_and_misfits = torch.empty(batch * groups * d_in + 1)  # what shards add up, in one piece
+        self.misfits = self.errors_and_misfits[-1:]
         self.rows = Rows(
             x=np.empty((0, d_in), np.float32),
             centred=np.empty((batch, d_in), np.float32),
             rounded=self.rounded.view(torch.int16).numpy().view(np.uint16),
             norms=np.empty(batch, np.float32),
             residuals=np.empty(batch, np.float32),
-            errors=np.empty((batch, groups, d_in), np.float32),
+            errors=self.errors_and_misfits[:-1].view(batch, groups, d_in).numpy(),
             squares=np.empty(batch, np.float32),
             d_b_dec=np.empty((-(-batch // SUM_ROWS), d_in), np.float32),
         )
@@ -202,7 +312,7 @@ def as_bfloat16(bits: np.ndarray) -> Tensor:
 
 def latents_of(sae: TrainableSae) -> Latents:
     """The SAE's tensors as arrays by latent, sharing its memory, with room for the screen's own."""
-    p, v, width = sae.parameters, sae.squared, sae.config.width
+    p, v, width = sae.parameters, sae.squared, sae.width
     return Latents(
         w_enc=p["w_enc"].T.numpy(),
         w_dec=p["w_dec"].numpy(),

@@ -3,6 +3,9 @@
 How many pairs a batch has, only the device knows. Lists of pairs therefore have a fixed room: a step whose pairs do not fit
 changes nothing, and is counted. Whether a step goes by pairs or densely depends on the count of the step LAG before, which
 has long arrived when it is read, so the choice is the same on every run.
+
+Of several ranks each finds the pairs of its own latents and rows; they meet where `across_ranks` says, and in the counts: if the
+pairs of one do not fit, all skip the step, and all go by the count of the one that has most.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.parallel.mesh import ALONE, Collective
+from everyscope.sae.across_ranks import counted, largest, shared_dense_update, shared_penalty
 from everyscope.sae.kernels.gpu import (
     count_marks,
     decode_errors,
@@ -27,9 +32,11 @@ from everyscope.sae.kernels.gpu_update import (
     AdamStep,
     LatentSums,
     PairLists,
+    sum_gradients,
     sum_latents,
     sum_through_encoder,
     update_latents,
+    update_latents_by,
 )
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
@@ -53,9 +60,9 @@ forgiving = torch._dynamo.config.patch(suppress_errors=True)  # pyright: ignore[
 class GpuPairs:
     """The SAEs of a bank, stepped by pairs where the code is sparse and densely where it is not."""
 
-    def __init__(self, saes: Sequence[TrainableSae], max_pairs: int | None = None) -> None:
+    def __init__(self, saes: Sequence[TrainableSae], max_pairs: int | None = None, collective: Collective = ALONE) -> None:
         """Take over `saes`, whose tensors change in place; lists have room for `max_pairs`, or for what ROOM says."""
-        self.saes, self.max_pairs = saes, max_pairs
+        self.saes, self.max_pairs, self.collective = saes, max_pairs, collective
         device = saes[0].touched.device
         self._on_cuda = device.type == "cuda"
         self._uses_pairs = torch.zeros(len(saes), dtype=torch.bool)
@@ -100,9 +107,12 @@ class GpuPairs:
             self._choose(number, int(self._counts[slot, number]), len(x), step)
             if self._uses_pairs[number]:
                 loss, count = self._pairs_step(number, x, step, steps)
-            else:
+            elif self.collective.mesh.ranks == 1:
                 loss = self._dense_update(sae, x, step, steps)
                 count = (loss.pairs * len(x)).long()
+            else:
+                loss, crowd = shared_dense_update(sae, x, step, steps, self.collective)
+                count = (crowd * len(x) * self._widest(sae)).long()
             losses.append(loss)
             counts.append(count)
         self._counts[slot].copy_(torch.stack(counts), non_blocking=True)
@@ -114,7 +124,7 @@ class GpuPairs:
     def _choose(self, number: int, count: int, rows: int, step: int) -> None:
         """Pairs or dense, by a count of pairs (-1: not known); keeps the present way where that lies between both limits."""
         sae, uses_pairs = self.saes[number], bool(self._uses_pairs[number])
-        share = count / (rows * sae.config.width)
+        share = count / (rows * self._widest(sae))
         if uses_pairs and share > DENSE_SHARE:
             catch_up(sae, step)
             self._uses_pairs[number] = False
@@ -123,41 +133,66 @@ class GpuPairs:
             self._uses_pairs[number] = True
 
     def _pairs_step(self, number: int, x: Tensor, step: int, steps: int) -> tuple[StepLosses, Tensor]:
-        """The step's losses, and the number of pairs that the screen let through."""
-        sae, screened = self.saes[number], self._screened[number]
-        config, p = sae.config, sae.parameters
-        buffers = self._buffers_for(len(x), x.shape[1], config.prefixes)
-        count, fits = buffers.find_pairs(x, sae, screened)
-        squares = buffers.forward(x, sae)
+        """The step's losses, and the number of pairs that the screen let through, of the rank that has most."""
+        sae, screened, mesh = self.saes[number], self._screened[number], self.collective.mesh
+        config, p, batch = sae.config, sae.parameters, len(x) * mesh.replicas
+        buffers = self._buffers_for(len(x), x.shape[1], sae.prefixes, self._widest(sae))
+        count, fits = buffers.find_pairs(x, sae, screened, self.collective)
+        squares = buffers.forward(x, sae, self.collective)
         sums = sum_latents(buffers.lists, p["threshold"], config.recipe.bandwidth)
-        cost = penalty(config, sparsity_coefficient(config, step), sums.active / len(x)).contiguous()
+        # Not a number in, not a number out, also of a step that was skipped for the many pairs which that makes.
+        spoilt = 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
+        num_fired, num_pairs = sums.active.sum(), sums.pairs.sum()
+        if mesh.ranks == 1:
+            cost = penalty(config, sparsity_coefficient(config, step), sums.active / batch).contiguous()
+        else:
+            counts = counted(self.collective, torch.stack([number.double() for number in sums]), squares, spoilt[None])
+            sums = LatentSums(*counts.by_latent[:3].int(), *counts.by_latent[3:].float())
+            (num_pairs, num_fired), squares, spoilt = counts.totals[:2], counts.squares.float(), counts.said[0].float()
+            cost = shared_penalty(sae, step, counts.by_latent[1], num_fired, batch)
         adam = adam_at(sae, step, steps)
         self._update_b_dec(sae, sums, buffers.errors[0].sum(0), fits, adam)
-        update_latents(
-            p, sae.squared, sae.touched, screened.parts, buffers.lists, sums, cost, buffers.centred, buffers.errors,
-            buffers.prefixes, buffers.segment_sums, config.recipe.bandwidth, adam,
-        )  # fmt: skip
+        self._update_latents(sae, screened, buffers, sums, cost, adam)
         self._skipped[number] += ~fits
-        # Not a number in, not a number out, also of a step that was skipped for the many pairs which that makes.
-        past = self._reconstruction[number] + 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
-        self._reconstruction[number] = torch.where(fits, squares, past)
-        pairs = torch.where(fits, sums.pairs.sum(), count)
-        return StepLosses(self._reconstruction[number].clone(), sums.active.sum() / len(x), pairs / len(x), sums.active), count
+        self._reconstruction[number] = torch.where(fits, squares, self._reconstruction[number] + spoilt)
+        pairs = torch.where(fits, num_pairs.float(), count.float())
+        return StepLosses(self._reconstruction[number].clone(), (num_fired / batch).float(), pairs / batch, sums.active), count
 
-    @staticmethod
-    def _update_b_dec(sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:
+    def _update_latents(
+        self, sae: TrainableSae, screened: "Rounded", buffers: "Buffers", sums: LatentSums, cost: Tensor, adam: AdamStep
+    ) -> None:
+        p, owned = sae.parameters, (sae.parameters, sae.squared, sae.touched, screened.parts, buffers.lists, sums, cost)
+        rows, bandwidth = (buffers.centred, buffers.errors, buffers.prefixes), sae.config.recipe.bandwidth
+        if self.collective.mesh.replicas == 1:
+            update_latents(*owned, *rows, buffers.segment_sums, bandwidth, adam)
+            return
+        gradients = p["w_dec"].new_empty(sae.width, 2, p["w_dec"].shape[1])
+        sum_gradients(gradients, buffers.lists, p["threshold"], *rows, buffers.segment_sums)
+        self.collective.sum_(gradients, "replicas")
+        batch = len(buffers.centred) * self.collective.mesh.replicas
+        update_latents_by(gradients, *owned, buffers.errors, buffers.prefixes, batch, bandwidth, adam)
+
+    def _update_b_dec(self, sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:
         """The decoder's bias, whose gradient every pair reaches; its means of squared gradients are always up to date."""
         p, v = sae.parameters["b_dec"], sae.squared["b_dec"]
-        gradient = d_x_hat - sum_through_encoder(sums.d_b_enc, sae.parameters["w_enc"].T)
+        from_latents = sum_through_encoder(sums.d_b_enc, sae.parameters["w_enc"].T)
+        self.collective.sum_(d_x_hat, "replicas")
+        self.collective.sum_(from_latents, "shards")
+        gradient = d_x_hat - from_latents
         moved, squared = p.clone(), v.clone()
         adam_without_momentum(moved, gradient, squared, adam.rate, adam.beta2, adam.epsilon, adam.step)
         p.copy_(torch.where(fits, moved, p))
         v.copy_(torch.where(fits, squared, v))
 
-    def _buffers_for(self, rows: int, d_in: int, prefixes: tuple[int, ...]) -> "Buffers":
-        key = (rows, d_in, *prefixes)
+    def _widest(self, sae: TrainableSae) -> int:
+        """Latents of the largest shard."""
+        return blocks(sae.config.width, self.collective.mesh.shards)
+
+    def _buffers_for(self, rows: int, d_in: int, prefixes: tuple[int, ...], widest: int | None = None) -> "Buffers":
+        """Memory for latents whose prefixes these are; as much room as the `widest` shard wants, so that all have the same."""
+        key = (rows, d_in, widest or prefixes[-1], *prefixes)
         if key not in self._buffers:
-            room = self.max_pairs or max(LEAST_ROOM, int(ROOM * DENSE_SHARE * rows * prefixes[-1]))
+            room = self.max_pairs or max(LEAST_ROOM, int(ROOM * DENSE_SHARE * rows * (widest or prefixes[-1])))
             self._buffers[key] = Buffers(rows, d_in, prefixes, room, self.saes[0].touched.device)
         return self._buffers[key]
 
@@ -201,10 +236,12 @@ class Buffers:
         self.errors = empty(len(prefixes), rows, d_in, dtype=torch.float32)
         self.segment_sums = empty(blocks(room, SEGMENT), 2, d_in, dtype=torch.float32)
 
-    def find_pairs(self, x: Tensor, sae: TrainableSae, screened: Rounded) -> tuple[Tensor, Tensor]:
+    def find_pairs(
+        self, x: Tensor, sae: TrainableSae, screened: Rounded, collective: Collective = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """Fill in the lists, by row and by latent, with float32 pre-activations; how many the screen let through, if they fit.
 
-        If they do not, the lists are empty, so that nothing which goes through them changes anything.
+        If they do not, at any rank, the lists are empty, so that nothing which goes through them changes anything.
         """
         p, lists = sae.parameters, self.lists
         round_rows(x, *self.rounded.parts, bias=p["b_dec"], centred=self.centred)
@@ -213,6 +250,8 @@ class Buffers:
         count_marks(self.by_row, self.row_start)
         count_marks(self.by_latent, lists.start)
         count = self.row_start[-1].clone()
+        if collective.mesh.ranks > 1:
+            count = largest(collective, count).long()
         fits = count <= self.room
         self.row_start.mul_(fits)
         lists.start.mul_(fits)
@@ -220,15 +259,20 @@ class Buffers:
         list_marks(self.by_latent, lists.start, lists.row, lists.latent)
         total = lists.start[-1]
         pre_activations_at(lists.pre, self.centred, lists.row, p["w_enc"].T, lists.latent, p["b_enc"], total)
-        to_rows(lists.pre, lists.row, lists.latent, self.row_start, self.latent, self.pre_by_row, total, sae.config.width)
+        to_rows(lists.pre, lists.row, lists.latent, self.row_start, self.latent, self.pre_by_row, total, sae.width)
         return count, fits
 
-    def forward(self, x: Tensor, sae: TrainableSae) -> Tensor:
-        """Fill in the errors and the loss's derivative by each pair's activation; the mean ||x - x_hat||^2."""
-        p, lists = sae.parameters, self.lists
+    def forward(self, x: Tensor, sae: TrainableSae, collective: Collective) -> Tensor:
+        """Fill in the errors and the loss's derivative by each pair's activation; this replica's part of mean ||x - x_hat||^2."""
+        p, lists, mesh = sae.parameters, self.lists, collective.mesh
+        batch = len(x) * mesh.replicas
         squares = decode_errors(
-            self.errors, x, p["b_dec"], p["w_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"], self.prefixes
-        )
+            self.errors, x, p["b_dec"], p["w_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"], self.prefixes,
+            batch, mesh.shard == 0,
+        )  # fmt: skip
+        if mesh.shards > 1:
+            collective.sum_(self.errors, "shards")
+            squares = (self.errors[-1] * (batch * len(self.errors) / 2)).square().sum() / batch
         gradients_at(
             lists.d_f, self.errors, lists.row, p["w_dec"], lists.latent, lists.pre, p["threshold"], sae.config.recipe.bandwidth,
             self.prefixes, lists.start[-1],

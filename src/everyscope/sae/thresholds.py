@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.parallel.mesh import ALONE, Axis, Collective
 from everyscope.sae.functional import pre_activations
 from everyscope.sae.trainable import StepLosses, TrainableSae
 
@@ -18,19 +19,38 @@ LARGEST_MOVE = 0.2
 
 
 @torch.no_grad()
-def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"]) -> None:
-    """Set b_dec to the mean of normalised rows `x`, and all thresholds to the value that target_l0 latents of a row exceed."""
-    p = sae.parameters
+def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"], collective: Collective = ALONE) -> None:
+    """Set b_dec to the mean of normalised rows `x`, and all thresholds to the value that target_l0 latents of a row exceed.
+
+    Of several ranks each gives its own rows; the mean and the quantile are those of all rows and all latents.
+    """
+    p, config = sae.parameters, sae.config
+    x = _gathered(x, "replicas", collective)
     p["b_dec"].copy_(x.mean(0))
-    if sae.config.target_l0 is not None:
-        rows = x[: max(1, PRODUCTS // sae.config.width)]
+    if config.target_l0 is not None:
+        rows = x[: max(1, PRODUCTS // config.width)]
         pre = pre_activations(rows - p["b_dec"], p["w_enc"], p["b_enc"]).flatten()
-        rank = min(len(pre), max(1, round(sae.config.target_l0 * len(rows))))
-        p["threshold"].fill_(pre.topk(rank).values[-1].clamp(min=sae.config.recipe.initial_threshold))
+        rank = min(len(rows) * config.width, max(1, round(config.target_l0 * len(rows))))
+        largest = pre.topk(min(rank, len(pre))).values
+        if collective.mesh.shards > 1:  # the rank-th largest of all is among the largest of each shard
+            padded = torch.cat([largest, largest.new_full((rank - len(largest),), -torch.inf)])
+            largest = _gathered(padded, "shards", collective).topk(rank).values
+        p["threshold"].fill_(largest[-1].clamp(min=config.recipe.initial_threshold))
+
+
+def _gathered(part: Tensor, axis: Axis, collective: Collective) -> Tensor:
+    """Equal parts of all ranks on `axis`, one behind the other."""
+    members = collective.mesh.members(axis)
+    if len(members) == 1:
+        return part
+    whole = part.new_zeros(len(members), *part.shape)
+    whole[members.index(collective.mesh.rank)] = part
+    collective.sum_(whole, axis)
+    return whole.flatten(0, 1)
 
 
 @torch.no_grad()
-def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int) -> None:
+def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int, collective: Collective = ALONE) -> None:
     """Move all thresholds by what brings L0 to its target, to first order: a Newton step, damped, on the pairs just seen.
 
     Latents that have been silent for the recipe's revive_steps, of `steps` done, come down besides, until they fire.
@@ -41,8 +61,17 @@ def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int) -> None:
     target, threshold = sae.config.target_l0, sae.parameters["threshold"]
     assert target is not None
     density = (losses.pairs - losses.l0) / (sae.config.recipe.bandwidth / 2)
-    limit = LARGEST_MOVE * threshold.mean()
+    limit = LARGEST_MOVE * _mean_of_latents(threshold, sae.config.width, collective)
     move = (DAMPING * (losses.l0 - target) / density.clamp(min=1e-6)).clamp(-limit, limit)
     threshold.add_(move).clamp_(min=0)
     if sae.config.recipe.revive_steps is not None:
         threshold.mul_(torch.where(steps - sae.last_fired >= sae.config.recipe.revive_steps, REVIVAL, 1.0))
+
+
+def _mean_of_latents(values: Float[Tensor, " d_sae"], width: int, collective: Collective) -> Float[Tensor, ""]:
+    """The mean over all shards' latents, `width` in all."""
+    if collective.mesh.shards == 1:
+        return values.mean()
+    total = values.sum(dtype=torch.float64)
+    collective.sum_(total, "shards")
+    return (total / width).to(values.dtype)

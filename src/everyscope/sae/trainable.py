@@ -1,6 +1,7 @@
 """An SAE in training: five parameter tensors, their squared-gradient means, and one exact update.
 
-The state lives on normalised activations, with the pre-encoder bias; `fold` turns it into what is published.
+The state lives on normalised activations, with the pre-encoder bias; `fold` turns it into what is published. A rank of several
+may hold a shard of an SAE: a range of its latents, and b_dec, which every rank holds and updates alike.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,23 @@ from torch import Tensor
 
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.folded import Sae
-from everyscope.sae.functional import decode, jumprelu, loss_gradients, pre_activations, unit_rows, without_parallel_part
+from everyscope.sae.functional import (
+    Gradients,
+    decode,
+    jumprelu,
+    loss_gradients,
+    pre_activations,
+    unit_rows,
+    without_parallel_part,
+)
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
 
 TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+LATENT_AXIS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0}
+"""Along which axis a tensor is cut where latents are; None for what every shard holds whole."""
+SKIPPED = 2**22
+"""Random numbers drawn at a time for the latents before a shard, which it must pass over."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,15 @@ class StepLosses:
     pairs: Float[Tensor, ""]
     """Mean number of latents per row that are active or within half a bandwidth of their threshold."""
     fired: Shaped[Tensor, " d_sae"]
-    """Rows on which each latent was active [rows]."""
+    """Rows on which each latent was active; of a shard, its own latents' [rows]."""
 
 
 @dataclass(frozen=True)
 class TrainableSae:
-    """The tensors of one SAE in training, changed in place by its engine. w_enc is stored by latent: w_enc.T is contiguous."""
+    """The tensors of one SAE in training, changed in place by its engine. w_enc is stored by latent: w_enc.T is contiguous.
+
+    Of a shard, d_sae is the number of its own latents; `config` is always that of the whole SAE.
+    """
 
     config: SaeConfig
     parameters: dict[str, Tensor]
@@ -48,6 +64,18 @@ class TrainableSae:
     wait until it has one again (`catch_up`)."""
     last_fired: Int32[Tensor, " d_sae"]
     """Steps done when each latent was last active; 0 for never."""
+    first: int = 0
+    """Number, in the whole SAE, of the first latent that is held here."""
+
+    @property
+    def width(self) -> int:
+        """Latents held here."""
+        return len(self.touched)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Where the config's prefixes end among the latents held here; none ends behind the last."""
+        return tuple(min(max(stop - self.first, 0), self.width) for stop in self.config.prefixes)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations of normalised activations."""
@@ -64,27 +92,32 @@ class TrainableSae:
         return {**self.parameters, **squared, "touched": self.touched, "last_fired": self.last_fired}
 
 
-def new_sae(config: SaeConfig, d_in: int, device: str = "cpu") -> TrainableSae:
+def new_sae(config: SaeConfig, d_in: int, device: str = "cpu", latents: range | None = None) -> TrainableSae:
     """The SAE at step 0: He-uniform unit decoder rows, W_enc their transpose, zero biases, equal thresholds (section 3.2).
 
     Drawn on the CPU from `config.seed` and the width, so that every device starts alike, and a wide SAE does not start from a
     narrow one's directions: it would seem to have split latents that it was given. He-uniform over a row is uniform in (-a, a),
-    and a does not matter once rows have norm one.
+    and a does not matter once rows have norm one. With `latents`, a contiguous range, it is that shard of the same SAE, and no
+    more than that is ever in memory.
     """
+    latents = range(config.width) if latents is None else latents
     seed = np.random.SeedSequence([config.seed, config.width]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-    w_dec = unit_rows(torch.empty(config.width, d_in).uniform_(-1, 1, generator=generator))
+    for start in range(0, latents.start * d_in, SKIPPED):
+        torch.empty(min(SKIPPED, latents.start * d_in - start)).uniform_(-1, 1, generator=generator)
+    width = len(latents)
+    w_dec = unit_rows(torch.empty(width, d_in).uniform_(-1, 1, generator=generator))
     parameters = {
         "w_enc": (w_dec * config.recipe.encoder_scale).T,
         "w_dec": w_dec,
-        "b_enc": torch.zeros(config.width),
+        "b_enc": torch.zeros(width),
         "b_dec": torch.zeros(d_in),
-        "threshold": torch.full((config.width,), config.recipe.initial_threshold),
+        "threshold": torch.full((width,), config.recipe.initial_threshold),
     }
     on_device = {name: tensor.to(device) for name, tensor in parameters.items()}
     squared = {name: torch.zeros_like(tensor) for name, tensor in on_device.items()}
-    counts = [torch.zeros(config.width, dtype=torch.int32, device=device) for _ in range(2)]
-    return TrainableSae(config, on_device, squared, *counts)
+    counts = [torch.zeros(width, dtype=torch.int32, device=device) for _ in range(2)]
+    return TrainableSae(config, on_device, squared, *counts, first=latents.start)
 
 
 @torch.no_grad()
@@ -93,14 +126,19 @@ def dense_update(sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, s
 
     The means of squared gradients must be up to date, as dense steps leave them and `catch_up` makes them.
     """
-    recipe = sae.config.recipe
     gradients = loss_gradients(
         x,
         **sae.parameters,
         penalty=partial(penalty, sae.config, sparsity_coefficient(sae.config, step)),
-        bandwidth=recipe.bandwidth,
+        bandwidth=sae.config.recipe.bandwidth,
         prefixes=sae.config.prefixes,
     )
+    return move_along(sae, gradients, step, steps)
+
+
+def move_along(sae: TrainableSae, gradients: Gradients, step: int, steps: int) -> StepLosses:
+    """The half of `dense_update` that follows the gradients, for the latents held here."""
+    recipe = sae.config.recipe
     rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
     rates = dict.fromkeys(TENSORS, rate) | {"threshold": threshold_rate(sae.config, step, steps)}
     for name in TENSORS:

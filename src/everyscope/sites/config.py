@@ -17,7 +17,10 @@ class ModelConfig(Schema):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and forward passes."""
     device: str = "cpu"
-    """Torch device that the model runs on, as in cpu or cuda:0."""
+    """Torch device that the model runs on, as in cpu or cuda:0; with device_map, that of what works on its activations."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """How accelerate spreads the blocks of a model that no device holds over all of this machine's GPUs, then its memory, then
+    its disk; None keeps the model on `device`."""
     weights: Literal["trained", "random"] = "trained"
     """The model's own weights, or an untrained sibling's: transformers' initialisation of the same architecture."""
     weights_seed: int = Field(default=0, ge=0)
@@ -27,10 +30,15 @@ class ModelConfig(Schema):
     def _check(self) -> "ModelConfig":
         if self.weights == "trained" and self.weights_seed:
             raise ValueError(f'weights_seed={self.weights_seed} with weights="trained": only weights="random" are drawn')
+        if self.weights == "random" and self.device_map is not None:
+            raise ValueError(
+                f'device_map={self.device_map} with weights="random": these are drawn as a whole; leave device_map out'
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Trained weights go without saying: what is of a trained model has the identity that it had before others were known."""
-        fields = handler(self)
-        return {name: value for name, value in fields.items() if self.weights == "random" or not name.startswith("weights")}
+        """Trained weights on one device go without saying: what is of them keeps the identity from before others were known."""
+        unsaid = {"weights", "weights_seed"} if self.weights == "trained" else set[str]()
+        unsaid |= {"device_map"} if self.device_map is None else set()
+        return {name: value for name, value in handler(self).items() if name not in unsaid}

@@ -1,4 +1,9 @@
-"""A language model, loaded for reading: frozen, in evaluation mode, its sites proved; or an untrained one of its shape."""
+"""A language model, loaded for reading: frozen, in evaluation mode, its sites proved; or an untrained one of its shape.
+
+A model that no device holds is spread by its device_map: block by block, over GPUs, memory and disk. Hooks see each block's
+activations on the device that the block computes on. Tensor parallelism (transformers' `tp_plan`) is not supported: it splits
+what enters W_O, so that a rank would see a part of attn_out and take it for the whole.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from everyscope.base.bundled import BUNDLED_MODELS, model_location
 from everyscope.base.errors import ModelError
+from everyscope.base.extras import import_extra
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.identity import check_residual_identity
 from everyscope.sites.registry import Anatomy, anatomy_of
@@ -30,11 +36,12 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     """Load the model, freeze it and run the residual-identity gate.
 
     Attention is eager: on some versions of transformers, sdpa silently drops Gemma 2's soft-cap. ModelError, in one line,
-    where the model or device is not to be had, the architecture is unknown, or the gate fails.
+    where the model or device is not to be had, the architecture is unknown, or the gate fails; MissingExtra where a device_map
+    needs accelerate.
     """
-    device = _device(config.device)
+    device, spread = _device(config.device), spreading(config)
     try:
-        model = _untrained(config) if config.weights == "random" else _trained(config)
+        model = _untrained(config) if config.weights == "random" else _trained(config, spread)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
@@ -43,12 +50,26 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
         ) from error
     anatomy = anatomy_of(model)
     model.eval().requires_grad_(False)
-    model.to(device=device)
+    if not spread:
+        model.to(device=device)
+    elif next(model.parameters()).is_meta:
+        raise ModelError(
+            f"model {config.name!r} by device_map={config.device_map}: not even its embeddings fit a device of this machine; "
+            "take one with more memory"
+        )
     check_residual_identity(model, anatomy=anatomy)
     return LanguageModel(model, anatomy, config.name)
 
 
-def _trained(config: ModelConfig) -> nn.Module:
+def spreading(config: ModelConfig) -> dict[str, Any]:
+    """What from_pretrained is told of the device map: nothing where there is none; MissingExtra where it needs accelerate."""
+    if config.device_map is None:
+        return {}
+    import_extra("accelerate", "large", f"model.device_map={config.device_map}")
+    return {"device_map": config.device_map}
+
+
+def _trained(config: ModelConfig, spread: dict[str, Any]) -> nn.Module:
     """The model with the weights of its files; ModelError where some are missing."""
     # `torch_dtype`, not `dtype`: transformers 4.51 knows only the former, and 5 takes both.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -57,6 +78,7 @@ def _trained(config: ModelConfig) -> nn.Module:
         torch_dtype=getattr(torch, config.dtype),
         attn_implementation="eager",
         output_loading_info=True,
+        **spread,
     )
     model, report = loaded
     # transformers fills weights that the files lack with random numbers and only warns.

@@ -1,16 +1,20 @@
-"""Many SAEs of one site on the same batches: one read, one copy to the device, one update each."""
+"""Many SAEs of one site on the same batches: one read, one copy to the device, one update each.
 
-from collections.abc import Sequence
+Of several ranks each has a bank with its own latents of every SAE, and steps it on its own rows of every batch.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.schedules import is_driven
 from everyscope.sae.thresholds import drive_thresholds, warm_start
-from everyscope.sae.trainable import StepLosses, new_sae
+from everyscope.sae.trainable import LATENT_AXIS, StepLosses, new_sae
 from everyscope.train.config import EngineName
 from everyscope.train.engines import engine_for
 
@@ -26,14 +30,16 @@ class Bank:
         steps: int,
         device: str = "cpu",
         engine: EngineName = "auto",
+        collective: Collective = ALONE,
     ) -> None:
         """New SAEs for activations whose root mean squared norm is `scale` (frozen for the whole run)."""
-        self.saes = [new_sae(config, d_in, device) for config in configs]
+        self.collective = collective
+        self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width)) for config in configs]
         self.scale, self.steps, self.num_steps_done = scale, steps, 0
-        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device)
+        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective)
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> list[StepLosses]:
-        """One update of every SAE on raw activations; the losses stay on the device."""
+        """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device."""
         x = self._normalised(batch)
         if self.num_steps_done == 0:
             self._start_warm(x)
@@ -42,7 +48,7 @@ class Bank:
         for sae, loss in zip(self.saes, losses, strict=True):
             sae.last_fired.masked_fill_(loss.fired > 0, self.num_steps_done)
             if is_driven(sae.config, self.num_steps_done - 1, self.steps):
-                drive_thresholds(sae, loss, self.num_steps_done)
+                drive_thresholds(sae, loss, self.num_steps_done, self.collective)
         return losses
 
     def _normalised(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
@@ -55,7 +61,7 @@ class Bank:
         """Let SAEs that ask for it take their first biases and thresholds from the first batch."""
         for sae in self.saes:
             if sae.config.recipe.warm_start:
-                warm_start(sae, x)
+                warm_start(sae, x, self.collective)
         self._engine.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,10 +69,21 @@ class Bank:
         saes = {f"{number}.{name}": tensor for number, sae in enumerate(self.saes) for name, tensor in sae.tensors().items()}
         return saes | {f"engine.{name}": tensor for name, tensor in self._engine.tensors().items()}
 
-    def restore(self, tensors: dict[str, Tensor], num_steps_done: int) -> None:
-        """Take over the state that `tensors()` gave after `num_steps_done` steps."""
+    def latents_of(self, name: str) -> tuple[int | None, range]:
+        """Of a tensor of `tensors()`: the axis along which it is cut where latents are, and which of them are here."""
+        number, _, rest = name.partition(".")
+        if number == "engine":
+            return None, range(0)
+        sae = self.saes[int(number)]
+        return LATENT_AXIS[rest.rpartition(".")[2]], range(sae.first, sae.first + sae.width)
+
+    def restore(self, names: Collection[str], read: Callable[[str, int | None, range], Tensor], num_steps_done: int) -> None:
+        """Take over the state that `tensors()` gave after `num_steps_done` steps, on however many ranks.
+
+        `read` gives one of the tensors of `names`, of which it takes the given range along the given axis.
+        """
         for name, tensor in self.tensors().items():
-            if name in tensors or not name.startswith("engine."):  # another engine may go on, with a state of its own
-                tensor.copy_(tensors[name])
+            if name in names or not name.startswith("engine."):  # another engine may go on, with a state of its own
+                tensor.copy_(read(name, *self.latents_of(name)))
         self._engine.refresh()
         self.num_steps_done = num_steps_done

@@ -31,6 +31,23 @@ class BankSettings(Schema):
     """Torch device that SAEs train on."""
     engine: EngineName = "auto"
     """How a step is computed; auto takes pairs where there are kernels for the device."""
+    shards: int = Field(default=1, ge=1)
+    """Processes that share the latents of every SAE, for SAEs wider than one device [processes]."""
+    replicas: int = Field(default=1, ge=1)
+    """Times that each of these is there again, to share the rows of a batch [processes]."""
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "BankSettings":
+        if self.batch_rows % self.replicas:
+            raise ValueError(f"batch_rows={self.batch_rows} does not divide by replicas={self.replicas}; choose a multiple")
+        if self.ranks > 1 and self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"shards={self.shards}, replicas={self.replicas}: device={self.device} has one; choose cpu or cuda")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train a bank together."""
+        return self.shards * self.replicas
 
 
 class TrainConfig(Schema):
@@ -62,6 +79,13 @@ class TrainConfig(Schema):
             raise ValueError(f"saes={names}: two SAEs of a bank share width, sparsity (or target_l0) and seed; change one")
         if self.order == "any" and not (self.source or "").startswith("flight"):
             raise ValueError(f"order='any' with source={self.source!r}: only servers have it; give flight://HOST:PORT/SITE")
+        if self.order == "any" and self.settings.ranks > 1:
+            raise ValueError(
+                f"order='any' with {self.settings.ranks} processes: each would take other rows; choose order='fixed'"
+            )
+        narrowest = min(config.width for config in self.saes)
+        if self.settings.shards > narrowest:
+            raise ValueError(f"settings.shards={self.settings.shards}: an SAE of width {narrowest} has not so many latents")
         if self.num_tokens < self.settings.batch_rows:
             raise ValueError(f"num_tokens={self.num_tokens} is less than one batch of batch_rows={self.settings.batch_rows}")
         return self

@@ -8,13 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.base.errors import ConfigError
+from everyscope.parallel.mesh import ALONE, Collective
+from everyscope.sae.across_ranks import shared_dense_update
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 from everyscope.train.config import EngineName
 
 
 class Engine(Protocol):
-    """Steps the SAEs of one bank, in place."""
+    """Steps the SAEs of one bank, or one rank's shards of them, in place."""
 
     def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
         """One training step of every SAE on normalised activations."""
@@ -32,9 +34,9 @@ class Engine(Protocol):
 class Dense:
     """The oracle and the way on any device: five products [batch, d_in, d_sae] a step."""
 
-    def __init__(self, saes: Sequence[TrainableSae]) -> None:
+    def __init__(self, saes: Sequence[TrainableSae], collective: Collective = ALONE) -> None:
         """Take over `saes`, whose tensors change in place."""
-        self.saes = saes
+        self.saes, self.collective = saes, collective
         self.refresh()
 
     def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
@@ -43,7 +45,9 @@ class Dense:
             for sae in self.saes:
                 catch_up(sae, step)
             self._may_lag = False
-        return [dense_update(sae, x, step, steps) for sae in self.saes]
+        if self.collective.mesh.ranks == 1:
+            return [dense_update(sae, x, step, steps) for sae in self.saes]
+        return [shared_dense_update(sae, x, step, steps, self.collective)[0] for sae in self.saes]
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -54,15 +58,15 @@ class Dense:
         self._may_lag = True
 
 
-def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str) -> Engine:
+def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str, collective: Collective = ALONE) -> Engine:
     """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels."""
     kind = device.partition(":")[0]
     has_kernels = kind in ("cpu", "cuda")
     if name == "pairs" and not has_kernels:
         raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")
     if name == "dense" or not has_kernels:
-        return Dense(saes)
+        return Dense(saes, collective)
     if kind == "cpu":
-        return CpuPairs(saes)
+        return CpuPairs(saes, collective)
     # Only here: it needs Triton, which comes with CUDA builds of torch alone.
-    return import_module("everyscope.sae.pairs_gpu").GpuPairs(saes)
+    return import_module("everyscope.sae.pairs_gpu").GpuPairs(saes, collective=collective)

@@ -10,12 +10,18 @@ from torch import Tensor
 from everyscope.stream.source import Source
 
 
-def batches(source: Source, first: int, stop: int, rows: int, device: torch.device) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """Batches `first` to `stop` (excluded) of raw activations, on `device`; the next one is under way while one is in use."""
+def batches(
+    source: Source, first: int, stop: int, rows: int, device: torch.device, part: int = 0, parts: int = 1
+) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """Batches `first` to `stop` (excluded) of raw activations, on `device`; the next one is under way while one is in use.
+
+    Of several replicas each takes its part of the batch's `rows`, which must divide by `parts`, and reads no others.
+    """
+    assert rows % parts == 0, f"rows={rows}, parts={parts}"
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(step: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        batch = source.batch(step, rows)
+        batch = source.batch(step * parts + part, rows // parts)
         if copies is None:
             return batch.to(device), None
         with torch.cuda.stream(copies):  # a stream of its own: the copy need not wait for the step that is computing

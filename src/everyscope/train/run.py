@@ -1,4 +1,8 @@
-"""Training a bank, from shards to folded SAEs; goes on from the last checkpoint and skips what is done."""
+"""Training a bank, from shards to folded SAEs; goes on from the last checkpoint and skips what is done.
+
+A bank whose settings ask for several processes is trained by that many on this host. On several hosts, whoever starts the
+processes calls `run_rank` in each.
+"""
 
 import math
 from collections.abc import Callable
@@ -14,14 +18,25 @@ from everyscope.base.files import write_json
 from everyscope.base.ids import content_id
 from everyscope.base.logs import JsonLines
 from everyscope.base.signals import EXIT_CODE, termination
+from everyscope.parallel.group import Group, file_store
+from everyscope.parallel.launch import Seat, launch
+from everyscope.parallel.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import has_sae, read_record, save_sae
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
 from everyscope.sae.trainable import StepLosses, fold
-from everyscope.stream.places import opened
+from everyscope.stream.places import opened as opened_source
 from everyscope.stream.source import Source
+from everyscope.train.assembly import save_assembled
 from everyscope.train.bank import Bank
-from everyscope.train.checkpoint import load_checkpoint, save_checkpoint
+from everyscope.train.checkpoint import (
+    find_checkpoint,
+    folder_of_ranks,
+    forget_checkpoint,
+    load_checkpoint,
+    opened,
+    save_checkpoint,
+)
 from everyscope.train.config import TrainConfig, sae_name
 from everyscope.train.feed import batches
 
@@ -29,53 +44,132 @@ Hook = Callable[[Bank, list[StepLosses]], None]
 """Called after every step; looks, never changes weights."""
 
 
+STOP_STEPS = 8
+"""Ranks ask one another so often whether one was told to stop: to ask, they wait for their devices [steps]."""
+
+
 def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: None) -> None:
     """Train every SAE of the bank that is not finished; `progress` hears of steps done. Idempotent, resumes to the same bits.
 
-    SIGTERM saves a checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the
-    folder holds SAEs of another config, NonFinite where training diverges.
+    In this process, or in as many as the settings ask for; these start again by themselves when one dies. SIGTERM saves a
+    checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the folder holds SAEs of
+    another config, NonFinite where training diverges.
     """
-    with source_of(config) as source:
-        train(config, source, progress)
+    if config.settings.ranks > 1:
+        launch(_at_seat, config, config.settings.ranks, progress)
+    else:
+        run_rank(config, ALONE, progress)
 
 
-def train(config: TrainConfig, source: Source, progress: Callable[[int], None]) -> None:
-    """`run` on a source that is open. Raises what `run` does."""
-    run_id = run_id_of(config, source)
+def run_rank(
+    config: TrainConfig, collective: Collective, progress: Callable[[int], None] = lambda steps: None, device: str | None = None
+) -> None:
+    """This process's part of `run`, where `collective` joins it to the others; they share the folder `out`.
+
+    `device` is this rank's own; None takes that of the settings. Raises what `run` does, and LostPeer.
+    """
+    with source_of(config, collective.mesh.rank) as source:
+        train(config, source, progress, collective, device)
+
+
+def _at_seat(config: TrainConfig, seat: Seat, progress: Callable[[int], None]) -> None:
+    """`run_rank` as one of this host's processes; `progress` wants to know the steps done in all."""
+    device, done = config.settings.device, 0
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{seat.rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+
+    def hear(steps: int) -> None:
+        nonlocal done
+        done += steps
+        progress(done)
+
+    mesh = Mesh(config.settings.shards, config.settings.replicas, seat.rank)
+    run_rank(config, Group(mesh, file_store(seat.meeting, seat.ranks), device), hear, device)
+
+
+def train(
+    config: TrainConfig,
+    source: Source,
+    progress: Callable[[int], None],
+    collective: Collective = ALONE,
+    device: str | None = None,
+) -> None:
+    """`run_rank` on a source that is open. Raises what that does."""
+    run_id, leads, settings = run_id_of(config, source), collective.mesh.rank == 0, config.settings
     checkpoint = checkpoint_path(config)
-    if has_all_saes(config, run_id):
-        checkpoint.unlink(missing_ok=True)  # a run killed between its last SAE and this line left it
+    if any_of(collective, has_all_saes(config, run_id)):
+        if leads:
+            forget_checkpoint(checkpoint)  # a run killed between its last SAE and this line left it
         progress(config.steps)
         return
-    write_json(config.out / f"bank_{config.bank_id}.json", config.record() | {"parents": [source.identity]})
-    bank = Bank(config.saes, source.d_in, source.scale, config.steps, config.settings.device, config.settings.engine)
+    bank = Bank(config.saes, source.d_in, source.scale, config.steps, device or settings.device, settings.engine, collective)
     place = load_checkpoint(checkpoint, bank, run_id)
     progress(place.num_steps_done)
-    log = JsonLines(config.out / f"bank_{config.bank_id}.metrics.jsonl", keep_bytes=place.log_bytes)
+    log = _opened_log(config, source, place.log_bytes) if leads else None
 
     def report(bank: Bank, losses: list[StepLosses]) -> None:
-        if bank.num_steps_done % config.settings.log_steps == 0 or bank.num_steps_done == config.steps:
+        if log is not None and (bank.num_steps_done % settings.log_steps == 0 or bank.num_steps_done == config.steps):
             log_losses(log, config, bank.num_steps_done, losses)
 
     def keep(bank: Bank, losses: list[StepLosses]) -> None:
-        is_due = bank.num_steps_done % config.settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
-        is_last_chance = is_asked_to_stop()  # asked once: a signal between two questions would leave without saving
+        is_due = bank.num_steps_done % settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
+        # Asked once: a signal between two questions would leave without saving.
+        is_last_chance = _agree_to_stop(collective, bank.num_steps_done, is_asked_to_stop)
         if is_due or is_last_chance:
-            save_checkpoint(checkpoint, bank, run_id, log.num_bytes)
+            save_checkpoint(checkpoint, bank, run_id, log.num_bytes if log else 0)
         if is_last_chance:
             raise SystemExit(EXIT_CODE)
 
     with termination() as is_asked_to_stop:
-        fit(bank, source, config.settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
-    log.close()
-    for sae in bank.saes:
-        save_sae(config.out / sae_name(sae.config), fold(sae, bank.scale), record_of(config, sae.config, source, run_id))
-    checkpoint.unlink(missing_ok=True)
+        fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
+    log_bytes = log.num_bytes if log else 0
+    if log is not None:
+        log.close()
+    if collective.mesh.ranks == 1:
+        for sae in bank.saes:
+            save_sae(config.out / sae_name(sae.config), fold(sae, bank.scale), record_of(config, sae.config, source, run_id))
+    else:
+        save_checkpoint(checkpoint, bank, run_id, log_bytes)
+        _save_together(config, source, run_id, collective)
+    if leads:
+        forget_checkpoint(checkpoint)
+
+
+def _save_together(config: TrainConfig, source: Source, run_id: str, collective: Collective) -> None:
+    """Make the finished SAEs from the last checkpoint, each by one of the ranks."""
+    checkpoint = find_checkpoint(checkpoint_path(config))
+    assert checkpoint is not None, "saved a moment ago"
+    with opened(checkpoint.files) as parts:
+        for number, sae in enumerate(config.saes):
+            if number % collective.mesh.ranks == collective.mesh.rank:
+                record = record_of(config, sae, source, run_id)
+                save_assembled(config.out / sae_name(sae), parts, number, sae, source.scale, record)
+    collective.barrier()
+
+
+def _opened_log(config: TrainConfig, source: Source, keep_bytes: int) -> JsonLines:
+    """The bank's metrics, beside what it was asked for."""
+    write_json(config.out / f"bank_{config.bank_id}.json", config.record() | {"parents": [source.identity]})
+    return JsonLines(config.out / f"bank_{config.bank_id}.metrics.jsonl", keep_bytes=keep_bytes)
+
+
+def _agree_to_stop(collective: Collective, num_steps_done: int, is_asked_to_stop: Callable[[], bool]) -> bool:
+    """Whether to stop here, all ranks alike: one that stopped a step before the others would leave them waiting."""
+    if collective.mesh.ranks == 1:
+        return is_asked_to_stop()
+    return num_steps_done % STOP_STEPS == 0 and any_of(collective, is_asked_to_stop())
+
+
+def any_of(collective: Collective, said: bool) -> bool:
+    """Whether it is true at any rank."""
+    return bool(of_all(collective, torch.tensor(float(said))).max() > 0)
 
 
 def fit(bank: Bank, source: Source, batch_rows: int, hooks: list[Hook]) -> None:
     """Take the bank from where it stands to its last step. A batch is a function of the step, so resuming needs no more."""
-    for batch in batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device):
+    mesh = bank.collective.mesh
+    for batch in batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device, mesh.replica, mesh.replicas):
         losses = bank.step(batch)
         for hook in hooks:
             hook(bank, losses)
@@ -87,23 +181,25 @@ def run_id_of(config: TrainConfig, source: Source) -> str:
 
 
 def checkpoint_path(config: TrainConfig) -> Path:
-    """Where a bank in training keeps its state; gone when it is finished."""
+    """Where a bank in training keeps its state, or several ranks theirs beside it; gone when it is finished."""
     return config.out / f"bank_{config.bank_id}.safetensors"
 
 
 def is_finished(config: TrainConfig) -> bool:
     """True where nothing is left for `run` to do; raises what `run` does for shards and SAEs that do not fit the config."""
-    if checkpoint_path(config).exists() or not all(has_sae(config.out / sae_name(sae)) for sae in config.saes):
+    left = checkpoint_path(config)
+    if left.exists() or folder_of_ranks(left).exists() or not all(has_sae(config.out / sae_name(sae)) for sae in config.saes):
         return False
     with source_of(config) as source:
         return has_all_saes(config, run_id_of(config, source))
 
 
-def source_of(config: TrainConfig) -> AbstractContextManager[Source]:
-    """The bank's activations; servers know it by its bank and its folder, so that whoever resumes it takes its place."""
+def source_of(config: TrainConfig, rank: int = 0) -> AbstractContextManager[Source]:
+    """The bank's activations; servers know it by bank, folder and rank, so that whoever resumes it takes its place."""
     journal = config.out / f"bank_{config.bank_id}.journal" if config.order == "any" else None
     place, folder = config.source or str(config.shards), content_id(str(config.out.resolve()))
-    return opened(place, journal=journal, trainer=f"{config.site.folder}/{config.bank_id}/{folder}", roots=config.tls_roots)
+    trainer = f"{config.site.folder}/{config.bank_id}/{folder}" + (f"/{rank}" if rank else "")
+    return opened_source(place, journal=journal, trainer=trainer, roots=config.tls_roots)
 
 
 def has_all_saes(config: TrainConfig, run_id: str) -> bool:

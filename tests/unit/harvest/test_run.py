@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_whole_shards_only(config, reap, m
     reserve = os.posix_fallocate
 
     def filling(file, *args):
-        if "shard_00001" in os.readlink(f"/proc/self/fd/{file}"):
+        if "shard_00001" in str(Path(f"/proc/self/fd/{file}").readlink()):
             raise OSError(errno.ENOSPC, "No space left on device")
         reserve(file, *args)
 

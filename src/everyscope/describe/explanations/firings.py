@@ -66,7 +66,7 @@ def collect_firings(
         for number, (site, sae) in enumerate(saes):
             chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
             for first in range(0, len(tokens), chunk):
-                f = sae.encode(rows[site][first : first + chunk])
+                f = sae.encode(rows[site][first : first + chunk].to(sae.w_enc.device))
                 row, latent = f.nonzero(as_tuple=True)
                 values = f[row, latent].float().cpu().numpy()
                 parts[number].append(

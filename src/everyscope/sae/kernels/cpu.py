@@ -251,15 +251,16 @@ def screen_rows(first, screened, rows, latents, bandwidth, found):
 
 
 @compiled
-def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, found, pairs):
+def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, found, pairs, is_first):
     """Decide the candidates in float32, note the pairs, and reconstruct: errors become x_hat^k - x for every prefix k.
 
-    By latent, so that each one's weights are read once a tile while the tile's rows stay in cache.
+    By latent, so that each one's weights are read once a tile while the tile's rows stay in cache. Where the latents are a shard,
+    errors become its part of that; b_dec - x is in the part of the shard that `is_first`.
     """
     group, at, place, pre_of, row_of = 0, 0, pairs.start[tile], pairs.pre[tile], pairs.row[tile]
     for row in range(first, last):
         for j in range(b_dec.shape[0]):
-            rows.errors[row, 0, j] = b_dec[j] - rows.x[row, j]
+            rows.errors[row, 0, j] = b_dec[j] - rows.x[row, j] if is_first else np.float32(0)
     for i in range(latents.w_enc.shape[0]):
         while i >= prefixes[group]:
             rows.errors[first:last, group + 1] = rows.errors[first:last, group]
@@ -283,14 +284,15 @@ def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, fo
 
 
 @compiled
-def differentiate(tile, first, last, rows, latents, prefixes, pairs):
+def differentiate(tile, first, last, rows, latents, prefixes, pairs, batch):
     """Turn errors into the loss's derivatives by the reconstructions, and those into d_f.
 
     errors[g] becomes the sum over prefixes k >= g of 2 / (batch groups) (x_hat^k - x): latents of group g serve all of them.
-    b_dec serves all prefixes, so it gets the sum over rows for g = 0. `first` is a multiple of SUM_ROWS.
+    b_dec serves all prefixes, so it gets the sum over rows for g = 0. `first` is a multiple of SUM_ROWS; `batch` counts the rows
+    of all replicas.
     """
     groups, d_in = prefixes.shape[0], rows.x.shape[1]
-    share = np.float32(2.0 / (rows.x.shape[0] * groups))
+    share = np.float32(2.0 / (batch * groups))
     for row in range(first, last):
         errors = rows.errors[row]
         rows.squares[row] = dot(errors[groups - 1], errors[groups - 1])

@@ -44,45 +44,92 @@ def update_b_dec(adam, b_dec, gradient, squared):
     move_row(adam, np.float32(adam.beta2), b_dec, gradient, squared)
 
 
+@inlined
+def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_w_enc, d_w_dec):
+    """Put the gradients of latent i into d_w_enc and d_w_dec [d_in]; return its number of pairs, d_b_enc and d_threshold.
+
+    `cost` is the sparsity terms' derivative by its firing rate, `batch` the number of rows that rates are taken over.
+    """
+    d_w_enc[:] = 0
+    d_w_dec[:] = 0
+    d_b_enc, d_threshold, threshold = np.float32(0), np.float32(0), latents.threshold[i]
+    num_pairs = 0
+    for tile in range(pairs.start.shape[0]):
+        for p in range(pairs.start[tile, i], pairs.start[tile, i + 1]):
+            row, pre, d_f = pairs.row[tile, p], pairs.pre[tile, p], pairs.d_f[tile, p]
+            num_pairs += 1
+            if not (pre <= threshold):
+                add_scaled(d_w_enc, d_f, rows.centred[row])
+                add_scaled(d_w_dec, pre, rows.errors[row, group])
+                d_b_enc += d_f
+            if np.abs(pre - threshold) < HALF * bandwidth:
+                d_threshold -= (threshold * d_f + cost / batch) / bandwidth
+    return num_pairs, d_b_enc, d_threshold
+
+
+@inlined
+def update_latent(i, latents, adam, d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec):
+    """Update latent i in place by its gradients, of which d_w_dec loses its part along the latent's direction.
+
+    d_b_dec [d_in] receives what the latent sends to b_dec through the pre-encoder bias, with w_enc before the update: minus
+    d_b_enc * w_enc.
+    """
+    threshold = latents.threshold[i]
+    add_scaled(d_b_dec, -d_b_enc, latents.w_enc[i])
+    add_scaled(d_w_dec, -dot(d_w_dec, latents.w_dec[i]), latents.w_dec[i])
+    decay = np.float32(adam.beta2 ** np.float64(adam.steps - latents.touched[i]))
+    latents.touched[i] = adam.steps
+    move_row(adam, decay, latents.w_enc[i], d_w_enc, latents.squared_w_enc[i])
+    move_row(adam, decay, latents.w_dec[i], d_w_dec, latents.squared_w_dec[i])
+    inverse_norm = np.float32(1) / np.sqrt(dot(latents.w_dec[i], latents.w_dec[i]))
+    for j in range(d_w_dec.shape[0]):
+        latents.w_dec[i, j] *= inverse_norm
+    latents.squared_b_enc[i], change = move(adam, decay, d_b_enc, latents.squared_b_enc[i], adam.rate)
+    latents.b_enc[i] += change
+    latents.squared_threshold[i], change = move(adam, decay, d_threshold, latents.squared_threshold[i], adam.threshold_rate)
+    # Below zero a threshold would let negative values pass, which the released form cannot express.
+    latents.threshold[i] = np.float32(0) if threshold + change < 0 else threshold + change
+    latents.w_norms[i], latents.w_residuals[i] = round_row(latents.w_enc[i], latents.w_rounded[i])
+
+
 @compiled
 def update_latents(start, stop, rows, pairs, latents, group_of, penalty, bandwidth, adam, d_b_dec):
     """Update latents [start, stop) in place; those without pairs stay as they are, for their gradients are zero.
 
     `penalty` [d_sae] is the sparsity terms' derivative by each latent's firing rate, `group_of` [d_sae] the latent's group of
-    prefixes. d_b_dec [d_in] receives what these latents send to b_dec through the pre-encoder bias, with w_enc before the
-    update: minus the sum of d_b_enc * w_enc.
+    prefixes. d_b_dec [d_in] receives what these latents send to b_dec.
     """
     d_in, batch = rows.centred.shape[1], np.float32(rows.centred.shape[0])
     d_w_enc, d_w_dec = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
     for i in range(start, stop):
-        d_w_enc[:] = 0
-        d_w_dec[:] = 0
-        d_b_enc, d_threshold, threshold = np.float32(0), np.float32(0), latents.threshold[i]
-        num_pairs = 0
-        for tile in range(pairs.start.shape[0]):
-            for p in range(pairs.start[tile, i], pairs.start[tile, i + 1]):
-                row, pre, d_f = pairs.row[tile, p], pairs.pre[tile, p], pairs.d_f[tile, p]
-                num_pairs += 1
-                if not (pre <= threshold):
-                    add_scaled(d_w_enc, d_f, rows.centred[row])
-                    add_scaled(d_w_dec, pre, rows.errors[row, group_of[i]])
-                    d_b_enc += d_f
-                if np.abs(pre - threshold) < HALF * bandwidth:
-                    d_threshold -= (threshold * d_f + penalty[i] / batch) / bandwidth
-        if num_pairs == 0:
-            continue
-        add_scaled(d_b_dec, -d_b_enc, latents.w_enc[i])
-        add_scaled(d_w_dec, -dot(d_w_dec, latents.w_dec[i]), latents.w_dec[i])
-        decay = np.float32(adam.beta2 ** np.float64(adam.steps - latents.touched[i]))
-        latents.touched[i] = adam.steps
-        move_row(adam, decay, latents.w_enc[i], d_w_enc, latents.squared_w_enc[i])
-        move_row(adam, decay, latents.w_dec[i], d_w_dec, latents.squared_w_dec[i])
-        inverse_norm = np.float32(1) / np.sqrt(dot(latents.w_dec[i], latents.w_dec[i]))
-        for j in range(d_in):
-            latents.w_dec[i, j] *= inverse_norm
-        latents.squared_b_enc[i], change = move(adam, decay, d_b_enc, latents.squared_b_enc[i], adam.rate)
-        latents.b_enc[i] += change
-        latents.squared_threshold[i], change = move(adam, decay, d_threshold, latents.squared_threshold[i], adam.threshold_rate)
-        # Below zero a threshold would let negative values pass, which the released form cannot express.
-        latents.threshold[i] = np.float32(0) if threshold + change < 0 else threshold + change
-        latents.w_norms[i], latents.w_residuals[i] = round_row(latents.w_enc[i], latents.w_rounded[i])
+        num_pairs, d_b_enc, d_threshold = sum_pairs(
+            i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, batch, d_w_enc, d_w_dec
+        )
+        if num_pairs > 0:
+            update_latent(i, latents, adam, d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec)
+
+
+@compiled
+def sum_latents(moving, rows, pairs, latents, group_of, penalty, bandwidth, batch, gradients):
+    """The first half of `update_latents` alone, for replicas to sum in between: the gradients of latents `moving`.
+
+    gradients [number, 2 d_in + 2] holds those by w_enc, w_dec, b_enc and threshold, a row for each of `moving`. `batch` counts
+    the rows of all replicas.
+    """
+    d_in = rows.centred.shape[1]
+    for place in range(moving.shape[0]):
+        i, gradient = moving[place], gradients[place]
+        d_w_enc, d_w_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
+        _, gradient[2 * d_in], gradient[2 * d_in + 1] = sum_pairs(
+            i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, np.float32(batch), d_w_enc, d_w_dec
+        )
+
+
+@compiled
+def move_latents(moving, gradients, latents, adam, d_b_dec):
+    """The second half: update latents `moving` in place by their gradients, which change."""
+    d_in = latents.w_enc.shape[1]
+    for place in range(moving.shape[0]):
+        gradient = gradients[place]
+        d_w_enc, d_w_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
+        update_latent(moving[place], latents, adam, d_w_enc, d_w_dec, gradient[2 * d_in], gradient[2 * d_in + 1], d_b_dec)

@@ -300,13 +300,15 @@ def to_rows(
 
 @jit
 def _decode(
-    errors, squares, x, b_dec, w_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share, groups: constexpr,
-    pairs: constexpr, tile: constexpr,
+    errors, squares, x, b_dec, w_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share, is_first: constexpr,
+    groups: constexpr, pairs: constexpr, tile: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < d
-    error = tl.load(b_dec + column, inside, other=0.0) - tl.load(x + row * d + column, inside, other=0.0)
+    error = tl.zeros([tile], tl.float32)
+    if is_first:
+        error = tl.load(b_dec + column, inside, other=0.0) - tl.load(x + row * d + column, inside, other=0.0)
     stop = tl.load(row_start + row + 1)
     for group in tl.static_range(groups):
         before = tl.load(prefixes + group)
@@ -334,15 +336,21 @@ def decode_errors(
     pre: Float32[Tensor, " room"],
     threshold: Float32[Tensor, " d_sae"],
     prefixes: Int64[Tensor, " groups"],
+    batch: int,
+    is_first: bool = True,
 ) -> Float32[Tensor, ""]:
-    """Fill in errors[g] = sum over prefixes k >= g of 2 / (batch groups) (x_hat^k - x); of all latents, mean ||x - x_hat||^2."""
+    """Fill in errors[g] = sum over prefixes k >= g of 2 / (batch groups) (x_hat^k - x); sum of ||x - x_hat||^2 / batch.
+
+    `batch` counts the rows of all replicas. Where the latents are a shard, errors become its part of that sum, and what is
+    returned means nothing; b_dec - x is in the part of the shard that `is_first`.
+    """
     groups, rows, d_in = errors.shape
     tile = tile_of(d_in)
     squares = x.new_empty(rows, blocks(d_in, tile))
     _decode[(rows, squares.shape[1])](
-        errors, squares, x, b_dec, w_dec, row_start, latent, pre, threshold, prefixes, rows, d_in, 2 / (rows * groups), groups,
-        8, tile,
+        errors, squares, x, b_dec, w_dec, row_start, latent, pre, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
+        groups, 8, tile,
     )  # fmt: skip
     for group in reversed(range(groups - 1)):
         errors[group] += errors[group + 1]
-    return squares.sum() / rows
+    return squares.sum() / batch

@@ -161,6 +161,28 @@ def _sum_segments(
 
 
 @jit
+def _sum_wholly(
+    gradients, segment_start, segment_sums, start, row_of, pre_of, d_f_of, x, errors, threshold, prefixes, rows, d,
+    segment: constexpr, groups: constexpr, pairs: constexpr, tile: constexpr,
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = column < d
+    begin = tl.load(start + latent)
+    end = tl.minimum(begin + segment, tl.load(start + latent + 1))
+    error = _errors_of(latent, errors, prefixes, rows, d, groups)
+    g_enc = tl.zeros([tile], tl.float32)
+    g_dec = tl.zeros([tile], tl.float32)
+    level = tl.load(threshold + latent)
+    g_enc, g_dec = _add_pairs(g_enc, g_dec, begin, end, row_of, pre_of, d_f_of, x, error, column, inside, level, d, pairs)
+    for number in range(tl.load(segment_start + latent), tl.load(segment_start + latent + 1)):
+        g_enc += tl.load(segment_sums + number * 2 * d + column, inside, other=0.0)
+        g_dec += tl.load(segment_sums + number * 2 * d + d + column, inside, other=0.0)
+    tl.store(gradients + latent * 2 * d + column, g_enc, inside)
+    tl.store(gradients + latent * 2 * d + d + column, g_dec, inside)
+
+
+@jit
 def _move(parameters, means, at, inside, gradient, along, decay, fresh, correction, epsilon, rate):
     """Adam's step of the parameters at some places, in memory; less `along` times themselves is their gradient."""
     old = tl.load(parameters + at, inside, other=0.0)
@@ -247,22 +269,106 @@ def update_latents(
     Others are neither read nor written: their gradients are zero, and without momentum they do not move. `segment_sums` is
     scratch with room for one segment in SEGMENT pairs. `parameters` and `squared` hold w_enc [d_in, d_sae] by latent.
     """
+    segments = sum_segments(lists, parameters["threshold"], centred, errors, prefixes, segment_sums)
+    _update(
+        parameters, squared, touched, w_rounded, lists, sums, penalty, segments, segment_sums, centred, errors, prefixes,
+        errors.shape[1], bandwidth, adam,
+    )  # fmt: skip
+
+
+def sum_gradients(
+    gradients: Float32[Tensor, "d_sae 2 d_in"],
+    lists: PairLists,
+    threshold: Float32[Tensor, " d_sae"],
+    centred: Float32[Tensor, "batch d_in"],
+    errors: Float32[Tensor, "groups batch d_in"],
+    prefixes: Int64[Tensor, " groups"],
+    segment_sums: Float32[Tensor, "segments 2 d_in"],
+) -> None:
+    """Fill in each latent's gradients by w_enc and by w_dec (whose part along the latent's direction is still in it)."""
+    segments = sum_segments(lists, threshold, centred, errors, prefixes, segment_sums)
     groups, rows, d_in = errors.shape
-    width, tile = touched.shape[0], tile_of(d_in)
+    tile = tile_of(d_in)
+    _sum_wholly[(len(threshold), blocks(d_in, tile))](
+        gradients, segments, segment_sums, lists.start, lists.row, lists.pre, lists.d_f, centred, errors, threshold, prefixes,
+        rows, d_in, SEGMENT, groups, 8, tile,
+    )  # fmt: skip
+
+
+def update_latents_by(
+    gradients: Float32[Tensor, "d_sae 2 d_in"],
+    parameters: dict[str, Tensor],
+    squared: dict[str, Tensor],
+    touched: Int32[Tensor, " d_sae"],
+    w_rounded: tuple[BFloat16[Tensor, "d_sae d_in"], Float32[Tensor, " d_sae"], Float32[Tensor, " d_sae"]],
+    lists: PairLists,
+    sums: LatentSums,
+    penalty: Float32[Tensor, " d_sae"],
+    errors: Float32[Tensor, "groups batch d_in"],
+    prefixes: Int64[Tensor, " groups"],
+    batch: int,
+    bandwidth: float,
+    adam: AdamStep,
+) -> None:
+    """`update_latents` from gradients and `sums` that replicas have summed, over `batch` rows in all.
+
+    To the kernel they are the further segments, one a latent, of lists that are empty.
+    """
+    nobody = lists.start.new_zeros(len(touched) + 1)
+    segments = torch.arange(len(touched) + 1, dtype=nobody.dtype, device=nobody.device)
+    empty = PairLists(nobody, lists.row, lists.latent, lists.pre, lists.d_f)
+    _update(
+        parameters, squared, touched, w_rounded, empty, sums, penalty, segments, gradients, errors, errors, prefixes, batch,
+        bandwidth, adam,
+    )  # fmt: skip
+
+
+def sum_segments(
+    lists: PairLists,
+    threshold: Float32[Tensor, " d_sae"],
+    centred: Float32[Tensor, "batch d_in"],
+    errors: Float32[Tensor, "groups batch d_in"],
+    prefixes: Int64[Tensor, " groups"],
+    segment_sums: Float32[Tensor, "segments 2 d_in"],
+) -> Int64[Tensor, " d_sae_1"]:
+    """Fill in the sums of all segments but each latent's first; where each latent's begin among them."""
+    groups, rows, d_in = errors.shape
+    width, tile = threshold.shape[0], tile_of(d_in)
     segments = torch.zeros_like(lists.start)
     torch.cumsum((lists.start.diff() - 1).clamp_(min=0) // SEGMENT, 0, out=segments[1:])
-    pairs = (lists.start, lists.row, lists.pre, lists.d_f)
     _sum_segments[(segment_sums.shape[0], blocks(d_in, tile))](
-        segment_sums, segments, *pairs, centred, errors, parameters["threshold"], prefixes, rows, width, d_in,
-        width.bit_length(), SEGMENT, groups, 8, tile,
+        segment_sums, segments, lists.start, lists.row, lists.pre, lists.d_f, centred, errors, threshold, prefixes, rows, width,
+        d_in, width.bit_length(), SEGMENT, groups, 8, tile,
     )  # fmt: skip
+    return segments
+
+
+def _update(
+    parameters: dict[str, Tensor],
+    squared: dict[str, Tensor],
+    touched: Tensor,
+    w_rounded: tuple[Tensor, Tensor, Tensor],
+    lists: PairLists,
+    sums: LatentSums,
+    penalty: Tensor,
+    segments: Tensor,
+    segment_sums: Tensor,
+    centred: Tensor,
+    errors: Tensor,
+    prefixes: Tensor,
+    rows: int,
+    bandwidth: float,
+    adam: AdamStep,
+) -> None:
+    groups, d_in = errors.shape[0], errors.shape[2]
+    pairs = (lists.start, lists.row, lists.pre, lists.d_f)
     by_latent = [{**tensors, "w_enc": tensors["w_enc"].T} for tensors in (parameters, squared)]
     owned = [tensors[name] for tensors in by_latent for name in ("w_enc", "w_dec", "b_enc", "threshold")]
     correction = 1 / (1 - adam.beta2 ** (adam.step + 1))
-    _update_latents[(width,)](
+    _update_latents[(len(touched),)](
         *owned, touched, *w_rounded, *pairs, sums.pairs, sums.near, sums.d_b_enc, sums.parallel, sums.near_d_f, penalty, segments,
         segment_sums, centred, errors, prefixes, rows, d_in, adam.step, math.log2(adam.beta2), 1 - adam.beta2, correction,
-        adam.epsilon, adam.rate, adam.threshold_rate, bandwidth, ROOM, SEGMENT, groups, 8, tile,
+        adam.epsilon, adam.rate, adam.threshold_rate, bandwidth, ROOM, SEGMENT, groups, 8, tile_of(d_in),
     )  # fmt: skip
 
 

@@ -1,0 +1,58 @@
+"""What the ranks of test_parallel_training.py do, where spawned processes can find it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import distributed
+
+from everyscope.parallel.group import Group, file_store
+from everyscope.parallel.launch import Seat
+from everyscope.parallel.mesh import Mesh
+from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.recipes import fast
+from everyscope.sites.names import Site
+from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.run import run_rank
+
+ROWS, D_IN, BATCH, STEPS, SCALE = 640, 16, 64, int(os.environ.get("EVERYSCOPE_TEST_STEPS", "200")), 2.0
+CHECKPOINT_STEPS = 25
+FIXED = {"learning_rate": 2e-3, "learning_rate_warmup_steps": 3, "sparsity_warmup_steps": 10}
+SAES = (
+    SaeConfig(width=61, sparsity_coefficient=4, target_l0=5, recipe=fast(D_IN)),
+    SaeConfig(
+        width=62,
+        sparsity_coefficient=1,
+        target_l0=8,
+        recipe=SaeRecipe(bandwidth=0.1, initial_threshold=0.4, frequency_limit=0.1, prefix_shares=(1 / 16, 1 / 4, 1.0), **FIXED),
+    ),
+)
+
+
+def bank(shards: Path, out: Path, latent_shards: int = 1, replicas: int = 1, **changes) -> TrainConfig:
+    settings = {"batch_rows": BATCH, "checkpoint_steps": CHECKPOINT_STEPS, "log_steps": 10}
+    settings |= {name: changes.pop(name) for name in list(changes) if name in BankSettings.model_fields}
+    fields = {
+        "site": Site("mlp_out", 1),
+        "shards": shards,
+        "saes": SAES,
+        "num_tokens": STEPS * BATCH,
+        "settings": BankSettings(shards=latent_shards, replicas=replicas, **settings),
+        "out": out,
+    }
+    return TrainConfig(**(fields | changes))
+
+
+MESHES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (1, 4), (2, 2)]}
+
+
+def train_on_every_mesh(config: TrainConfig, seat: Seat, progress: Callable[[int], None]) -> None:
+    """One rank of so many, through all meshes of that number, whose processes need to start only once."""
+    store = file_store(seat.meeting, seat.ranks)
+    for number, (latent_shards, replicas) in enumerate(MESHES[seat.ranks]):
+        group = Group(Mesh(latent_shards, replicas, seat.rank), distributed.PrefixStore(str(number), store))
+        part = bank(config.shards, config.out / f"{latent_shards}_{replicas}", latent_shards, replicas)
+        run_rank(part, group, lambda steps: None)
+        assert bool(group.bytes_reduced["shards"]) == (latent_shards > 1)
+        assert bool(group.bytes_reduced["replicas"]) == (replicas > 1)
+    progress(len(MESHES[seat.ranks]))
