@@ -107,10 +107,9 @@ def table_of(records: list[dict[str, Any]], title: str) -> Table:
         "ratio": "harvest / (forward + disk)",
         "forward": "  of it: the model with its hooks",
         "text": "  of it: waiting for tokens",
-        "wait": "  of it: waiting for the writer",
-        "commit": "  of it: waiting for the disk",
-        "write": "  beside the model: shuffle and statistics",
-        "disk_seconds": "  beside the model: checksums and writing out",
+        "wait": "  of it: shuffle and statistics",
+        "commit": "  of it: checksums, writing out, waiting for the disk",
+        "disk_seconds": "  beside the model: the disk",
     }
     for name, title in names.items():
         values = [record[name] for record in records]

@@ -1,8 +1,10 @@
-"""Filling a bucket's shards: the model runs in one thread, and another puts the batch before into the shards. A third sees the
-bucket before to the disk.
+"""Filling a bucket's shards: the model runs in one thread, and others put the batch before into the shards. The bucket before is
+on its way to the disk meanwhile.
 
 So two batches of activations and two buckets are in memory, and the model waits only for a writer or a disk that is slower than
-itself. What is summed and where it is put do not depend on who is quicker.
+itself. Where it runs on the CPU, though, it needs every core: threads beside it would hold up all of its own, which wait for one
+another, for as long as they run. There model and writers take turns, each with all cores, and only the disk works beside them.
+What is summed and where it is put do not depend on who is quicker.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.ledger import Ledger
 from everyscope.harvest.subject import Capture
 from everyscope.shards.format import Layout, activation_layout
+from everyscope.shards.memory import RecycledMemory
 from everyscope.shards.writer import ActivationWriter, new_activation_shard
 from everyscope.sites.names import Site
 
@@ -29,11 +32,16 @@ Item = TypeVar("Item")
 
 
 def open_writers(
-    paths: dict[Site, Path], widths: dict[Site, int], bucket: Bucket, config: HarvestConfig, stack: ExitStack
+    paths: dict[Site, Path],
+    widths: dict[Site, int],
+    bucket: Bucket,
+    config: HarvestConfig,
+    memory: RecycledMemory,
+    stack: ExitStack,
 ) -> Writers:
     """A shard of `bucket` for each site, open until `stack` is closed, and committed then."""
     layouts = [activation_layout(bucket.num_rows, widths[site], config.dtype) for site in paths]
-    memory = config.shuffle_bytes // 2  # the bucket before may still be on its way to the disk
+    room = config.shuffle_bytes // 2  # the bucket before may still be on its way to the disk
     return {
         site: stack.enter_context(
             new_activation_shard(
@@ -45,9 +53,10 @@ def open_writers(
                 context=config.text.context,
                 after=bucket.after.as_json(),
                 segment_rows=rows,
+                memory=memory,
             )
         )
-        for (site, path), rows in zip(paths.items(), segment_rows(layouts, memory), strict=True)
+        for (site, path), rows in zip(paths.items(), segment_rows(layouts, room), strict=True)
     }
 
 
@@ -62,32 +71,69 @@ def segment_rows(layouts: list[Layout], shuffle_bytes: int) -> list[int | None]:
     return [max(1, segment_bytes // layout.row_bytes("activations")) for layout in layouts]
 
 
-def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Capture, progress: Meter, ledger: Ledger) -> None:
-    """Run the model over the bucket, and put each row where the shuffle wants it."""
-    places, done, sites = bucket.places(config.seed), 0, tuple(writers)
-    with ThreadPoolExecutor(1, "harvest-writer") as writer:
-        writing: Future[None] | None = None
+def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Capture, progress: Meter, ledger: Ledger) -> bool:
+    """Run the model over the bucket, and put each row where the shuffle wants it; whether the model ran on the CPU."""
+    places, done, sites, is_on_cpu = bucket.places(config.seed), 0, tuple(writers), False
+    with ThreadPoolExecutor(torch.get_num_threads(), "harvest-writer") as threads:
+        writing: list[Future[None]] = []
         for start in range(0, len(bucket.input_ids), config.batch_blocks):
             batch = slice(start, start + config.batch_blocks)
             taken = np.flatnonzero(bucket.mask[batch])
             with ledger.spending("forward"):
                 activations = capture(sites, torch.from_numpy(bucket.input_ids[batch].astype(np.int64)))
-            if writing is not None:
-                with ledger.spending("wait"):
-                    writing.result()
+            is_on_cpu = activations[sites[0]].device.type == "cpu"
+            _wait(writing, ledger)
             where, first = places[done : done + len(taken)], bucket.before.blocks + start
-            writing = writer.submit(_put, writers, activations, taken, where, first, config.text.context, ledger)
+            sequence, position = first + taken // config.text.context, taken % config.text.context
+
+            writing = [
+                threads.submit(_put, writer, activations[site].flatten(0, 1), where, sequence, position, taken, ledger)
+                for site, writer in writers.items()
+            ]
+            if is_on_cpu:
+                _wait(writing, ledger)
             done += len(taken)
             progress.advance(len(taken))
-        if writing is not None:
-            with ledger.spending("wait"):
-                writing.result()
+        _wait(writing, ledger)
+    return is_on_cpu
+
+
+def _wait(writing: list[Future[None]], ledger: Ledger) -> None:
+    with ledger.spending("wait"):
+        for future in writing:
+            future.result()
+    writing.clear()
+
+
+def _put(
+    writer: ActivationWriter,
+    rows: Tensor,
+    where: np.ndarray,
+    sequence: np.ndarray,
+    position: np.ndarray,
+    taken: np.ndarray,
+    ledger: Ledger,
+) -> None:
+    """Put one batch of one site; `taken` counts through its positions, block by block."""
+    before = dict(writer.seconds)
+    writer.put(rows, where, sequence, position, taken)
+    for part, seconds in writer.seconds.items():
+        ledger.add(part, seconds - before[part])
 
 
 def finish(writers: Sequence[ActivationWriter]) -> None:
-    """Sum up all shards and see them to the disk, as many at once as there are threads."""
+    """Sum up and write all shards, as many at once as there are threads."""
+    _all(ActivationWriter.finish, writers)
+
+
+def sync(writers: Sequence[ActivationWriter]) -> None:
+    """`finish` them, and see them to the disk."""
+    _all(ActivationWriter.sync, writers)
+
+
+def _all(work: Callable[[ActivationWriter], object], writers: Sequence[ActivationWriter]) -> None:
     with ThreadPoolExecutor(torch.get_num_threads(), "harvest-commit") as pool:
-        list(pool.map(ActivationWriter.finish, writers))
+        list(pool.map(work, writers))
 
 
 class Commits:
@@ -97,6 +143,8 @@ class Commits:
         """Nothing under way."""
         self._thread, self._ledger = ThreadPoolExecutor(1, "harvest-commit"), ledger
         self._last: Future[None] | None = None
+        self.memory = RecycledMemory()
+        """For shards: once one is committed, its memory is another's."""
 
     def __enter__(self) -> "Commits":
         return self
@@ -133,21 +181,3 @@ def ahead(items: Iterator[Item], ledger: Ledger) -> Iterator[Item]:
                 return
             coming = maker.submit(next, items, None)
             yield item
-
-
-def _put(
-    writers: Writers,
-    activations: dict[Site, Tensor],
-    taken: np.ndarray,
-    where: np.ndarray,
-    first_block: int,
-    context: int,
-    ledger: Ledger,
-) -> None:
-    """Put one batch; `taken` counts through its positions, block by block."""
-    sequence, position = first_block + taken // context, taken % context
-    for site, writer in writers.items():
-        before = dict(writer.seconds)
-        writer.put(activations[site].flatten(0, 1), where, sequence, position, taken)
-        for part, seconds in writer.seconds.items():
-            ledger.add(part, seconds - before[part])

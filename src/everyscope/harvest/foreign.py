@@ -19,7 +19,7 @@ from everyscope.base.files import PARTIAL, read_json, require_free_space, write_
 from everyscope.base.ids import content_id
 from everyscope.base.progress import Meter, meter
 from everyscope.harvest.config import ImportConfig
-from everyscope.harvest.fill import finish, segment_rows
+from everyscope.harvest.fill import segment_rows, sync
 from everyscope.harvest.locks import clear, writing
 from everyscope.harvest.tables import Table, open_table
 from everyscope.shards.format import Layout, activation_layout
@@ -147,7 +147,7 @@ class _Import:
                 self._put(writers, chunk, first)
                 first += len(chunk)
                 progress.advance(len(chunk) * self.kept)
-            finish(list(writers.values()))
+            sync(list(writers.values()))
 
     def _put(self, writers: dict[int, ActivationWriter], chunk: Tensor, first: int) -> None:
         """Each row of the sequences from `first` on to its shard, where that is being written."""

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PARTS = ("load", "text", "forward", "wait", "commit", "copy", "write", "disk")
-"""load: of the model; text: waiting for tokens; forward: the model, and the hooks in it; wait: for the writer, who is behind;
-commit: for the disk, which still has the bucket before. Beside these, while the model runs: copy, from the device to memory;
-write, to the places in the shards, with statistics; disk: checksums and writing out."""
+"""load: of the model; text: waiting for tokens; forward: the model, and the hooks in it; wait: for the writers;
+commit: checksums and writing out, or waiting for the disk, which still has the bucket before. Of several threads, added up, while
+the model runs or waits for them: copy, from the device to memory; write, to the places in the shards, with statistics; disk: what
+of a commit runs beside the model."""
 
 
 class Ledger:
@@ -38,4 +39,4 @@ class Ledger:
         share = {part: f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items()}
         total = time.perf_counter() - self._start
         before = ", ".join(share[part] for part in ("load", "text", "forward", "wait", "commit"))
-        return f"harvest took {total:.1f} s: {before}; beside the model: {share['copy']}, {share['write']}, {share['disk']}"
+        return f"harvest took {total:.1f} s: {before}; in threads: {share['copy']}, {share['write']}, {share['disk']}"

@@ -19,7 +19,7 @@ from everyscope.base.files import human_bytes, require_free_space
 from everyscope.base.progress import Meter, human_count, meter, say
 from everyscope.harvest.buckets import Bucket, Place, folder_bytes, read_buckets
 from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.fill import Commits, Writers, ahead, fill, finish, open_writers
+from everyscope.harvest.fill import Commits, Writers, ahead, fill, finish, open_writers, sync
 from everyscope.harvest.folder import HarvestFolder
 from everyscope.harvest.ledger import Ledger
 from everyscope.harvest.locks import gate
@@ -149,8 +149,11 @@ def _write_bucket(
             with ledger.spending("load"):
                 capture = open_model()
             paths = {site: shard_path(folder.sites[site], index) for site in missing}
-            writers = open_writers(paths, subject.widths, bucket, folder.config, stack)
-            fill(writers, bucket, folder.config, capture, progress, ledger)
+            writers = open_writers(paths, subject.widths, bucket, folder.config, commits.memory, stack)
+            is_on_cpu = fill(writers, bucket, folder.config, capture, progress, ledger)
+            if is_on_cpu and all(writer.is_in_memory for writer in writers.values()):
+                with ledger.spending("commit"):
+                    finish(list(writers.values()))
         else:
             progress.advance(bucket.num_rows, is_resumed=True)
         if folder.is_mine(index):
@@ -161,7 +164,7 @@ def _write_bucket(
 def _commit(folder: HarvestFolder, bucket: Bucket, writers: Writers, shards: ExitStack) -> None:
     """See shards to the disk, which closing `shards` commits, and then the bucket's tokens, if they are missing."""
     with shards:
-        finish(list(writers.values()))
+        sync(list(writers.values()))
     if not folder.has_tokens(bucket.before.bucket, bucket.after):
         folder.unseal(folder.tokens, bucket.before.bucket)
         write_token_shard(shard_path(folder.tokens, bucket.before.bucket), bucket.input_ids, bucket.after.as_json())

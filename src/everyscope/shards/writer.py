@@ -10,7 +10,6 @@ memory and written back. The bytes are the same either way. Memory: the shard; o
 besides the map, which the system may write back whenever it likes.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,22 +21,25 @@ from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from everyscope.base.errors import ShapeMismatch
-from everyscope.base.files import whole_file, write_json
+from everyscope.base.files import sync, whole_file, write_json
 from everyscope.shards.bits import TORCH_DTYPE, carrier_of
 from everyscope.shards.checksums import BLOCK_BYTES, Checksums, Hasher
 from everyscope.shards.format import Layout, RowDtype, activation_layout, create_shard, reserve_shard, token_layout
 from everyscope.shards.kernels import place_bfloat16, place_float32, round_and_place
 from everyscope.shards.manifest import ShardRecord, sidecar_path
+from everyscope.shards.memory import RecycledMemory
 from everyscope.shards.statistics import Sums, SumsRecord
 
 
 class ActivationWriter:
     """An open shard of one site. `put` every row once; `finish`, or leave it to the end of the block."""
 
-    def __init__(self, name: str, path: Path, layout: Layout, sums: Sums, segment_rows: int | None) -> None:
+    def __init__(
+        self, name: str, path: Path, layout: Layout, sums: Sums, segment_rows: int | None, memory: RecycledMemory
+    ) -> None:
         """Made by `new_activation_shard`; `name` stands in errors, `path` is that of the unfinished file."""
         self._name, self._path, self._layout, self._sums = name, path, layout, sums
-        self._raw = create_shard(path, layout) if segment_rows else in_memory(path, layout)
+        self._raw = create_shard(path, layout) if segment_rows else in_memory(path, layout, memory)
         self._views = layout.views(self._raw)
         self._rows, self._d_in = self._views["activations"].shape
         self._dtype = TORCH_DTYPE[layout.tensors[-1].dtype]
@@ -83,8 +85,13 @@ class ActivationWriter:
         self.seconds["copy"] += copied - start
         self.seconds["write"] += time.perf_counter() - copied
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the shard is put together in memory."""
+        return self._segments is None
+
     def finish(self) -> Checksums:
-        """Put the last things in order, sum up the bytes, and see them to the disk: all that takes time. Once is enough."""
+        """Put the last things in order, sum up the bytes and write them: all that takes a processor. Once is enough."""
         if self._checksums is None:
             assert self.num_put == self._rows, f"{self._name}: {self.num_put} rows put, {self._rows} expected"
             if self._segments is None:
@@ -94,8 +101,15 @@ class ActivationWriter:
                 self._checksums = self._sort(self._segments)
         return self._checksums
 
+    def sync(self) -> None:
+        """`finish`, and wait for the disk. What closes the shard does so too; this is for several shards at once."""
+        self.finish()
+        if isinstance(self._raw, np.memmap):
+            self._raw.flush()
+        sync(self._path)
+
     def _sort(self, segments: "_Segments") -> Checksums:
-        """Put the segments in order, hash the file while it passes through memory, and wait for the disk."""
+        """Put the segments in order, and hash the file while it passes through memory."""
         assert isinstance(self._raw, np.memmap)
         hasher, data = Hasher(), self._raw.data
         segments.close()
@@ -106,7 +120,6 @@ class ActivationWriter:
         for index in range(segments.count):
             start, stop = segments.sort(index, self._views["activations"])
             hasher.update(data[slice(*self._layout.byte_range("activations", start, stop))])
-        self._raw.flush()
         return hasher.checksums()
 
     def _on_host(self, rows: Tensor, taken: np.ndarray | None) -> tuple[Tensor, np.ndarray]:
@@ -175,18 +188,20 @@ def new_activation_shard(
     context: int,
     after: dict[str, int],
     segment_rows: int | None = None,
+    memory: RecycledMemory | None = None,
 ) -> Iterator[ActivationWriter]:
     """A shard of exactly `rows` rows at `path`, committed when the block ends; `after` goes into its sidecar.
 
     `segment_rows` is for shards that do not fit in memory, alone or together (see the module); None keeps the
-    shard in memory.
+    shard in memory, in that of `memory` where one shard follows another.
     """
     layout, sums = activation_layout(rows, d_in, dtype), Sums(d_in, context)
     sidecar_path(path).unlink(missing_ok=True)  # of a shard that was deleted: it must not commit the new one early
     with whole_file(path) as partial:
-        writer = ActivationWriter(name, partial, layout, sums, segment_rows)
+        writer = ActivationWriter(name, partial, layout, sums, segment_rows, memory or RecycledMemory())
         yield writer
-        checksums = writer.finish()
+        writer.sync()
+    checksums = writer.finish()
     write_json(sidecar_path(path), _record(path, layout, checksums, after, sums.record()).as_json())
 
 
@@ -195,22 +210,22 @@ def write_token_shard(path: Path, input_ids: Int[np.ndarray, "blocks ctx"], afte
     layout = token_layout(*input_ids.shape)
     sidecar_path(path).unlink(missing_ok=True)
     with whole_file(path) as partial:
-        raw = in_memory(partial, layout)
+        raw = in_memory(partial, layout, RecycledMemory())
         layout.views(raw)["input_ids"][:] = input_ids
         checksums = write_out(partial, raw)
     write_json(sidecar_path(path), _record(path, layout, checksums, after, None).as_json())
 
 
-def in_memory(path: Path, layout: Layout) -> np.ndarray:
+def in_memory(path: Path, layout: Layout, memory: RecycledMemory) -> np.ndarray:
     """Memory for a whole shard, header included, as uint8 [bytes]; the disk at `path` has kept room for it."""
     reserve_shard(path, layout)
-    raw = np.empty(layout.num_bytes, np.uint8)
+    raw = memory.take(layout.num_bytes)
     raw[: len(layout.header)] = np.frombuffer(layout.header, np.uint8)
     return raw
 
 
 def write_out(path: Path, raw: np.ndarray) -> Checksums:
-    """Write a shard from memory, hash it on the way, a block at a time, and wait for the disk."""
+    """Write a shard from memory, and hash it on the way, a block at a time."""
     hasher = Hasher()
     with path.open("r+b", buffering=0) as file:
         for start in range(0, len(raw), BLOCK_BYTES):
@@ -218,7 +233,6 @@ def write_out(path: Path, raw: np.ndarray) -> Checksums:
             hasher.update(block)
             while len(block):
                 block = block[file.write(block) :]
-        getattr(os, "fdatasync", os.fsync)(file.fileno())  # macOS has only the latter
     return hasher.checksums()
 
 

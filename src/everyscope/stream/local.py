@@ -13,9 +13,9 @@ from torch import Tensor
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
 from everyscope.base.ids import content_id
 from everyscope.shards.bits import TORCH_DTYPE
+from everyscope.shards.memory import RecycledMemory
 from everyscope.shards.order import permutation
 from everyscope.shards.reader import open_shards
-from everyscope.stream.recycled import RecycledMemory
 
 READ_AHEAD_BYTES = 64 << 20
 """How far a local source reads ahead, or two batches where these are more [bytes]."""
@@ -66,7 +66,8 @@ class LocalSource:
         if self._is_pinned:
             batch = torch.empty(rows, self.d_in, pin_memory=True)
         else:
-            batch = self._memory.empty(rows, self.d_in)
+            memory = self._memory.take(4 * rows * self.d_in)
+            batch = torch.from_numpy(memory.view(np.float32).reshape(rows, self.d_in))
         self.batch_into(step, batch)
         return batch
 
