@@ -105,8 +105,8 @@ def bank_jobs(banks: Sequence[TrainConfig], d_in_of: Callable[[TrainConfig], int
 
 def bank_workers(banks: Sequence[TrainConfig], engine: EngineConfig) -> int:
     """How many of a run's banks train side by side on one host: none gets fewer cores than it has ranks."""
-    settings = banks[0].settings
-    return engine.workers or max(1, default_workers(len(banks), settings.device) // settings.ranks)
+    most = max(bank.settings.ranks for bank in banks)
+    return engine.workers or max(1, default_workers(len(banks), banks[0].settings.device) // most)
 
 
 def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineConfig) -> Resources:

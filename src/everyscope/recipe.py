@@ -130,15 +130,19 @@ class RunConfig(Schema):
     def train_configs(
         self, out: Path, source: str | None = None, order: Literal["fixed", "any"] = "fixed", tls_roots: Path | None = None
     ) -> tuple[TrainConfig, ...]:
-        """One bank per site and token budget, in order of layer; ConfigError where two groups ask for the same SAE.
+        """One bank per site and token budget, or more where groups say so, in order of layer; ConfigError where two ask for the
+        same SAE.
 
         `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
         """
-        banks: dict[tuple[Site, int], list[SaeConfig]] = {}
+        banks: dict[tuple[Site, int, BankSettings, tuple[int, int] | None], list[SaeConfig]] = {}
         for site in self.all_sites:
-            for group in (group for group in self.groups if site in self.sites(group)):
-                banks.setdefault((site, group.num_tokens), []).extend(self.saes_of(group))
-        names = [(site, sae_name(sae)) for (site, _), saes in banks.items() for sae in saes]
+            for number, group in enumerate(self.groups):
+                settings = group.bank_settings(self.train)
+                for place, sae in enumerate(self.saes_of(group) if site in self.sites(group) else []):
+                    part = None if group.saes_per_bank is None else (number, place // group.saes_per_bank)
+                    banks.setdefault((site, group.num_tokens, settings, part), []).append(sae)
+        names = [(site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes]
         doubled = next((name for name in names if names.count(name) > 1), None)
         if doubled:
             raise ConfigError(f"{doubled[0]}: {doubled[1]} is asked for twice; mend groups")
@@ -151,10 +155,10 @@ class RunConfig(Schema):
                 tls_roots=tls_roots,
                 saes=tuple(saes),
                 num_tokens=num_tokens,
-                settings=self.train,
+                settings=settings,
                 out=out / "train" / site.folder,
             )
-            for (site, num_tokens), saes in banks.items()
+            for (site, num_tokens, settings, _), saes in banks.items()
         )
 
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:

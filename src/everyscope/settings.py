@@ -11,6 +11,7 @@ from everyscope.harvest.config import SHUFFLE_BYTES
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
+from everyscope.train.config import BankSettings
 
 
 class ModelShape(Schema):
@@ -47,6 +48,17 @@ class SaeGroup(Schema):
     """Seeds of the initial decoders."""
     num_tokens: int = Field(ge=1)
     """Activation vectors that each SAE sees [tokens]."""
+    saes_per_bank: int | None = Field(default=None, ge=1)
+    """SAEs of a site that train together, as many as fit a device; None: all, with other groups' of as many tokens [SAEs]."""
+    shards: int | None = Field(default=None, ge=1)
+    """Processes that share the latents of each of these SAEs; None takes that of `train` [processes]."""
+    replicas: int | None = Field(default=None, ge=1)
+    """Times that each of these is there again, to share the rows of a batch; None takes that of `train` [processes]."""
+
+    def bank_settings(self, common: BankSettings) -> BankSettings:
+        """How banks of this group train, where others train as `common` says."""
+        own = {name: getattr(self, name) for name in ("shards", "replicas") if getattr(self, name) is not None}
+        return BankSettings.model_validate(common.model_dump() | own)
 
 
 class HarvestSettings(Schema):

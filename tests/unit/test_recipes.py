@@ -57,6 +57,20 @@ def test_each_site_and_budget_is_one_bank_with_all_its_saes(tmp_path):
     assert sorted({sae.width for bank in at_twelve for sae in bank.saes}) == [2**power for power in range(14, 21)]
 
 
+def test_a_group_may_have_banks_of_its_own_on_several_devices(tmp_path):
+    config = find_recipe("gemma_2_2b")
+    *others, widest = config.groups
+    own = widest.model_copy(update={"saes_per_bank": 4, "shards": 8})
+    banks = config.model_copy(update={"groups": (*others, own)}).train_configs(tmp_path)
+    split = [bank for bank in banks if bank.settings.shards == 8]
+    assert [len(bank.saes) for bank in split] == [4, 2] * 3
+    assert {sae.width for bank in split for sae in bank.saes} == {2**20}
+    usual = config.train_configs(tmp_path)
+    assert [bank for bank in banks if bank not in split] == [bank for bank in usual if bank.num_tokens < widest.num_tokens]
+    assert sorted(str(sae) for bank in banks for sae in bank.saes) == sorted(str(sae) for bank in usual for sae in bank.saes)
+    assert len({bank.bank_id for bank in banks}) == len(banks)
+
+
 def test_an_sae_asked_for_twice_is_refused(tmp_path):
     config = find_recipe("tiny")
     twice = config.model_copy(update={"groups": config.groups * 2})
