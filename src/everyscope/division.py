@@ -80,7 +80,13 @@ def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: 
         return []
     count = max(1, min(count, -(-config.num_tokens // config.bucket_rows)))
     return [
-        Job(harvest, config.model_copy(update={"partition": (index, count)}), f"{name} {index + 1}/{count}", resources)
+        Job(
+            harvest,
+            config.model_copy(update={"partition": (index, count)}),
+            f"{name} {index + 1}/{count}",
+            resources,
+            units=-(-config.num_tokens // count),
+        )
         for index in range(count)
     ]
 

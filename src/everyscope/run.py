@@ -124,7 +124,7 @@ def run_harvest(
         resources = model_resources(part.model.device, engine.settings)
         count = engine.runner.side_by_side(resources)
         if partition == (0, 1) and count > 1:
-            engine.runner.run(harvest_jobs(part_config, count, resources, name), name)
+            engine.runner.run(harvest_jobs(part_config, count, resources, name), name, "tokens")
             part_config = part_config.model_copy(update={"heal": False})
         result = harvest(part_config)  # where jobs have done it, this loads nothing
         say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {folder / 'shards'}")

@@ -94,6 +94,7 @@ def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Captu
                 _wait(writing, ledger)
             done += len(taken)
             progress.advance(len(taken))
+            ledger.tell(len(taken))
         _wait(writing, ledger)
     return is_on_cpu
 

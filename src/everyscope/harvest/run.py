@@ -47,18 +47,23 @@ class HarvestResult:
     """Where this process's time went, by part of the work (`ledger.PARTS`); empty where there was nothing to do [s]."""
 
 
-def run(config: HarvestConfig) -> HarvestResult:
-    """Harvest what is not there yet. Where all is there, nothing is loaded.
+def run(config: HarvestConfig, progress: Callable[[int], None] = lambda rows: None) -> HarvestResult:
+    """Harvest what is not there yet. Where all is there, nothing is loaded. `progress` hears of rows of the partition.
 
     ConfigError where `out` holds another harvest, a site does not exist or the context is too long; ModelError; TextError;
     StorageError where the folder cannot be written, another process writes the same of it, or the disk or `max_bytes` is too
     small; DamagedData for a damaged manifest, unless `heal` is set; NonFinite, naming site, block and position.
     An error leaves whole shards or, where there are none yet, nothing.
     """
-    return harvest(config, model_identity(config.model), subject_of)
+    return harvest(config, model_identity(config.model), subject_of, progress)
 
 
-def harvest(config: HarvestConfig, identity: str, subject_of: Callable[[HarvestConfig], Subject]) -> HarvestResult:
+def harvest(
+    config: HarvestConfig,
+    identity: str,
+    subject_of: Callable[[HarvestConfig], Subject],
+    progress: Callable[[int], None] = lambda rows: None,
+) -> HarvestResult:
     """`run` with any model: its `identity`, and a function that gives what a harvest needs of it. Raises what `run` does."""
     folder = HarvestFolder(config, {"model": identity})
     folder.check_owner()
@@ -67,7 +72,7 @@ def harvest(config: HarvestConfig, identity: str, subject_of: Callable[[HarvestC
         if folder.is_finished():
             folder.clear_locks()
             return _result(folder)
-    subject, ledger = subject_of(config), Ledger()
+    subject, ledger = subject_of(config), Ledger(progress)
     with folder.locked():
         if folder.is_finished():  # nothing was damaged, or another process has been quicker
             return _result(folder)
@@ -98,6 +103,7 @@ def _write_buckets(folder: HarvestFolder, subject: Subject, ledger: Ledger) -> P
     with meter("harvest", config.num_tokens, "tokens") as progress, Commits(ledger) as commits:
         if place.rows:
             progress.advance(place.rows, is_resumed=True)
+            ledger.tell(place.rows // config.partition[1])
         is_claimed = False
         for bucket in ahead(read_buckets(config, subject.tokenizer, place, folder.stops, room.is_enough), ledger):
             if not is_claimed:
@@ -156,6 +162,7 @@ def _write_bucket(
                     finish(list(writers.values()))
         else:
             progress.advance(bucket.num_rows, is_resumed=True)
+            ledger.tell(bucket.num_rows if folder.is_mine(index) else 0)
         if folder.is_mine(index):
             commits.wait()
             commits.begin(partial(_commit, folder, bucket, writers, stack.pop_all()))
