@@ -239,7 +239,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=lambda names: tuple(names.split(",")), default=PARTS, help=f"of {','.join(PARTS)}")
     parser.add_argument("--workers", type=lambda counts: [int(count) for count in counts.split(",")], default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2**18, help="rows of each site, and of each SAE's training")
     parser.add_argument("--bucket-rows", type=int, default=2**14, help="rows of a bucket, which one worker writes")
     parser.add_argument("--layers", type=int, default=4, help="of the bundled model; three sites and banks in each")
