@@ -11,8 +11,9 @@ import pyarrow.parquet
 
 from everyscope.base.errors import DataError, first_line
 from everyscope.base.files import whole_file
-from everyscope.describe.columns import SCHEMA, SURROUNDING_COLUMNS
+from everyscope.describe.columns import SURROUNDING_COLUMNS
 from everyscope.describe.targets import METADATA_KEY, Target
+from everyscope.suite.latents import SCHEMA
 
 ROW_GROUP = 256
 """Latents that are read together [latents]."""

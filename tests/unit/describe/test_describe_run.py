@@ -10,7 +10,6 @@ from small_scope import tree_bytes
 from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMismatch
 from everyscope.describe import run as describe
 from everyscope.describe.codes import CodesFolder, encoded
-from everyscope.describe.columns import SCHEMA
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets
 from everyscope.sae.files import read_sae, save_sae
@@ -18,6 +17,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site
 from everyscope.suite.descriptions import read_order
+from everyscope.suite.latents import SCHEMA
 
 ATTENTION, MLP = Site("attn_out", 1), Site("mlp_out", 0)
 

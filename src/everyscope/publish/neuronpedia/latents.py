@@ -11,48 +11,26 @@ import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
 from everyscope.base.errors import DamagedData, DataError, first_line
+from everyscope.suite.latents import SCHEMA
 from everyscope.suite.layout import LATENTS_FILE
 
 BATCH = 256
 """Rows taken at a time, which is the row group that describing writes [latents]."""
 BATCH_TOKENS = 2**20
 """Tokens of examples taken at a time; batches with more are halved [tokens]."""
-_TOKEN_VALUES = pyarrow.list_(pyarrow.struct([("token", pyarrow.int32()), ("value", pyarrow.float32())]))
-COLUMNS = pyarrow.schema(
-    [
-        ("latent", pyarrow.int32()),
-        ("firings", pyarrow.int64()),
-        ("frequency", pyarrow.float32()),
-        ("max_activation", pyarrow.float32()),
-        ("histogram", pyarrow.list_(pyarrow.int32())),
-        (
-            "examples",
-            pyarrow.list_(
-                pyarrow.struct(
-                    [
-                        ("sequence", pyarrow.int32()),
-                        ("position", pyarrow.int32()),
-                        ("group", pyarrow.int8()),
-                        ("start", pyarrow.int32()),
-                        ("activations", pyarrow.list_(pyarrow.float16())),
-                    ]
-                )
-            ),
-        ),
-        ("top_logits", _TOKEN_VALUES),
-        ("bottom_logits", _TOKEN_VALUES),
-        (
-            "neighbours",
-            pyarrow.list_(
-                pyarrow.struct([("relation", pyarrow.int8()), ("latent", pyarrow.int32()), ("cosine", pyarrow.float32())])
-            ),
-        ),
-        (
-            "cofiring",
-            pyarrow.list_(pyarrow.struct([("latent", pyarrow.int32()), ("count", pyarrow.int32()), ("phi", pyarrow.float32())])),
-        ),
-    ]
+EXPORTED = (
+    "latent",
+    "firings",
+    "frequency",
+    "max_activation",
+    "histogram",
+    "examples",
+    "top_logits",
+    "bottom_logits",
+    "neighbours",
+    "cofiring",
 )
+COLUMNS = pyarrow.schema([SCHEMA.field(name) for name in EXPORTED])
 """The columns that are exported, and as what they are read."""
 LABELS = pyarrow.schema(
     [
