@@ -5,7 +5,6 @@ not sent in clear text to another machine), and taken out of whatever comes back
 """
 
 import http.client
-import ipaddress
 import json
 import os
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from everyscope.base.errors import ConfigError, ModelError
+from everyscope.base.http import is_loopback, opener_for
 from everyscope.base.ids import content_id
 from everyscope.describe.explanations.budget import Budget, estimated_tokens
 from everyscope.describe.explanations.config import EndpointConfig
@@ -67,11 +67,10 @@ class Endpoint:
         self._stopping = threading.Event()
         self._key = os.environ.get(config.key_variable, "")
         parts = urlsplit(config.url)
-        is_here = is_loopback(parts.hostname or "")
-        if self._key and parts.scheme == "http" and not is_here:
+        host = parts.hostname or ""
+        if self._key and parts.scheme == "http" and not is_loopback(host):
             raise ConfigError(f"{config.url}: would send the key in clear text; use https, or unset {config.key_variable}")
-        proxies = [urllib.request.ProxyHandler({})] if is_here else []
-        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
+        self._opener = opener_for(host)
 
     def ask(self, questions: Sequence[Question], replies: Replies, done: Callable[[int], None]) -> list[Reply]:
         """The answers to all questions, in order: those that are paid for from `replies`, the others sent and kept there.
@@ -184,21 +183,6 @@ class Endpoint:
     def _hidden(self, text: str) -> str:
         """`text` without the key, should an endpoint repeat it."""
         return text.replace(self._key, "…") if self._key else text
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host: it is an error instead."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _body(response: Any, end: float) -> str:

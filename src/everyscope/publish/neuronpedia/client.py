@@ -5,7 +5,6 @@ sent in clear text to another machine), and is taken out of whatever comes back.
 """
 
 import http.client
-import ipaddress
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from everyscope.base.errors import ConfigError, DataError, StorageError
+from everyscope.base.http import is_loopback, opener_for
 from everyscope.publish.neuronpedia.config import KEY_VARIABLE, NeuronpediaConfig
 
 MAX_ANSWER = 1 << 22
@@ -61,12 +61,12 @@ class Client:
         self._host, self._config, self._wait = config.host, config, wait
         self._key = os.environ.get(KEY_VARIABLE, "")
         parts = urlsplit(config.host)
-        is_here = is_loopback(parts.hostname or "")
+        host = parts.hostname or ""
         if not self._key:
             raise ConfigError(f"{KEY_VARIABLE}: is not set; export your key of {config.host} under this name, or give --dry-run")
-        if parts.scheme == "http" and not is_here:
+        if parts.scheme == "http" and not is_loopback(host):
             raise ConfigError(f"{config.host}: would send the key in clear text; use https")
-        self._opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if is_here else []))
+        self._opener = opener_for(host)
 
     def post(self, route: str, body: bytes, is_there: Callable[[], bool] | None = None) -> Answer:
         """Send `body` until it is taken.
@@ -134,21 +134,6 @@ class Client:
     def _hidden(self, text: bytes) -> str:
         """`text` without the key, should a host repeat it."""
         return text.decode("utf-8", "replace").replace(self._key, "…")
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host: it is an error instead."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _seconds(header: str | None) -> float | None:
