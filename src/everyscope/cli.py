@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -330,6 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in given:
             raise
         print(f"everyscope: {one_line(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        sys.exit(ERROR_EXIT)
+    except BrokenPipeError:  # whoever read has had enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it leaves
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
         print("everyscope: stopped; the same command goes on from here", file=sys.stderr)

@@ -70,3 +70,14 @@ def test_help_and_plans_come_without_torch():
     assert result.returncode == 0, result.stderr
     assert all(name in result.stdout for name in COMMANDS)
     assert "--groups.0.widths" in result.stdout
+
+
+def test_a_reader_who_leaves_is_no_error_to_tell_of():
+    command = [sys.executable, "-m", "everyscope", "plan", "gemma_2_2b", "--json", "--teraflops", "1", "--disk-gbps", "1"]
+    planning = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert planning.stdout is not None
+    assert planning.stderr is not None
+    planning.stdout.close()
+    assert b"Traceback" not in planning.stderr.read()
+    assert planning.wait() == 1
+    planning.stderr.close()
