@@ -1,7 +1,5 @@
 """Recycled memory: given out again once nobody holds it, and never before."""
 
-import gc
-
 import numpy as np
 import torch
 
@@ -17,7 +15,6 @@ def test_memory_that_nobody_holds_is_given_out_again() -> None:
     first = memory.take(4096)
     where = address(first)
     del first
-    gc.collect()
     assert address(memory.take(4000)) == where
 
 
@@ -30,7 +27,6 @@ def test_memory_that_a_view_a_tensor_or_its_array_still_holds_is_left_alone() ->
         return array
 
     row, tensor, array = numbers(1)[3][:7], torch.from_numpy(numbers(2))[5], torch.from_numpy(numbers(3)).numpy()[6]
-    gc.collect()
     others = [numbers(7) for _ in range(4)]
     assert row.tolist() == [1] * 7
     assert tensor.tolist() == [2] * 32
@@ -54,7 +50,6 @@ def test_there_is_no_more_memory_than_was_held_at_once() -> None:
     held = [memory.take(5000), memory.take(5000)]
     for turn in range(20):
         held[turn % 2] = np.empty(0, np.uint8)
-        gc.collect()
         held[turn % 2] = memory.take(5000 - turn)
         seen.add(address(held[turn % 2]))
     assert len(seen) == 2
