@@ -24,7 +24,7 @@ from typing import Any
 from everyscope.base.extras import import_extra
 from everyscope.jobs.child import ENDS, GRACE_SECONDS, Event
 from everyscope.jobs.job import Resources
-from everyscope.jobs.ray_cluster import LOOPBACK, is_loopback
+from everyscope.jobs.ray_cluster import LOOPBACK, stays_here
 from everyscope.jobs.ray_task import task
 
 WAIT_SECONDS = 0.2
@@ -93,7 +93,7 @@ def main() -> None:
     """Serve whoever started this, until standard input ends."""
     address = sys.argv[1]
     ray = import_extra("ray", "ray", "Running jobs on a Ray cluster")
-    own = {"_node_ip_address": LOOPBACK} if is_loopback(address) else {}
+    own = {"_node_ip_address": LOOPBACK} if stays_here(address) else {}
     ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
     lock = threading.Lock()
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from everyscope.base.errors import ConfigError, EveryscopeError, MissingExtra
+from everyscope.base.http import is_loopback
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 LOOPBACK = "127.0.0.1"
@@ -68,14 +69,14 @@ def answers(address: str) -> bool:
     return _ask(address, {})[0] == 0
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address is of this host alone."""
-    return address.rpartition(":")[0] in (LOOPBACK, "localhost", "[::1]")
+def stays_here(address: str) -> bool:
+    """Whether an address, HOST:PORT, is of this host alone."""
+    return is_loopback(address.rpartition(":")[0].strip("[]"))
 
 
 def environment_for(address: str) -> dict[str, str]:
     """This process's environment, and with it what keeps Ray on the loopback where `address` is there."""
-    return os.environ | (STAY_HERE if is_loopback(address) else {})
+    return os.environ | (STAY_HERE if stays_here(address) else {})
 
 
 def _ask(address: str, environment: dict[str, str]) -> tuple[int | None, str]:

@@ -16,7 +16,7 @@ from everyscope.division import model_resources
 from everyscope.jobs import ray_cluster
 from everyscope.jobs.config import EngineConfig
 from everyscope.jobs.job import Job, Resources
-from everyscope.jobs.ray_cluster import is_loopback, require_closed, require_token
+from everyscope.jobs.ray_cluster import require_closed, require_token, stays_here
 from everyscope.jobs.ray_place import _fits
 from everyscope.jobs.runner import opened_runner
 from everyscope.jobs.watch import Board, written
@@ -100,7 +100,7 @@ def test_a_cluster_is_closed_only_if_it_says_so(monkeypatch, answer, is_closed):
 
 
 def test_only_this_host_is_loopback():
-    assert [is_loopback(host + ":6379") for host in ("127.0.0.1", "localhost", "[::1]", "10.0.0.5", "127.0.0.1.example.org")] == [
+    assert [stays_here(host + ":6379") for host in ("127.0.0.1", "localhost", "[::1]", "10.0.0.5", "127.0.0.1.example.org")] == [
         True,
         True,
         True,

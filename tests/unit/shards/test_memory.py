@@ -1,5 +1,7 @@
 """Recycled memory: given out again once nobody holds it, and never before."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -43,6 +45,21 @@ def test_memory_that_is_too_small_or_far_too_large_is_not_given_out_and_not_kept
     assert len(memory.take(10_000)) == 10_000
     assert held.tolist() == [3] * 4096
     assert len(memory.take(0)) == 0
+
+
+def test_threads_that_share_it_never_get_the_same_memory() -> None:
+    memory = RecycledMemory()
+
+    def use(name: int) -> bool:
+        for _ in range(300):
+            window = memory.take(1 << 16)
+            window[:] = name
+            if not (window == name).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(use, range(6)))
 
 
 def test_there_is_no_more_memory_than_was_held_at_once() -> None:
