@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from everyscope.base.errors import DataError, StorageError
 
@@ -65,6 +65,18 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Give an open file its full size, and take its room on the disk now; OSError where there is none.
+
+    A page of a sparse file that finds no room later, when it is written through a map, kills the process with SIGBUS.
+    """
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    else:
+        file.truncate(num_bytes)
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ int32 tensors lie before `activations`, so that an odd number of bfloat16 values
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from everyscope.base.errors import DamagedData
+from everyscope.base.files import reserve
 from everyscope.base.tensors import tensors_header
 
 RowDtype = Literal["float32", "bfloat16"]
@@ -108,12 +108,7 @@ def reserve_shard(path: Path, layout: Layout) -> None:
     """A new file of full size with its header written, and its room on the disk taken; OSError where there is none."""
     with path.open("wb") as file:
         file.write(layout.header)
-        file.flush()
-        if hasattr(os, "posix_fallocate"):
-            # Room is taken now: a page of a sparse file that finds no room later kills the process with SIGBUS.
-            os.posix_fallocate(file.fileno(), 0, layout.num_bytes)
-        else:
-            file.truncate(layout.num_bytes)
+        reserve(file, layout.num_bytes)
 
 
 def create_shard(path: Path, layout: Layout) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from everyscope.base.files import whole_file, write_json
+from everyscope.base.files import reserve, whole_file, write_json
 from everyscope.base.tensors import tensors_header
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import RECORD_FILE, TENSOR_FILE
@@ -35,7 +35,7 @@ def save_assembled(folder: Path, parts: Parts, number: int, config: SaeConfig, s
     with whole_file(folder / TENSOR_FILE) as partial:
         with partial.open("wb") as file:
             file.write(header)
-            file.truncate(len(header) + max(stop for _, stop in offsets.values()))
+            reserve(file, len(header) + max(stop for _, stop in offsets.values()))
         tables = {
             name: np.memmap(partial, np.float32, "r+", len(header) + offsets[name][0], shape) for name, shape in shapes.items()
         }
