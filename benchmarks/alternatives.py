@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.recipes import gemma_scope
+from everyscope.sae.presets import gemma_scope
 from everyscope.sae.trainable import dense_update, new_sae
 from everyscope.train.engines import engine_for
 

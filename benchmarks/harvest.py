@@ -28,7 +28,7 @@ from training import device
 from everyscope.base.files import make_folder, write_json
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.run import run as harvest
-from everyscope.recipes import find_recipe
+from everyscope.run.find import find_recipe
 from everyscope.shards.reader import Tokens
 from everyscope.sites.model import load_language_model
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import decode, pre_activations
-from everyscope.sae.recipes import fast
+from everyscope.sae.presets import fast
 from everyscope.train.bank import Bank
 from peers.worker import Rows, Settings, serve, threshold_for
 

@@ -10,7 +10,7 @@ from everyscope.parallel.group import Group, file_store
 from everyscope.parallel.launch import Seat
 from everyscope.parallel.mesh import Mesh
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.recipes import fast
+from everyscope.sae.presets import fast
 from everyscope.sites.names import Site
 from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import run_rank

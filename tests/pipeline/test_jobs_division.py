@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from small_scope import build_scope, tree_bytes
 
-from everyscope.division import bank_jobs, evaluation_jobs, gather_scores, harvest_jobs
 from everyscope.evaluate.run import run as evaluate
 from everyscope.harvest.run import run as harvest
 from everyscope.jobs.config import EngineConfig
@@ -16,10 +15,11 @@ from everyscope.jobs.job import Job, Resources, config_of, spec_of
 from everyscope.jobs.processes import Processes
 from everyscope.jobs.runner import LocalRunner
 from everyscope.jobs.schedule import Schedule
-from everyscope.recipes import RECIPES, find_recipe
+from everyscope.run.activation_servers import served
+from everyscope.run.find import RECIPES, find_recipe
+from everyscope.run.jobs import bank_jobs, evaluation_jobs, gather_scores, harvest_jobs
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.recipes import fast
-from everyscope.served_banks import served
+from everyscope.sae.presets import fast
 from everyscope.sites.names import Site
 from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import run as train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from everyscope.cli import main
+from everyscope.cli.main import main
 from everyscope.jobs.ray_cluster import LocalCluster
 
 pytestmark = [
@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 RECIPE = """
-from everyscope.recipe import *
-from everyscope_recipes.tiny import recipe as tiny
+from everyscope.run.config import *
+from everyscope.recipes.tiny import recipe as tiny
 
 def recipe():
     return tiny().model_copy(update=dict(

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 import everyscope
-from everyscope.cli import main
-from everyscope.recipes import find_recipe
-from everyscope.run import run_folder
+from everyscope.cli.main import main
+from everyscope.run.find import find_recipe
+from everyscope.run.pipeline import run_folder
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 
 RECIPE = """
-from everyscope.recipe import *
+from everyscope.run.config import *
 from everyscope.sites.names import SUBLAYERS
-from everyscope_recipes.tiny import recipe as tiny
+from everyscope.recipes.tiny import recipe as tiny
 
 def recipe():
     return tiny().model_copy(update=dict(

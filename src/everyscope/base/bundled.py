@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-BUNDLED_FOLDER = Path(__file__).parent.parent / "bundled"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled_models"
 BUNDLED_MODELS = ("tiny", "tiny-it")
 """`tiny`: Gemma-2 architecture, trained from scratch on the Python standard library; `tiny-it`: its instruction-tuned sibling."""
 

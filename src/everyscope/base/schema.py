@@ -5,7 +5,7 @@ A config does no I/O and no randomness when built, so that it can be resolved, p
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Schema(BaseModel):
@@ -16,3 +16,11 @@ class Schema(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """The resolved config as plain JSON values (paths as strings), in field order."""
         return self.model_dump(mode="json")
+
+
+def one_line(error: ValidationError) -> str:
+    """What pydantic found wrong, in one line: field, problem, what was given."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or error.title
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{field}: {first['msg']}, got {first['input']!r}{more}"

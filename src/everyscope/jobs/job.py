@@ -17,9 +17,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from everyscope.base.errors import ConfigError
-from everyscope.base.flags import one_line
 from everyscope.base.ids import content_id
-from everyscope.base.schema import Schema
+from everyscope.base.schema import Schema, one_line
 
 Progress = Callable[[int], None]
 """Is told of units done."""

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from everyscope.base.errors import ConfigError, MissingExtra
 from everyscope.base.progress import console
-from everyscope.cli import main
-from everyscope.division import model_resources
+from everyscope.cli.main import main
 from everyscope.jobs import ray_cluster
 from everyscope.jobs.config import EngineConfig
 from everyscope.jobs.job import Job, Resources
@@ -20,6 +19,7 @@ from everyscope.jobs.ray_cluster import require_closed, require_token, stays_her
 from everyscope.jobs.ray_place import _fits
 from everyscope.jobs.runner import opened_runner
 from everyscope.jobs.watch import Board, written
+from everyscope.run.jobs import model_resources
 
 
 @pytest.mark.parametrize("address", ["local", "10.0.0.5:6379", "head.cluster:6379", "[fe80::1]:6379"])
@@ -158,7 +158,7 @@ def test_the_table_shows_what_is_at_work_first_and_the_log_says_what_went_wrong(
 
 def test_neither_ray_nor_a_launcher_is_loaded_before_it_is_asked_for():
     code = (
-        "import sys, everyscope.run, everyscope.jobs.runner, everyscope.jobs.ray_place\n"
+        "import sys, everyscope.run.pipeline, everyscope.jobs.runner, everyscope.jobs.ray_place\n"
         "print(sorted({'ray', 'torch.distributed.run', 'torch.distributed.launcher'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

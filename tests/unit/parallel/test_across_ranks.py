@@ -12,7 +12,7 @@ from everyscope.sae.across_ranks import shared_gradients
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import loss_gradients
 from everyscope.sae.objective import penalty
-from everyscope.sae.recipes import fast
+from everyscope.sae.presets import fast
 from everyscope.sae.thresholds import warm_start
 from everyscope.sae.trainable import TENSORS, new_sae
 from everyscope.train.bank import Bank

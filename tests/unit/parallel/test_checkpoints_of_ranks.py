@@ -11,7 +11,7 @@ from everyscope.base.files import read_json
 from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.files import TENSOR_FILE, read_sae, save_sae
-from everyscope.sae.recipes import fast
+from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
 from everyscope.train import assembly
 from everyscope.train.bank import Bank

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from everyscope.base.ids import content_id
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.live import LiveHarvest
-from everyscope.recipes import find_recipe
+from everyscope.run.find import find_recipe
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.files import read_sae
 from everyscope.serve.config import ServeConfig

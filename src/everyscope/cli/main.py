@@ -1,0 +1,349 @@
+"""The command line: one subcommand a stage. Flags are parsed before torch is imported, so that `--help` is quick."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from everyscope.base.errors import ConfigError, EveryscopeError
+from everyscope.base.schema import one_line
+from everyscope.base.signals import EXIT_CODE, leave_on_termination
+from everyscope.browse.config import BrowseConfig, ExportConfig
+from everyscope.cli.arguments import WHAT_IT_IS, Command, engine_of, parser
+from everyscope.cli.flags import Config, divided, parse_fields
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.harvest.config import ImportConfig
+from everyscope.publish.neuronpedia.config import NeuronpediaConfig
+from everyscope.run.config import RunConfig
+from everyscope.run.find import RECIPES, find_recipe
+from everyscope.serve.config import ServeConfig
+from everyscope.text.config import TextSource
+
+if TYPE_CHECKING:
+    from everyscope.browse.live import Live
+    from everyscope.jobs.schedule import Watch
+
+ERROR_EXIT = 1
+INTERRUPTED_EXIT = 130
+
+
+def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, Path]:
+    """The recipe with the fields that flags override, and the run's folder."""
+    default = find_recipe(options.recipe)
+    prog = f"everyscope {options.command} {options.recipe}"
+    config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default)
+    return config, options.out or Path("runs") / config.name
+
+
+def run_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Every stage, then the suite's table and what to type next."""
+    config, out = resolve(options, fields)
+    engine = engine_of(options)
+    from everyscope.run.pipeline import run_recipe
+
+    result = run_recipe(config, out, engine, watches(options))
+    show_suite(result.suite, options.json, is_line=engine.engine == "ray")
+
+
+def watches(options: argparse.Namespace) -> "list[Watch]":
+    """Who is told of jobs besides the person at the terminal: a program that reads standard output."""
+    from everyscope.jobs.watch import printed
+
+    return [printed] if options.json and options.engine == "ray" else []
+
+
+def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """One stage alone, in a run's folder."""
+    config, out = resolve(options, fields)
+    from everyscope.run import pipeline as run
+
+    stages = {
+        "train": run.run_training,
+        "evaluate": run.run_evaluation,
+        "describe": run.run_description,
+        "explain": run.run_explanation,
+    }
+    if options.command == "publish":
+        with run.run_folder(config, out):
+            show_suite(run.run_publication(config, out).suite, options.json)
+    elif options.command == "harvest":
+        harvest_stage(config, out, options)
+    else:
+        with run.run_folder(config, out), run.opened_engine(engine_of(options), out, watches(options)) as engine:
+            if options.command == "train" and options.source is not None:
+                banks = config.train_configs(out, options.source, options.order, options.tls_roots)
+                run.train_banks(config, banks, engine)
+            else:
+                stages[options.command](config, out, engine)
+
+
+def harvest_stage(config: RunConfig, out: Path, options: argparse.Namespace) -> None:
+    """Shards; one of several processes, which share the run's folder, writes a partition of them."""
+    from everyscope.run import pipeline as run
+
+    index, slash, count = (options.partition or "0/1").partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--partition {options.partition}: expected I/N with 0 <= I < N, as in 0/2 and 1/2")
+    partition = (int(index), int(count))
+    settings = engine_of(options)
+    if partition != (0, 1) and settings.engine == "ray":
+        raise ConfigError(f"--partition {options.partition} with --engine ray: the engine divides the harvest; leave one out")
+    with (
+        run.run_folder(config, out, is_shared=partition[1] > 1),
+        run.opened_engine(settings, out, watches(options)) as engine,
+    ):
+        run.run_harvest(config, out, engine, partition, options.heal)
+
+
+def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """The recipe's stage, or the evaluation of SAEs made elsewhere."""
+    if not options.recipe or options.recipe in RECIPES or options.recipe.endswith(".py"):
+        stage_command(options, fields)
+        return
+    suite = Path(options.recipe)
+    if not suite.is_dir():
+        raise ConfigError(f"{suite}: neither a recipe ({', '.join(RECIPES)}, or a .py file) nor a folder of SAEs")
+    out = options.out or Path("runs") / f"{suite.resolve().name}_scores"
+    fields = ["--trained", str(suite), "--out", str(out), *fields]
+    if options.model:
+        fields += ["--model.name", options.model]
+    if options.text:
+        fields += text_fields(options.text)
+    config = parse_fields(EvaluateConfig, f"everyscope evaluate {suite}", fields, "Evaluation of SAEs that lie in a folder.")
+    from everyscope.evaluate.run import run
+    from everyscope.evaluate.table import score_rows, score_table
+    from everyscope.run.pipeline import quiet_transformers
+
+    quiet_transformers()
+    run(config)
+    rows = score_rows(config)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console().print(score_table(rows))
+        print(f"\nScores  {out}")
+
+
+def text_fields(text: str) -> list[str]:
+    """The flags of a text that is named in one word: one of our sources, local files, or a Hugging Face dataset."""
+    if text in get_args(TextSource):
+        return ["--text.source", text]
+    if Path(text).exists():
+        return ["--text.source", "files", "--text.paths", text]
+    return ["--text.source", "dataset", "--text.dataset", text]
+
+
+def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Print what a recipe costs; spends nothing."""
+    config, out = resolve(options, fields)
+    from everyscope.cost.cluster_report import cluster_report, wants_cluster
+    from everyscope.cost.machine import plan, plan_json, plan_tables
+
+    if wants_cluster(options):
+        rates = {"mfu": options.mfu, "disk_gbps": options.disk_gbps}
+        report = cluster_report(config, options.gpus, options.gpu, **rates, with_curve=options.curve)
+        found, tables = report.as_json(), report.tables()
+    else:
+        rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}
+        price = plan(config, options.teraflops, out=out, **rates)
+        found, tables = plan_json(price), plan_tables(price)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for table in tables:
+        Console().print(table)
+
+
+def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Check shards, a suite, or a run's folder that holds both, against their checksums."""
+    from everyscope.shards.verify import verify_shards
+    from everyscope.suite.records import verify_suite
+
+    path: Path = options.path
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder; give a run's folder, its shards/ or its suite/")
+    checks = {path / "shards": verify_shards, path / "suite": verify_suite}
+    checks |= dict.fromkeys(sorted(path.glob("companions/*/shards")), verify_shards)
+    found = {folder: check for folder, check in checks.items() if folder.is_dir()}
+    if not found:
+        found = {path: verify_suite if (path / "suite.json").exists() else verify_shards}
+    for folder, check in found.items():
+        check(folder)
+        print(f"{folder}: whole, every checksum agrees")
+
+
+def import_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Activations from elsewhere to a folder of shards."""
+    config = configured(ImportConfig, options, "source", fields)
+    from everyscope.harvest.foreign import import_array
+
+    result = import_array(config)
+    print(f"{config.out}: {result.num_rows} rows of {config.site}; train on it with everyscope.LocalSource")
+
+
+def serve_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Serve shards to trainers, or activations as a model makes them, or look at servers that do."""
+    if options.watch:
+        from everyscope.serve.watch import watch
+
+        if fields:
+            raise ConfigError(f"--watch takes no {' '.join(fields)}; give HOST:PORT, --once, --token-file and --tls-roots alone")
+        servers = str(options.path).split(",")
+        watch(servers, token_file=options.token_file, roots=options.tls_roots, is_once=options.once)
+        return
+    if options.token_file is not None:
+        fields = [*fields, "--token-file", str(options.token_file)]
+    if options.live:
+        serve_live_command(options, fields)
+        return
+    if options.out is not None:
+        raise ConfigError(f"--out {options.out}: shards are served where they lie; leave it out, or serve a recipe with --live")
+    config = configured(ServeConfig, options, "shards", fields)
+    from everyscope.serve.run import run
+
+    run(config)
+
+
+def serve_live_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Serve what the recipe's harvest would write, as the model makes it. Flags are the server's fields and the recipe's."""
+    own, theirs = divided(fields, {*ServeConfig.model_fields, "help"} - {"shards"})
+    options.recipe = str(options.path)
+    recipe, out = resolve(options, theirs)
+    about = "Fields of the server; those of the recipe, as `everyscope run RECIPE --help` lists them, are flags too."
+    config = parse_fields(ServeConfig, f"everyscope serve {options.path} --live", own, about, recipe.live_config(out))
+    from everyscope.run.pipeline import serve_live
+
+    serve_live(recipe, out, config)
+
+
+def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """The suite's pages on 127.0.0.1, until Ctrl-C."""
+    config = configured(BrowseConfig, options, "suite", fields)
+    from everyscope.browse.run import run
+
+    def live() -> "Live":
+        from everyscope.browse.cache import suite_folder
+        from everyscope.browse.live_model import SuiteModel
+        from everyscope.run.pipeline import quiet_transformers
+
+        quiet_transformers()
+        return SuiteModel(suite_folder(config.suite))
+
+    run(config, live)
+
+
+def export_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """The suite's pages as files for any web host, or its latents for Neuronpedia."""
+    if options.format == "neuronpedia":
+        from everyscope.publish.neuronpedia.run import run as write_for_neuronpedia
+
+        print(write_for_neuronpedia(configured(NeuronpediaConfig, options, "suite", fields)).words)
+        return
+    config = configured(ExportConfig, options, "suite", fields)
+    from everyscope.browse.export import run
+
+    result = run(config)
+    print(f"{result.num_pages} pages; open {result.first_page}")
+
+
+def configured(kind: type[Config], options: argparse.Namespace, field: str, fields: list[str]) -> Config:
+    """The config of a command that takes a path first, which is its field `field`."""
+    given = [] if options.path is None else [f"--{field}", str(options.path)]
+    name = options.path or COMMANDS[options.command].takes
+    return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
+
+
+def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
+    """The suite's table on standard output, or its index as JSON (as the last of several lines, or indented), and what to type
+    next.
+    """
+    from everyscope.publish.table import suite_table
+    from everyscope.suite.records import read_index
+
+    index = read_index(suite)
+    if is_json:
+        print(json.dumps({"event": "suite"} | index.as_json()) if is_line else json.dumps(index.as_json(), indent=2))
+        return
+    console = Console()
+    console.print(suite_table(index))
+    first = suite / index.saes[0].folder
+    console.print(f"\nSuite   {suite}\nReport  {suite / 'report' / 'index.html'}\n", highlight=False)
+    console.print(f"Next    everyscope browse {suite}", highlight=False, soft_wrap=True)
+    console.print(f"        everyscope verify {suite}", highlight=False, soft_wrap=True)
+    console.print(
+        f"        python -c \"import everyscope; print(everyscope.load_sae('{first}'))\"", highlight=False, soft_wrap=True
+    )
+
+
+COMMANDS = {
+    "run": Command("every stage from text to suite; resumes what is there", run_command),
+    "plan": Command("every SAE, its tokens, bytes, operations and hours, before anything is spent", plan_command),
+    "harvest": Command("text and model to shards of activations", stage_command),
+    "train": Command("shards to SAEs", stage_command),
+    "evaluate": Command("SAEs and held-out text to scores", evaluate_command, "RECIPE|SUITE"),
+    "describe": Command("what each latent fires on and writes", stage_command),
+    "explain": Command("a label for each latent, and how well it predicts", stage_command),
+    "publish": Command("SAEs, scores and descriptions to the suite", stage_command),
+    "browse": Command("the suite's pages in a web browser, on this machine alone", browse_command, "SUITE", BrowseConfig),
+    "export": Command(
+        "the suite's pages for any web host, or its latents for Neuronpedia", export_command, "SUITE", ExportConfig
+    ),
+    "serve": Command("shards to trainers in other processes and on other hosts", serve_command, "SHARDS", ServeConfig),
+    "import": Command("activations from elsewhere to shards", import_command, "ARRAY", ImportConfig),
+    "verify": Command("check shards or a suite against their checksums", verify_command, "PATH"),
+}
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Parse and run one command; errors go to the caller."""
+    top = parser(COMMANDS)
+    options, fields = top.parse_known_args(arguments)
+    command = COMMANDS[options.command]
+    sub = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices[options.command]
+    first = options.recipe if command.takes.startswith("RECIPE") else options.path
+    if command.config is None and not command.takes.startswith("RECIPE") and fields:
+        top.error(f"unrecognized arguments: {' '.join(fields)}")
+    if getattr(options, "help", False) or first is None:
+        sub.print_help()
+        if first is None and not options.help:
+            raise ConfigError(f"everyscope {options.command} needs a {command.takes}: {WHAT_IT_IS[command.takes]}")
+        if first is None and command.config is None:
+            return
+        fields = [*fields, "--help"]
+    if getattr(options, "workers", None) is not None and options.workers < 1:
+        raise ConfigError(f"--workers {options.workers}: expected 1 or more")
+    command.function(options, fields)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: exit code 0, or non-zero with one line that says what is wrong and how to mend it."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # else this process, and what it does with signals, is somebody else's
+        leave_on_termination()
+    try:
+        dispatch(given)
+    except (EveryscopeError, ValidationError) as error:  # the latter where fields of a recipe do not go together
+        if "--debug" in given:
+            raise
+        print(f"everyscope: {one_line(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        sys.exit(ERROR_EXIT)
+    except BrokenPipeError:  # whoever read has had enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it leaves
+        sys.exit(ERROR_EXIT)
+    except KeyboardInterrupt:
+        print("everyscope: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_CODE:
+            print("everyscope: asked to stop; the same command goes on from here", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    main()

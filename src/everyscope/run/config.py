@@ -1,0 +1,285 @@
+"""A whole run as one config: the model, the text, the SAEs of the suite, and how each stage goes about it. Torch-free.
+
+What a single stage needs is derived here, so that stages know nothing of one another.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from everyscope.base.errors import ConfigError
+from everyscope.base.schema import Schema
+from everyscope.describe.config import DescribeConfig
+from everyscope.describe.explanations.config import ExplainConfig
+from everyscope.evaluate.comparisons.config import (
+    ComparisonConfig,
+    PrecisionConfig,
+    ProbingConfig,
+    RandomModelConfig,
+    SplittingConfig,
+    SubsetsConfig,
+    TransferConfig,
+    WidthsConfig,
+    built_in_subsets,
+)
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.harvest.config import HarvestConfig
+from everyscope.publish.config import PublishConfig
+from everyscope.run.settings import (
+    Companion,
+    CompareSettings,
+    DescribeSettings,
+    EvaluateSettings,
+    ExplainSettings,
+    HarvestSettings,
+    ModelShape,
+    SaeGroup,
+)
+from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.serve.config import ServeConfig
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.names import Site, sites_of
+from everyscope.text.config import TextConfig
+from everyscope.train.config import BankSettings, TrainConfig, sae_name
+
+LIVE_HOLD_SECONDS = 60.0
+"""How long, without a disk, a trainer that lags may keep rows from being replaced: to make them again is dear [s]."""
+LIVE_CHUNKS = 8
+"""The least into which a bucket is cut there, where chunks would not be larger than usual [chunks]."""
+UNAIMED_L0 = 100
+"""L0 near which an SAE stands for its site and width where the recipe aims at none, as in Gemma Scope [latents]."""
+
+
+class RunConfig(Schema):
+    """Everything from text to suite."""
+
+    name: str
+    """The run's name; its folder is runs/<name> unless --out says otherwise."""
+    title: str
+    """The suite's name for people."""
+    model: ModelConfig
+    """The language model."""
+    shape: ModelShape
+    """The model's sizes."""
+    text: TextConfig
+    """The corpus, its packing and its split."""
+    groups: tuple[SaeGroup, ...] = Field(min_length=1)
+    """Which SAEs make the suite."""
+    recipe: SaeRecipe = SaeRecipe()
+    """How each SAE is trained."""
+    harvest: HarvestSettings = HarvestSettings()
+    """How activations are written."""
+    train: BankSettings = BankSettings()
+    """How banks are trained."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """How SAEs are scored."""
+    compare: CompareSettings = CompareSettings()
+    """What is compared over the whole suite."""
+    instruction_tuned: Companion | None = None
+    """The instruction-tuned sibling on which the SAEs are evaluated too, beside SAEs of its own; None leaves that out."""
+    random_weights: Companion | None = None
+    """The same architecture with random weights, whose SAEs are a baseline; None leaves that out."""
+    describe: DescribeSettings = DescribeSettings()
+    """How latents are described."""
+    explain: ExplainSettings = ExplainSettings()
+    """How latents are labelled."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the harvest's shuffle."""
+
+    def sites(self, group: SaeGroup) -> tuple[Site, ...]:
+        """The sites of one group; ConfigError for a layer that the model does not have."""
+        return sites_of(group.sites, group.layers, self.shape.num_layers)
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """Every site of the suite, once, in order of layer."""
+        found = {site for group in self.groups for site in self.sites(group)}
+        return tuple(sorted(found, key=lambda site: (site.kind != "embed", site.layer, site.kind)))
+
+    def tokens_of(self, site: Site) -> int:
+        """Rows to keep for a site: what its longest training wants, or the harvest's own limit [tokens]."""
+        wanted = max(group.num_tokens for group in self.groups if site in self.sites(group))
+        return wanted if self.harvest.num_tokens is None else min(wanted, self.harvest.num_tokens)
+
+    def harvest_config(self, out: Path) -> HarvestConfig:
+        """The one pass of the model that feeds all groups."""
+        return HarvestConfig(
+            model=self.model,
+            text=self.text,
+            sites=self.all_sites,
+            num_tokens=max(self.tokens_of(site) for site in self.all_sites),
+            bucket_rows=self.harvest.bucket_rows,
+            dtype=self.harvest.dtype,
+            batch_blocks=self.harvest.batch_blocks,
+            seed=self.seed,
+            max_bytes=self.harvest.max_bytes,
+            shuffle_bytes=self.harvest.shuffle_bytes,
+            out=out / "shards",
+        )
+
+    def live_config(self, out: Path) -> ServeConfig:
+        """A server of what the harvest would write. Laggards are waited for, and a bucket has chunks enough that what trainers
+        ask ahead seldom lies in two.
+        """
+        bucket_rows = min(self.harvest.bucket_rows, max(self.tokens_of(site) for site in self.all_sites))
+        usual = ServeConfig(shards=out / "live", hold_seconds=LIVE_HOLD_SECONDS)
+        return usual.model_copy(update={"chunk_rows": max(1, min(usual.chunk_rows, bucket_rows // LIVE_CHUNKS))})
+
+    def train_configs(
+        self, out: Path, source: str | None = None, order: Literal["fixed", "any"] = "fixed", tls_roots: Path | None = None
+    ) -> tuple[TrainConfig, ...]:
+        """One bank per site and token budget, or more where groups say so, in order of layer; ConfigError where two ask for the
+        same SAE.
+
+        `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
+        """
+        banks: dict[tuple[Site, int, BankSettings, tuple[int, int] | None], list[SaeConfig]] = {}
+        for site in self.all_sites:
+            for number, group in enumerate(self.groups):
+                settings = group.bank_settings(self.train)
+                for place, sae in enumerate(self.saes_of(group) if site in self.sites(group) else []):
+                    part = None if group.saes_per_bank is None else (number, place // group.saes_per_bank)
+                    banks.setdefault((site, group.num_tokens, settings, part), []).append(sae)
+        names = [(site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes]
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled:
+            raise ConfigError(f"{doubled[0]}: {doubled[1]} is asked for twice; mend groups")
+        return tuple(
+            TrainConfig(
+                site=site,
+                shards=out / "shards" / site.folder,
+                source=source and f"{source.rstrip('/')}/{site.folder}",
+                order=order,
+                tls_roots=tls_roots,
+                saes=tuple(saes),
+                num_tokens=num_tokens,
+                settings=settings,
+                out=out / "train" / site.folder,
+            )
+            for (site, num_tokens, settings, _), saes in banks.items()
+        )
+
+    def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
+        """The SAEs that a group wants at each of its sites."""
+        return [
+            SaeConfig(width=width, sparsity_coefficient=coefficient, target_l0=target, seed=seed, recipe=self.recipe)
+            for width in group.widths
+            for coefficient in group.sparsity_coefficients
+            for target in group.target_l0s
+            for seed in group.seeds
+        ]
+
+    @property
+    def canonical_l0(self) -> float:
+        """The L0 whose nearest SAE stands for its site and width: the middle of those aimed at, or UNAIMED_L0 [latents]."""
+        targets = sorted({target for group in self.groups for target in group.target_l0s if target is not None})
+        return targets[len(targets) // 2] if targets else UNAIMED_L0
+
+    def parts(self, out: Path) -> Iterator[tuple["RunConfig", Path]]:
+        """This run and its companions that train SAEs, each with its folder."""
+        yield self, out
+        for name in ("instruction_tuned", "random_weights"):
+            companion: Companion | None = getattr(self, name)
+            if companion is not None and companion.groups:
+                yield self.of_companion(name, companion), out / "companions" / name
+
+    def of_companion(self, name: str, companion: Companion) -> "RunConfig":
+        """The run that trains a companion's SAEs."""
+        changes = {
+            "name": f"{self.name}_{name}",
+            "model": companion.model,
+            "text": companion.text or self.text,
+            "groups": companion.groups,
+            "instruction_tuned": None,
+            "random_weights": None,
+        }
+        return self.model_copy(update=changes)
+
+    def evaluate_config(self, out: Path) -> EvaluateConfig:
+        """The evaluation of everything trained, on the held-out documents of the run's own text.
+
+        A run that was trained from servers has no shards; then the baselines are fitted on the text's training documents.
+        """
+        shards = out / "shards"
+        return EvaluateConfig(
+            model=self.model,
+            text=self.text,
+            shards=shards if shards.is_dir() else None,
+            trained=out / "train",
+            out=out / "scores",
+            seed=self.seed,
+            **self.evaluate.model_dump(),
+        )
+
+    def comparison_configs(self, out: Path) -> list[ComparisonConfig]:
+        """The comparisons over the suite that the recipe asks for, once everything is evaluated."""
+        common: dict[str, Any] = {"evaluate": self.evaluate_config(out), "canonical_l0": self.canonical_l0}
+        settings, companions = self.compare, {config.name: (config, folder) for config, folder in self.parts(out)}
+        again: dict[str, Any] = common | {"num_sequences": settings.num_sequences}
+        wanted: dict[str, ComparisonConfig] = {
+            "widths": WidthsConfig(**common),
+            "splitting": SplittingConfig(**common, num_sequences=settings.splitting_sequences),
+            "subsets": SubsetsConfig(**again, subsets=settings.subsets or built_in_subsets(self.text)),
+            "precision": PrecisionConfig(**again),
+            "probing": ProbingConfig(
+                **common, text=self._python_text(), train_tokens=settings.probe_tokens, test_tokens=settings.probe_tokens
+            ),
+        }
+        widths = {width for group in self.groups for width in group.widths}
+        configs = [wanted[name] for name in settings.slices if len(widths) > 1 or name not in ("widths", "splitting")]
+        if self.instruction_tuned is not None:
+            tuned = companions.get(f"{self.name}_instruction_tuned")
+            configs.append(
+                TransferConfig(
+                    **again,
+                    tuned=self.instruction_tuned.model,
+                    text=self.instruction_tuned.text or self.text,
+                    tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1]),
+                )
+            )
+        random = companions.get(f"{self.name}_random_weights")
+        if random is not None:
+            configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1])))
+        return configs
+
+    def _python_text(self) -> TextConfig:
+        """Python sources, whose tokens have classes of their own, packed as the run's text."""
+        packing = self.text.model_dump(include={"context", "prefix", "suffix", "held_out_fraction"})
+        return TextConfig(source="standard_library", **packing)
+
+    def describe_config(self, out: Path) -> DescribeConfig:
+        """The description of every latent, from training and held-out documents."""
+        return DescribeConfig(
+            model=self.model,
+            text=self.text,
+            trained=out / "train",
+            scores=out / "scores",
+            out=out / "descriptions",
+            seed=self.seed,
+            **self.describe.model_dump(),
+        )
+
+    def explain_config(self, out: Path) -> ExplainConfig:
+        """The labels of every latent, learnt on training documents and scored on held-out ones."""
+        return ExplainConfig(
+            model=self.model,
+            text=self.text,
+            trained=out / "train",
+            out=out / "descriptions",
+            seed=self.seed,
+            **self.explain.model_dump(),
+        )
+
+    def publish_config(self, out: Path) -> PublishConfig:
+        """The suite made of the run's SAEs and scores."""
+        return PublishConfig(
+            trained=out / "train",
+            scores=out / "scores",
+            descriptions=out / "descriptions",
+            out=out / "suite",
+            title=self.title,
+            model=self.model.name,
+            canonical_l0=self.canonical_l0,
+        )

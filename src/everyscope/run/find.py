@@ -1,0 +1,55 @@
+"""Finding a recipe: a name of ours, or a .py file that defines `recipe()`."""
+
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from everyscope.base.errors import ConfigError
+from everyscope.base.schema import one_line
+from everyscope.run.config import RunConfig
+
+RECIPES = {
+    "tiny": "everyscope.recipes.tiny:recipe",
+    "gemma_2_2b": "everyscope.recipes.gemma_2:gemma_2_2b",
+    "gemma_2_9b": "everyscope.recipes.gemma_2:gemma_2_9b",
+    "gemma_2_27b": "everyscope.recipes.gemma_2:gemma_2_27b",
+    "gemma_2_9b_it": "everyscope.recipes.gemma_2:gemma_2_9b_it",
+}
+"""The recipes that come with everyscope: name, module, function."""
+
+
+def find_recipe(name_or_path: str) -> RunConfig:
+    """The run config of a named recipe, or of `recipe()` in a .py file; ConfigError for anything else."""
+    if name_or_path in RECIPES:
+        module, _, function = RECIPES[name_or_path].partition(":")
+        return getattr(importlib.import_module(module), function)()
+    path = Path(name_or_path)
+    if path.suffix == ".py":
+        return _recipe_in(path)
+    near = difflib.get_close_matches(name_or_path, RECIPES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown recipe {name_or_path!r}; {hint}Known are {', '.join(RECIPES)}, or give a path to a .py file")
+
+
+def _recipe_in(path: Path) -> RunConfig:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a recipe's name ({', '.join(RECIPES)}) or the path of a .py file")
+    spec = importlib.util.spec_from_file_location("recipe_file", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.recipe()
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: {type(error).__name__}: {error}; it must define recipe(), which returns a RunConfig"
+        ) from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: recipe() returned {type(config).__name__}, expected a RunConfig")
+    return config

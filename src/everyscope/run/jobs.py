@@ -1,0 +1,207 @@
+"""Into which jobs each stage of a recipe is divided, and what each takes of the machine that it runs on.
+
+A harvest is divided by buckets, which write the same files whoever writes them; training by banks; an evaluation, if asked, by
+sites. Comparisons are a job each, description and explanation one: their SAEs share passes of the model and look at one another.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everyscope.base.errors import ConfigError
+from everyscope.base.ids import content_id
+from everyscope.cost.devices import DEVICES
+from everyscope.cost.pieces import Bank, Piece, PlannedCode
+from everyscope.evaluate.comparisons import precision, probing, random_model, splitting, subsets, transfer, widths
+from everyscope.evaluate.comparisons.config import (
+    ComparisonConfig,
+    PrecisionConfig,
+    ProbingConfig,
+    RandomModelConfig,
+    SplittingConfig,
+    SubsetsConfig,
+    TransferConfig,
+    WidthsConfig,
+)
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.cost import COST_FILE, add_cost, read_cost
+from everyscope.evaluate.run import run as evaluate
+from everyscope.evaluate.targets import Target, load_targets
+from everyscope.harvest.config import HarvestConfig
+from everyscope.harvest.folder import HarvestFolder
+from everyscope.harvest.run import run as harvest
+from everyscope.harvest.subject import model_identity
+from everyscope.jobs.config import EngineConfig
+from everyscope.jobs.job import Job, Resources
+from everyscope.jobs.pool import default_workers, threads_of
+from everyscope.suite.layout import METRICS_FILE
+from everyscope.train.config import TrainConfig
+from everyscope.train.run import is_finished
+from everyscope.train.run import run as train_bank
+
+COMPARISONS: dict[type, Callable[[Any], Path]] = {
+    WidthsConfig: widths.run,
+    SplittingConfig: splitting.run,
+    SubsetsConfig: subsets.run,
+    PrecisionConfig: precision.run,
+    ProbingConfig: probing.run,
+    TransferConfig: transfer.run,
+    RandomModelConfig: random_model.run,
+}
+"""By its config, how each comparison is made."""
+PARTS_FOLDER = "parts"
+"""Below the scores, while an evaluation is divided."""
+GPU_JOB_CPUS = 4
+"""Cores beside a whole GPU; a bank with a share of one takes the same share of them [cores]."""
+USABLE = 0.9
+"""Of a GPU's memory; the rest is the driver's, and lost between allocations [1]."""
+UNKNOWN_L0 = 1.0
+"""Stands for an L0 where only memory is asked for, which does not depend on it [latents]."""
+CONTEXT_BYTES = 1 << 30
+"""That a process takes of a GPU before it holds a tensor [bytes]."""
+
+
+def model_resources(device: str, engine: EngineConfig) -> Resources:
+    """What a job takes that runs the language model; ConfigError for a device that a job cannot be given."""
+    if not _is_gpu(device, engine):
+        return Resources(cpus=engine.job_cpus or threads_of(1))
+    return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS, gpus=float(engine.model_gpus))
+
+
+def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: str) -> list[Job]:
+    """One job for each of `count` partitions, or fewer where there are fewer buckets; none where all is there."""
+    folder = HarvestFolder(config, {"model": model_identity(config.model)})
+    folder.check_owner()
+    folder.learn()
+    if folder.is_finished() and not config.heal:
+        return []
+    count = max(1, min(count, -(-config.num_tokens // config.bucket_rows)))
+    return [
+        Job(
+            harvest,
+            config.model_copy(update={"partition": (index, count)}),
+            f"{name} {index + 1}/{count}",
+            resources,
+            units=-(-config.num_tokens // count),
+        )
+        for index in range(count)
+    ]
+
+
+def bank_jobs(banks: Sequence[TrainConfig], d_in_of: Callable[[TrainConfig], int], engine: EngineConfig) -> list[Job]:
+    """One job for each bank that is not finished."""
+    pending = [bank for bank in banks if not is_finished(bank)]
+    workers = bank_workers(banks, engine)
+    names = [f"{bank.site} {bank.bank_id[:6]}" for bank in pending]
+    return [
+        Job(
+            train_bank,
+            bank,
+            name if names.count(name) == 1 else f"{bank.out.parent.parent.parent.name} {name}",
+            bank_resources(bank, d_in_of(bank), workers, engine),
+            units=bank.steps,
+            cost=float(bank.num_tokens) * d_in_of(bank) * sum(sae.width for sae in bank.saes),
+        )
+        for bank, name in zip(pending, names, strict=True)
+    ]
+
+
+def bank_workers(banks: Sequence[TrainConfig], engine: EngineConfig) -> int:
+    """How many of a run's banks train side by side on one host: none gets fewer cores than it has ranks."""
+    most = max(bank.settings.ranks for bank in banks)
+    return engine.workers or max(1, default_workers(len(banks), banks[0].settings.device) // most)
+
+
+def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineConfig) -> Resources:
+    """What a bank takes. On a GPU a share by its memory, so that many small ones lie on one; of several ranks, one GPU each."""
+    num_bytes, ranks = bank_bytes(bank, d_in), bank.settings.ranks
+    if not _is_gpu(bank.settings.device, engine):
+        return Resources(cpus=max(engine.job_cpus or threads_of(workers), ranks), memory_bytes=num_bytes * ranks)
+    if ranks > 1:
+        return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS * ranks, gpus=float(ranks))
+    device_bytes = engine.device_bytes or own_device_bytes()
+    share = 1.0 if device_bytes is None else min(1.0, (num_bytes + CONTEXT_BYTES) / (USABLE * device_bytes))
+    if share > 0.5:  # two of them would not fit
+        share = 1.0
+    return Resources(cpus=engine.job_cpus or max(1, int(GPU_JOB_CPUS * share)), gpus=share)
+
+
+def bank_bytes(bank: TrainConfig, d_in: int) -> int:
+    """Memory that a bank takes of each of its devices, as a cluster's plan has it [bytes]."""
+    settings = bank.settings
+    saes = tuple(PlannedCode(sae.width, UNKNOWN_L0, len(sae.prefixes)) for sae in bank.saes)
+    planned = Bank(str(bank.site), d_in, saes, bank.num_tokens, settings.batch_rows, row_bytes=4 * d_in)
+    return Piece(planned, saes, DEVICES["h100"], settings.shards, settings.replicas).memory
+
+
+def own_device_bytes() -> int | None:
+    """Memory of this host's smallest GPU; None where it has none [bytes]."""
+    sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    return min(sizes, default=None)
+
+
+def evaluation_jobs(config: EvaluateConfig, count: int, resources: Resources, name: str) -> list[Job]:
+    """The SAEs that have no scores yet, divided by site into up to `count` jobs with a folder each; `gather_scores` ends them.
+
+    A single job works in the scores folder itself. What goes together depends on what is pending alone, so a killed part goes on.
+    """
+    pending = [target for target in load_targets(config) if not target.is_scored]
+    parts = _by_site(pending, count)
+    if len(parts) < 2:
+        return [Job(evaluate, config, name, resources)]
+    jobs = []
+    for number, part in enumerate(parts):
+        saes = tuple(target.place for target in part)
+        changes = {"saes": saes, "out": config.out / PARTS_FOLDER / content_id(saes)}
+        title = f"{name} {number + 1}/{len(parts)}"
+        jobs.append(Job(evaluate, config.model_copy(update=changes), title, resources, cost=float(len(part))))
+    return jobs
+
+
+def gather_scores(scores: Path) -> None:
+    """Move what parts of an evaluation have found of each site to its place, metrics.json last, and add up what it cost."""
+    parts = scores / PARTS_FOLDER
+    for part in sorted(parts.iterdir()) if parts.is_dir() else ():
+        files = sorted(path for path in part.rglob("*") if path.is_file() and path.parent != part)
+        for path in sorted(files, key=lambda path: path.name == METRICS_FILE):
+            target = scores / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        cost = read_cost(part)
+        (part / COST_FILE).unlink(missing_ok=True)
+        add_cost(scores, cost)
+        shutil.rmtree(part)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def comparison_jobs(configs: Sequence[ComparisonConfig], resources: Resources) -> list[Job]:
+    """One job a comparison."""
+    runs = [COMPARISONS[type(config)] for config in configs]
+    return [Job(run, config, comparison_name(run), resources) for run, config in zip(runs, configs, strict=True)]
+
+
+def comparison_name(run: Callable[[Any], Path]) -> str:
+    """What people call a comparison."""
+    return f"compare {run.__module__.rpartition('.')[2].replace('_', ' ')}"
+
+
+def _by_site(targets: Sequence[Target], count: int) -> list[list[Target]]:
+    """Targets in up to `count` groups of about equal size, all of a site in one."""
+    sites: dict[Any, list[Target]] = {}
+    for target in targets:
+        sites.setdefault(target.site, []).append(target)
+    groups: list[list[Target]] = [[] for _ in range(min(count, len(sites)))]
+    for members in sorted(sites.values(), key=len, reverse=True):
+        min(groups, key=len).extend(members)
+    return groups
+
+
+def _is_gpu(device: str, engine: EngineConfig) -> bool:
+    if device == "cpu":
+        return False
+    if engine.engine == "ray" and device != "cuda":
+        raise ConfigError(f"device={device!r}: on a cluster a job sees only the GPUs that it is given; set device='cuda'")
+    return True

@@ -1,0 +1,85 @@
+"""Finding recipes, and what they derive for the stages."""
+
+import pytest
+
+from everyscope.base.errors import ConfigError
+from everyscope.run.config import RunConfig, SaeGroup
+from everyscope.run.find import RECIPES, find_recipe
+from everyscope.sites.names import Site
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_named_recipe_resolves_and_survives_json(name):
+    config = find_recipe(name)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"did you mean 'gemma_2_2b'.*tiny"):
+        find_recipe("gemma_2_2")
+
+
+def test_a_file_is_a_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from everyscope.recipes.tiny import recipe as tiny\ndef recipe():\n return tiny().model_copy(update={'name': 'mine'})\n"
+    )
+    assert find_recipe(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "must define recipe"),
+        ("def recipe():\n    return 3\n", "returned int"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("from everyscope import SaeConfig\ndef recipe():\n    return SaeConfig(width=0, sparsity_coefficient=1)\n", "width"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, text, complaint):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        find_recipe(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="no such file"):
+        find_recipe(str(tmp_path / "absent.py"))
+
+
+def test_each_site_and_budget_is_one_bank_with_all_its_saes(tmp_path):
+    config = find_recipe("gemma_2_2b")
+    banks = config.train_configs(tmp_path)
+    assert len({(bank.site, bank.num_tokens) for bank in banks}) == len(banks)
+    assert sum(len(bank.saes) for bank in banks) == sum(
+        len(config.sites(group)) * len(config.saes_of(group)) for group in config.groups
+    )
+    at_twelve = [bank for bank in banks if bank.site == Site("resid_post", 12)]
+    assert sorted({sae.width for bank in at_twelve for sae in bank.saes}) == [2**power for power in range(14, 21)]
+
+
+def test_a_group_may_have_banks_of_its_own_on_several_devices(tmp_path):
+    config = find_recipe("gemma_2_2b")
+    *others, widest = config.groups
+    own = widest.model_copy(update={"saes_per_bank": 4, "shards": 8})
+    banks = config.model_copy(update={"groups": (*others, own)}).train_configs(tmp_path)
+    split = [bank for bank in banks if bank.settings.shards == 8]
+    assert [len(bank.saes) for bank in split] == [4, 2] * 3
+    assert {sae.width for bank in split for sae in bank.saes} == {2**20}
+    usual = config.train_configs(tmp_path)
+    assert [bank for bank in banks if bank not in split] == [bank for bank in usual if bank.num_tokens < widest.num_tokens]
+    assert sorted(str(sae) for bank in banks for sae in bank.saes) == sorted(str(sae) for bank in usual for sae in bank.saes)
+    assert len({bank.bank_id for bank in banks}) == len(banks)
+
+
+def test_an_sae_asked_for_twice_is_refused(tmp_path):
+    config = find_recipe("tiny")
+    twice = config.model_copy(update={"groups": config.groups * 2})
+    with pytest.raises(ConfigError, match="asked for twice"):
+        twice.train_configs(tmp_path)
+
+
+def test_a_layer_out_of_range_names_the_range():
+    config = find_recipe("tiny")
+    group = SaeGroup(sites=("mlp_out",), layers=(4,), widths=(8,), sparsity_coefficients=(1e-3,), num_tokens=4096)
+    with pytest.raises(ConfigError, match="layers 0 to 3"):
+        _ = config.model_copy(update={"groups": (group,)}).all_sites
