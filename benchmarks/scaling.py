@@ -48,6 +48,7 @@ from everyscope.run.config import RunConfig
 from everyscope.run.find import find_recipe
 from everyscope.run.pipeline import quiet_transformers
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.normalisation import Normalisation
 from everyscope.train.bank import Bank
 from everyscope.train.run import run as train
 
@@ -178,7 +179,7 @@ def count_sums(config: dict[str, Any], seat: Seat, progress: Callable[[int], Non
     group = Group(mesh, file_store(seat.meeting, seat.ranks))
     recipe = SaeRecipe(initial_threshold=config["threshold"], learning_rate_warmup_steps=0)
     sae = SaeConfig(width=config["width"], sparsity_coefficient=1e-3, recipe=recipe)
-    bank = Bank([sae], config["d_in"], 1.0, 10**6, engine=config["engine"], collective=group)
+    bank = Bank([sae], config["d_in"], Normalisation(1.0), 10**6, engine=config["engine"], collective=group)
     load = Load.of(config["d_in"], config["width"], 1.0, config["batch"], mesh.shards, mesh.replicas)
     noise, lines = torch.Generator().manual_seed(mesh.replica), []
     for step in range(config["steps"]):

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import decode, pre_activations
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
 from everyscope.train.bank import Bank
 from peers.worker import Rows, Settings, serve, threshold_for
@@ -22,7 +23,7 @@ class Everyscope:
 
     def __init__(self, settings: Settings, rows: Rows) -> None:
         """A new SAE. The rows come scaled, so the bank's own scale is 1."""
-        self.bank = Bank([config_of(settings, rows.d_in)], rows.d_in, 1.0, settings.steps)
+        self.bank = Bank([config_of(settings, rows.d_in)], rows.d_in, Normalisation(1.0), settings.steps)
 
     def step(self, rows: Tensor) -> None:
         """As `everyscope train` does it."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
@@ -20,7 +21,7 @@ RECIPE = SaeRecipe(
 
 def trained(device: str, steps: int) -> Bank:
     generator = torch.Generator().manual_seed(0)
-    bank = Bank([SaeConfig(width=96, sparsity_coefficient=1e-3, recipe=RECIPE)], 32, 5.0, steps, device)
+    bank = Bank([SaeConfig(width=96, sparsity_coefficient=1e-3, recipe=RECIPE)], 32, Normalisation(5.0), steps, device)
     for _ in range(steps):
         bank.step(torch.randn(128, 32, generator=generator))
     return bank
@@ -32,7 +33,7 @@ def test_a_bank_trains_on_the_device_as_on_the_cpu():
     for name, tensor in theirs.saes[0].parameters.items():
         difference = (ours.saes[0].parameters[name].cpu() - tensor).norm() / tensor.norm().clamp(min=1e-3)
         assert difference < 1e-3, name
-    assert fold(ours.saes[0], ours.scale).w_enc.device.type == "cpu"
+    assert fold(ours.saes[0], ours.normalisation).w_enc.device.type == "cpu"
 
 
 def test_a_bank_takes_up_its_state_on_the_device():

@@ -19,6 +19,7 @@ from pipeline.parallel_driver import CHECKPOINT_STEPS, D_IN, MESHES, ROWS, SAES,
 
 from everyscope.parallel.launch import launch
 from everyscope.sae.files import TENSOR_FILE, read_sae
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold, new_sae
 from everyscope.shards.manifest import seal_folder, shard_path
 from everyscope.shards.writer import new_activation_shard
@@ -51,7 +52,7 @@ def distances(config: TrainConfig, reference: TrainConfig) -> dict[str, float]:
     for sae in config.saes:
         ours, record = read_sae(config.out / sae_name(sae))
         theirs = read_sae(reference.out / sae_name(sae))[0].tensors()
-        start = fold(new_sae(sae, D_IN), record["scale"]).tensors()
+        start = fold(new_sae(sae, D_IN), Normalisation(record["scale"])).tensors()
         for name, tensor in ours.tensors().items():
             apart, moved = (tensor - theirs[name]).norm(), (theirs[name] - start[name]).norm()
             found[f"{sae_name(sae)} {name}"] = (apart / moved).item()

@@ -19,6 +19,7 @@ from serve_process import PATIENCE, ServerProcess, resident_bytes, spawn, start_
 from served_rows import CHUNK_ROWS, D_IN, NUM_ROWS, SITES, row_ids, write_site, write_sites
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold
 from everyscope.serve.config import ServeConfig
 from everyscope.stream.flight import FlightSource
@@ -229,9 +230,11 @@ def trained(source: Source) -> list[torch.Tensor]:
         learning_rate=5e-3, learning_rate_warmup_steps=5, sparsity_warmup_steps=10, bandwidth=0.1, initial_threshold=0.1
     )
     configs = [SaeConfig(width=width, sparsity_coefficient=1e-2, recipe=recipe) for width in (16, 24)]
-    bank = Bank(configs, source.d_in, source.scale, steps=60)
+    bank = Bank(configs, source.d_in, Normalisation(source.statistics.scale), steps=60)
     fit(bank, source, 48, [])
-    return [tensor for sae in bank.saes for tensor in vars(fold(sae, bank.scale)).values() if isinstance(tensor, torch.Tensor)]
+    return [
+        tensor for sae in bank.saes for tensor in vars(fold(sae, bank.normalisation)).values() if isinstance(tensor, torch.Tensor)
+    ]
 
 
 @pytest.mark.parametrize("site", SITES)

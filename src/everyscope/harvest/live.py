@@ -1,7 +1,7 @@
 """Harvest without a disk: buckets of activations made when they are asked for, for a server that keeps them in memory.
 
-The same config gives the same rows in the same order as a harvest writes them. Only the scales differ a little: they are those of
-the first bucket, for nobody has seen the others yet. A bucket that is asked for again is made again, to the same bits.
+The same config gives the same rows in the same order as a harvest writes them. Only the statistics differ a little: those of
+the first bucket are taken, before the others are known. A bucket that is asked for again is made again, to the same bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from everyscope.harvest.outline import LIVE_FILE, find_outline, record_of, write
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
 from everyscope.shards.bits import TORCH_DTYPE, carrier_of
 from everyscope.shards.format import RowDtype
-from everyscope.shards.statistics import Sums
+from everyscope.shards.statistics import Statistics, StatisticsRecord, Sums
 from everyscope.sites.names import Site
 
 
@@ -66,15 +66,15 @@ class LiveHarvest:
         return [place.rows for place in self._places]
 
     @property
-    def scales(self) -> Mapping[str, float]:
-        """Root of the mean squared norm of the first bucket's rows, by site. Measured once, then read from the file."""
-        if self._outline.scales is None:
-            say("live: the model runs over the first bucket, for the scale of each site")
-            measured = self._outline.model_copy(update={"scales": self._measure(self._bucket(0))})
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Figures of the first bucket's rows, by site. Measured once, then read from the file."""
+        if self._outline.statistics is None:
+            say("live: the model runs over the first bucket, for the statistics of each site")
+            measured = self._outline.model_copy(update={"statistics": self._measure(self._bucket(0))})
             write_outline(self.config.out / LIVE_FILE, measured)
             self._outline = measured
-        assert self._outline.scales is not None
-        return self._outline.scales
+        assert self._outline.statistics is not None
+        return {site: Statistics.of_record(record) for site, record in self._outline.statistics.items()}
 
     def rows(self, bucket: int) -> dict[str, np.ndarray]:
         """Rows of a bucket at every site, shuffled, in the carrier type [rows, d_in].
@@ -132,9 +132,13 @@ class LiveHarvest:
             raise NonFinite(f"{place}: NaN or infinity, expected finite activations; run the model in float32")
         return rows
 
-    def _measure(self, bucket: Bucket) -> dict[str, float]:
-        sums = {site: Sums(width, 1) for site, width in self._subject.widths.items()}
+    def _measure(self, bucket: Bucket) -> dict[str, StatisticsRecord]:
+        context, done = self.config.text.context, 0
+        sums = {site: Sums(width, context) for site, width in self._subject.widths.items()}
+        blocks, positions = bucket.mask.nonzero()
         for batch in self._batches(bucket):
+            some = slice(done, done + len(next(iter(batch.values()))))
             for site, total in sums.items():
-                total.add(batch[site].float().numpy(), np.zeros(len(batch[site]), np.int64))
-        return {site.folder: total.statistics().scale for site, total in sums.items()}
+                total.add(batch[site].float().numpy(), positions[some], bucket.before.blocks + blocks[some])
+            done = some.stop
+        return {site.folder: total.statistics().record() for site, total in sums.items()}

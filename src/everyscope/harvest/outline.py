@@ -18,6 +18,7 @@ from everyscope.base.progress import meter, say
 from everyscope.base.schema import Schema
 from everyscope.harvest.buckets import Bucket, Place, read_buckets
 from everyscope.harvest.config import HarvestConfig
+from everyscope.shards.statistics import StatisticsRecord
 
 LIVE_FILE = "live.json"
 """The file's name, in the folder where a harvest would write its shards."""
@@ -35,7 +36,7 @@ class BucketRecord(Schema):
 
 
 class Outline(Schema):
-    """All that is known of a live harvest before the model runs, and the scales, which take one bucket of it."""
+    """All that is known of a live harvest before the model runs, and the statistics, which take one bucket of it."""
 
     asked: str
     """Content id of the config and the model."""
@@ -43,8 +44,8 @@ class Outline(Schema):
     """The buckets found so far."""
     is_whole: bool = False
     """Whether the text was read to its end, or as far as is wanted."""
-    scales: dict[str, float] | None = None
-    """Root of the mean squared norm of the first bucket's rows, by site; None until they were measured."""
+    statistics: dict[str, StatisticsRecord] | None = None
+    """Figures of the first bucket's rows, by site; None until they were measured."""
 
     @property
     def identity(self) -> str:

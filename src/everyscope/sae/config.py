@@ -31,6 +31,8 @@ class SaeRecipe(Schema):
     """Adam's decay of squared gradients; the decay of gradients is 0, so there is no momentum [1]."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the squared gradients' mean [1]."""
+    is_centred: bool = False
+    """Subtract the mean of the activations before training; it is folded back, so files are the same. The paper does not [1]."""
     warm_start: bool = False
     """Begin with b_dec at the first batch's mean and, given a target_l0, thresholds at the quantile that meets it there."""
     driven_share: float = Field(default=0.0, ge=0, le=1)

@@ -32,6 +32,7 @@ def fast(d_in: int) -> SaeRecipe:
         sparsity_warmup_steps=0,
         bandwidth=0.004,
         encoder_scale=0.5,
+        is_centred=True,
         warm_start=True,
         driven_share=0.7,
         revive_steps=10,

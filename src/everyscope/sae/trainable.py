@@ -23,6 +23,7 @@ from everyscope.sae.functional import (
     unit_rows,
     without_parallel_part,
 )
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
 
@@ -172,14 +173,22 @@ def adam_without_momentum(
     parameter.addcdiv_(gradient, (squared / correction).sqrt_().add_(epsilon), value=-rate)
 
 
-def fold(sae: TrainableSae, scale: float) -> Sae:
-    """The SAE on raw activations x_raw = scale * x, without pre-encoder bias (Gemma Scope, appendix A, eq. 5 to 11)."""
+def fold(sae: TrainableSae, normalisation: Normalisation) -> Sae:
+    """The SAE on raw activations x_raw = mean + scale * x, without pre-encoder bias.
+
+    Gemma Scope, appendix A, eq. 5 to 11, and the mean: b_dec' = mean + scale b_dec, and as much less reaches the encoder,
+    b_enc' = scale (b_enc - b_dec @ w_enc) - mean @ w_enc.
+    """
     p = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in sae.parameters.items()}
+    scale = normalisation.scale
+    mean = torch.zeros(len(p["b_dec"]), dtype=torch.float64)
+    if normalisation.mean is not None:
+        mean = torch.from_numpy(normalisation.mean)
     folded = {
         "w_enc": p["w_enc"],
         "w_dec": p["w_dec"],
-        "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["w_enc"]),
-        "b_dec": scale * p["b_dec"],
+        "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["w_enc"]) - mean @ p["w_enc"],
+        "b_dec": mean + scale * p["b_dec"],
         "threshold": scale * p["threshold"],
     }
     return Sae(**{name: tensor.float().contiguous() for name, tensor in folded.items()})

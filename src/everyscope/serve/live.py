@@ -19,6 +19,7 @@ from everyscope.serve.config import ServeConfig
 from everyscope.serve.leases import Key
 from everyscope.serve.origin import SiteFacts
 from everyscope.shards.format import CARRIER, RowDtype
+from everyscope.shards.statistics import Statistics
 from everyscope.stream.order import Chunks
 
 BUCKETS_HELD = 2
@@ -44,8 +45,8 @@ class Buckets(Protocol):
         ...
 
     @property
-    def scales(self) -> Mapping[str, float]:
-        """Root of the mean squared norm to normalise by, by site."""
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Figures of the first bucket's rows, by site."""
         ...
 
     @property
@@ -62,7 +63,7 @@ class LiveOrigin:
     """Chunks cut from buckets. A chunk that begins in one bucket and ends in the next comes out with the next."""
 
     def __init__(self, buckets: Buckets, config: ServeConfig) -> None:
-        """Of `config` the slice and chunk_rows are taken. Nothing is made yet but what tells the scales.
+        """Of `config` the slice and chunk_rows are taken. Nothing is made yet but what gives the statistics.
 
         ConfigError where the buffer does not hold two buckets of the slice, or for several reading threads.
         """
@@ -76,7 +77,7 @@ class LiveOrigin:
                 d_in=width,
                 dtype=buckets.dtype,
                 identity=f"{buckets.identity}:{site}",
-                scale=buckets.scales[site],
+                statistics=buckets.statistics[site],
                 folder=None,
             )
             for site, width in buckets.widths.items()

@@ -14,6 +14,7 @@ from everyscope.shards.bits import carrier_of
 from everyscope.shards.format import RowDtype
 from everyscope.shards.manifest import MANIFEST, TOKENS, read_manifest
 from everyscope.shards.reader import Shards
+from everyscope.shards.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class SiteFacts:
     """Number format of the rows."""
     identity: str
     """A content id: equal for equal rows in equal order."""
-    scale: float
-    """Root of the mean squared L2 norm over all rows."""
+    statistics: Statistics
+    """Figures over all rows, or, where a model makes them on demand, over the first bucket's."""
     folder: Path | None
     """Where a client on the same host finds the same rows as shards; None where there are no files."""
 
@@ -80,7 +81,7 @@ class ShardOrigin:
             dtype: RowDtype = "bfloat16" if shards.dtype == "bfloat16" else "float32"
             self._shards[shards.site] = shards
             self.sites[shards.site] = SiteFacts(
-                shards.num_rows, shards.d_in, dtype, shards.identity, shards.statistics.scale, folder.resolve()
+                shards.num_rows, shards.d_in, dtype, shards.identity, shards.statistics, folder.resolve()
             )
         if not self.sites:
             raise DataError(f"{root}: holds no finished shards; give a folder that `everyscope harvest` wrote")

@@ -120,7 +120,7 @@ class ActivationServer(flight.FlightServerBase):
             num_rows=facts.num_rows,
             d_in=facts.d_in,
             dtype=facts.dtype,
-            scale=facts.scale,
+            statistics=facts.statistics.record(),
             chunk_rows=config.chunk_rows,
             slice_index=config.slice_index,
             slice_count=config.slice_count,

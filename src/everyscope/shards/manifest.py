@@ -179,7 +179,7 @@ def merged_sums(records: Iterable[ShardRecord]) -> Sums | None:
 
 def statistics_bytes(sums: Sums) -> bytes:
     """What statistics.json holds for these sums, to the byte."""
-    return (json.dumps(sums.statistics().as_json(), indent=2, allow_nan=False) + "\n").encode()
+    return (json.dumps(sums.statistics().record().as_json(), indent=2, allow_nan=False) + "\n").encode()
 
 
 def seal_folder(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import ValidationError
 from torch import Tensor
 
 from everyscope.base.errors import DamagedData, DataError, EveryscopeError, ShapeMismatch
@@ -34,7 +35,7 @@ from everyscope.shards.manifest import (
 )
 from everyscope.shards.opened import Folder, LocalFolder, OpenShard
 from everyscope.shards.remote import is_address, remote_folder
-from everyscope.shards.statistics import Statistics
+from everyscope.shards.statistics import Statistics, StatisticsRecord
 
 OPEN_SHARDS = 16
 """Shards kept mapped at once, for each holds a file descriptor; reading goes in order, so more would idle."""
@@ -101,8 +102,8 @@ class ShardFiles:
         try:
             data = self.folder.read(STATISTICS)
             if hashlib.sha256(data).hexdigest() == self.manifest.statistics_sha256:
-                return Statistics.of_json(parse_json(data, name))
-        except DataError:
+                return Statistics.of_record(StatisticsRecord.model_validate(parse_json(data, name)))
+        except (DataError, ValidationError):
             pass
         sums = merged_sums(self._record(shard) for shard in range(len(self.manifest.shards)))
         if sums is None:

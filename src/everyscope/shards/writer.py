@@ -22,9 +22,9 @@ from torch import Tensor
 
 from everyscope.base.errors import ShapeMismatch
 from everyscope.base.files import sync, whole_file, write_json
-from everyscope.shards.bits import TORCH_DTYPE, carrier_of
+from everyscope.shards.bits import TORCH_DTYPE, carrier_of, reading_tensor
 from everyscope.shards.checksums import BLOCK_BYTES, Checksums, Hasher
-from everyscope.shards.format import Layout, RowDtype, activation_layout, create_shard, reserve_shard, token_layout
+from everyscope.shards.format import Layout, RowDtype, TensorDtype, activation_layout, create_shard, reserve_shard, token_layout
 from everyscope.shards.kernels import place_bfloat16, place_float32, round_and_place
 from everyscope.shards.manifest import ShardRecord, sidecar_path
 from everyscope.shards.memory import RecycledMemory
@@ -42,7 +42,8 @@ class ActivationWriter:
         self._raw = create_shard(path, layout) if segment_rows else in_memory(path, layout, memory)
         self._views = layout.views(self._raw)
         self._rows, self._d_in = self._views["activations"].shape
-        self._dtype = TORCH_DTYPE[layout.tensors[-1].dtype]
+        self._row_dtype: TensorDtype = layout.tensors[-1].dtype
+        self._dtype = TORCH_DTYPE[self._row_dtype]
         self._segments = _Segments(self._rows, min(segment_rows, self._rows)) if segment_rows else None
         self._checksums: Checksums | None = None
         self.num_put = 0
@@ -78,7 +79,15 @@ class ActivationWriter:
         targets = places if self._segments is None else self._segments.arrive(places)
         total, norms = np.zeros(self._d_in, np.float64), np.empty(count, np.float64)
         self._place(rows, taken.astype(np.int64, copy=False), targets.astype(np.int64, copy=False), total, norms)
-        self._sums.count(total, norms, position, lambda row: f"{self._name}, block {sequence[row]}, position {position[row]}")
+
+        def stored(some: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d_in"]:
+            chosen = np.ascontiguousarray(self._views["activations"][targets[some]])
+            return reading_tensor(chosen.view(np.uint8).reshape(-1), self._row_dtype, chosen.shape).float().numpy()
+
+        def name(row: int) -> str:
+            return f"{self._name}, block {sequence[row]}, position {position[row]}"
+
+        self._sums.count(total, norms, position, sequence, stored, name)
         self._views["sequence"][targets] = sequence
         self._views["position"][targets] = position
         self.num_put += count

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.ids import content_id
+from everyscope.shards.statistics import Statistics
 from everyscope.stream.config import TOKEN_VARIABLE
 from everyscope.stream.journal import Journal
 from everyscope.stream.local import LocalSource
@@ -71,7 +72,8 @@ class FlightSource:
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         self._servers = Servers(parse_url(url), token, certificates, call_seconds, deadline, seed)
         known = self._servers.described
-        self.d_in, self.num_rows, self.scale, self.site = known.d_in, known.num_rows, known.scale, known.site
+        self.d_in, self.num_rows, self.site = known.d_in, known.num_rows, known.site
+        self.statistics = Statistics.of_record(known.statistics)
         self.chunks = self._servers.chunks
         self._files = self._servers.files() if use_files else None
         self._ahead = max(1, min(ahead, known.in_flight))

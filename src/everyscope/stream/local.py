@@ -1,6 +1,5 @@
 """Sources on this machine: the shards of a folder, and arrays in memory."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from everyscope.shards.bits import TORCH_DTYPE
 from everyscope.shards.memory import RecycledMemory
 from everyscope.shards.order import permutation
 from everyscope.shards.reader import open_shards
+from everyscope.shards.statistics import Statistics, Sums
 
 READ_AHEAD_BYTES = 64 << 20
 """How far a local source reads ahead, or two batches where these are more [bytes]."""
@@ -56,7 +56,7 @@ class LocalSource:
             raise ConfigError("pinned batches are for copies to a GPU, and torch finds none here; leave is_pinned out")
         self.shards = open_shards(folder)
         self.d_in, self.num_rows = self.shards.d_in, self.shards.num_rows
-        self.scale, self.identity = self.shards.statistics.scale, self.shards.identity
+        self.statistics, self.identity = self.shards.statistics, self.shards.identity
         row_bytes = self.d_in * TORCH_DTYPE[self.shards.manifest.dtype].itemsize
         self._rows_ahead, self._ahead = read_ahead_bytes // row_bytes, (0, 0)
         self._is_pinned, self._memory = is_pinned, RecycledMemory()
@@ -115,7 +115,7 @@ class ArraySource:
             raise DataError(f"activations are {table.dtype}, expected floating-point numbers; convert them to float32")
         self._table, self._order = table, torch.from_numpy(permutation(len(table), seed))
         self.num_rows, self.d_in = table.shape
-        self.scale, checksum = _measure(table)
+        self.statistics, checksum = _measure(table)
         self.identity = content_id({"shape": list(table.shape), "seed": seed, "float32": checksum})
 
     def batch(self, step: int, rows: int) -> Float[Tensor, "rows d_in"]:
@@ -124,15 +124,17 @@ class ArraySource:
         return self._table[order].float()
 
 
-def _measure(table: Float[Tensor, "rows d_in"]) -> tuple[float, str]:
-    """The root mean squared norm in float64, and a checksum of the rows as float32."""
-    squares, checksum = 0.0, xxhash.xxh3_128()
+def _measure(table: Float[Tensor, "rows d_in"]) -> tuple[Statistics, str]:
+    """Figures over all rows, each a block of its own, and a checksum of the rows as float32."""
+    sums, checksum = Sums(table.shape[1], 1), xxhash.xxh3_128()
     for start in range(0, len(table), CHUNK_ROWS):
-        chunk = table[start : start + CHUNK_ROWS].float().contiguous()
-        norms = chunk.double().square().sum(1)
-        if not norms.isfinite().all():
-            row = start + int(norms.isfinite().long().argmin())
-            raise NonFinite(f"activations row {row} holds NaN or infinity (or overflows float32); drop or mend such rows")
-        squares += float(norms.sum())
-        checksum.update(chunk.numpy().data)
-    return math.sqrt(squares / len(table)), checksum.hexdigest()
+        chunk = table[start : start + CHUNK_ROWS].float().contiguous().numpy()
+        try:
+            sums.add(chunk, np.zeros(len(chunk), np.int64), np.arange(start, start + len(chunk)))
+        except NonFinite as error:
+            row = start + int(np.isfinite(chunk).all(1).argmin())
+            raise NonFinite(
+                f"activations row {row} holds NaN or infinity (or overflows float32); remove or replace such rows"
+            ) from error
+        checksum.update(chunk.data)
+    return sums.statistics(), checksum.hexdigest()

@@ -65,7 +65,7 @@ class SlicedSource:
         shards = Shards(folder)
         self._chunks = Chunks(shards.num_rows, chunk_rows, num_slices)
         self._shards = shards
-        self.d_in, self.num_rows, self.scale = shards.d_in, shards.num_rows, shards.statistics.scale
+        self.d_in, self.num_rows, self.statistics = shards.d_in, shards.num_rows, shards.statistics
         self.identity = sequence_identity(shards.identity, self._chunks)
 
     def batch(self, step: int, rows: int) -> Float[Tensor, "rows d_in"]:

@@ -5,6 +5,8 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.shards.statistics import Statistics
+
 
 class Source(Protocol):
     """An endless sequence of batches of one site's activations.
@@ -23,8 +25,8 @@ class Source(Protocol):
         ...
 
     @property
-    def scale(self) -> float:
-        """Root of the mean squared L2 norm over all rows, in the activations' own units."""
+    def statistics(self) -> Statistics:
+        """Figures over all rows, in the activations' own units."""
         ...
 
     @property

@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 
 from everyscope.base.schema import Schema
 from everyscope.shards.format import CARRIER, RowDtype
+from everyscope.shards.statistics import StatisticsRecord
 
 PROTOCOL = 1
 """Version of this vocabulary; a server and a client of different ones refuse each other."""
@@ -88,8 +89,8 @@ class Described(Schema):
     """Size of the activations."""
     dtype: RowDtype
     """Number format of the rows."""
-    scale: float = Field(gt=0)
-    """Root of the mean squared L2 norm over all rows."""
+    statistics: StatisticsRecord
+    """Figures over all rows."""
     chunk_rows: int = Field(gt=0)
     """Rows of a chunk [rows]."""
     slice_index: int = Field(ge=0)

@@ -15,6 +15,7 @@ from everyscope.base.files import reserve, whole_file, write_json
 from everyscope.base.tensors import tensors_header
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import RECORD_FILE, TENSOR_FILE
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import LATENT_AXIS, TENSORS, TrainableSae, fold
 from everyscope.train.checkpoint import Parts
 
@@ -22,7 +23,9 @@ RANGE_NUMBERS = 2**24
 """A range of latents has about so many numbers in w_enc [numbers]."""
 
 
-def save_assembled(folder: Path, parts: Parts, number: int, config: SaeConfig, scale: float, record: dict[str, Any]) -> None:
+def save_assembled(
+    folder: Path, parts: Parts, number: int, config: SaeConfig, normalisation: Normalisation, record: dict[str, Any]
+) -> None:
     """Fold SAE `number` of a bank's checkpoint into `folder`, in the bytes that `sae.files.save_sae` writes.
 
     Raises NonFinite where training diverged.
@@ -41,7 +44,7 @@ def save_assembled(folder: Path, parts: Parts, number: int, config: SaeConfig, s
         }
         for start in range(0, width, at_once):
             latents = range(start, min(start + at_once, width))
-            piece = fold(_shard(parts, number, config, latents), scale)
+            piece = fold(_shard(parts, number, config, latents), normalisation)
             tables["W_enc"][:, start : latents.stop] = piece.w_enc
             tables["W_dec"][start : latents.stop] = piece.w_dec
             tables["b_enc"][start : latents.stop] = piece.b_enc

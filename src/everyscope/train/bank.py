@@ -5,18 +5,37 @@ Of several ranks each has a bank with its own latents of every SAE, and steps it
 
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.base.errors import ConfigError, DataError
 from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.config import SaeConfig
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.schedules import is_driven
 from everyscope.sae.thresholds import drive_thresholds, warm_start
 from everyscope.sae.trainable import LATENT_AXIS, StepLosses, new_sae
+from everyscope.shards.statistics import Statistics
 from everyscope.train.config import EngineName
 from everyscope.train.engines import engine_for
+
+
+def normalisation_for(configs: Sequence[SaeConfig], statistics: Statistics, max_norm: float | None) -> Normalisation:
+    """How SAEs of one bank see activations of these statistics; rows above `max_norm` median norms are left out.
+
+    ConfigError where some SAEs are to be centred and others not, DataError where there is nothing to reconstruct.
+    """
+    centred = {config.recipe.is_centred for config in configs}
+    if len(centred) > 1:
+        raise ConfigError("is_centred differs between SAEs that train on the same batches; train them apart, or set one value")
+    usual = statistics.usual(max_norm)
+    is_centred = centred.pop()
+    scale = usual.spread if is_centred else usual.scale
+    if not scale > 1e-6 * usual.scale:  # zero, or what rounding leaves of the difference
+        what = "equal" if usual.scale else "zero"
+        raise DataError(f"all {usual.count} rows are {what}, expected activations that vary; is this the right site?")
+    return Normalisation(scale, usual.mean if is_centred else None, usual.norm_limit)
 
 
 class Bank:
@@ -26,21 +45,21 @@ class Bank:
         self,
         configs: Sequence[SaeConfig],
         d_in: int,
-        scale: float,
+        normalisation: Normalisation,
         steps: int,
         device: str = "cpu",
         engine: EngineName = "auto",
         collective: Collective = ALONE,
     ) -> None:
-        """New SAEs for activations whose root mean squared norm is `scale` (frozen for the whole run)."""
+        """New SAEs for activations that `normalisation` brings to unit mean squared norm."""
         self.collective = collective
         self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width)) for config in configs]
-        self.scale, self.steps, self.num_steps_done = scale, steps, 0
+        self.normalisation, self.steps, self.num_steps_done = normalisation, steps, 0
         self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective)
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> list[StepLosses]:
         """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device."""
-        x = self._normalised(batch)
+        x = self.normalisation(batch.to(self.device))
         if self.num_steps_done == 0:
             self._start_warm(x)
         losses = self._engine.step(x, self.num_steps_done, self.steps)
@@ -50,12 +69,6 @@ class Bank:
             if is_driven(sae.config, self.num_steps_done - 1, self.steps):
                 drive_thresholds(sae, loss, self.num_steps_done, self.collective)
         return losses
-
-    def _normalised(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        if self.device.type != "cpu":
-            return batch.to(self.device) / self.scale
-        # By numpy: torch would wake threads that go on spinning, for some milliseconds, on cores that the step's own need.
-        return torch.from_numpy(batch.numpy() / np.float32(self.scale))
 
     def _start_warm(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Let SAEs that ask for it take their first biases and thresholds from the first batch."""

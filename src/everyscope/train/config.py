@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema
 from everyscope.sae.config import SaeConfig
+from everyscope.shards.norms import MAX_NORM, TAIL
 from everyscope.sites.names import Site
 
 EngineName = Literal["auto", "dense", "pairs"]
@@ -67,6 +68,8 @@ class TrainConfig(Schema):
     """The SAEs to train, all on the same batches."""
     num_tokens: int = Field(ge=1)
     """Activation vectors that each SAE sees; the shards are read again where they hold fewer [rows]."""
+    max_norm: float | None = Field(default=MAX_NORM, ge=TAIL)
+    """Rows whose norm is above this many times the site's median norm are left out; None keeps all, as in the paper [1]."""
     settings: BankSettings = BankSettings()
     """Batch, checkpoints, logging, device."""
     out: Path
@@ -102,7 +105,7 @@ class TrainConfig(Schema):
     @property
     def bank_id(self) -> str:
         """An identity of what is trained and how, whatever folders and log intervals are."""
-        what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows]
+        what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows, self.max_norm]
         return content_id([self.site.folder, what])
 
 

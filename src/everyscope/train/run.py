@@ -23,12 +23,13 @@ from everyscope.parallel.launch import Seat, launch
 from everyscope.parallel.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import has_sae, read_record, save_sae
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
 from everyscope.sae.trainable import StepLosses, fold
 from everyscope.stream.places import opened as opened_source
 from everyscope.stream.source import Source
 from everyscope.train.assembly import save_assembled
-from everyscope.train.bank import Bank
+from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.checkpoint import (
     find_checkpoint,
     folder_of_ranks,
@@ -103,7 +104,8 @@ def train(
             forget_checkpoint(checkpoint)  # a run killed between its last SAE and this line left it
         progress(config.steps)
         return
-    bank = Bank(config.saes, source.d_in, source.scale, config.steps, device or settings.device, settings.engine, collective)
+    normalisation = normalisation_for(config.saes, source.statistics, config.max_norm)
+    bank = Bank(config.saes, source.d_in, normalisation, config.steps, device or settings.device, settings.engine, collective)
     place = load_checkpoint(checkpoint, bank, run_id)
     progress(place.num_steps_done)
     log = _opened_log(config, source, place.log_bytes) if leads else None
@@ -128,23 +130,26 @@ def train(
         log.close()
     if collective.mesh.ranks == 1:
         for sae in bank.saes:
-            save_sae(config.out / sae_name(sae.config), fold(sae, bank.scale), record_of(config, sae.config, source, run_id))
+            record = record_of(config, sae.config, source, normalisation, run_id)
+            save_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
     else:
         save_checkpoint(checkpoint, bank, run_id, log_bytes)
-        _save_together(config, source, run_id, collective)
+        _save_together(config, source, normalisation, run_id, collective)
     if leads:
         forget_checkpoint(checkpoint)
 
 
-def _save_together(config: TrainConfig, source: Source, run_id: str, collective: Collective) -> None:
+def _save_together(
+    config: TrainConfig, source: Source, normalisation: Normalisation, run_id: str, collective: Collective
+) -> None:
     """Make the finished SAEs from the last checkpoint, each by one of the ranks."""
     checkpoint = find_checkpoint(checkpoint_path(config))
     assert checkpoint is not None, "saved a moment ago"
     with opened(checkpoint.files) as parts:
         for number, sae in enumerate(config.saes):
             if number % collective.mesh.ranks == collective.mesh.rank:
-                record = record_of(config, sae, source, run_id)
-                save_assembled(config.out / sae_name(sae), parts, number, sae, source.scale, record)
+                record = record_of(config, sae, source, normalisation, run_id)
+                save_assembled(config.out / sae_name(sae), parts, number, sae, normalisation, record)
     collective.barrier()
 
 
@@ -236,14 +241,16 @@ def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[Step
         )
 
 
-def record_of(config: TrainConfig, sae: SaeConfig, source: Source, run_id: str) -> dict[str, Any]:
+def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation, run_id: str) -> dict[str, Any]:
     """How an SAE came to be: everything that is needed to tell it from another, and to make it again."""
     return {
         "site": config.site.kind,
         "layer": config.site.layer,
         "d_in": source.d_in,
         "width": sae.width,
-        "scale": source.scale,
+        "scale": normalisation.scale,
+        "max_norm": config.max_norm,
+        "norm_limit": None if math.isinf(normalisation.norm_limit) else normalisation.norm_limit,
         "num_tokens": config.steps * config.settings.batch_rows,
         "steps": config.steps,
         "batch_rows": config.settings.batch_rows,

@@ -83,7 +83,7 @@ def test_a_real_model_gives_the_same_bits_live(tiny_random_model_folder, corpus,
             made = np.concatenate([buckets.rows(number)[site.folder] for number in range(len(buckets.borders) - 1)])
             shards = Shards(folders[site])
             assert np.array_equal(made, carrier_of(shards.rows(0, shards.num_rows)))
-            assert buckets.scales[site.folder] == pytest.approx(shards.statistics.scale, rel=0.1)
+            assert buckets.statistics[site.folder].scale == pytest.approx(shards.statistics.scale, rel=0.1)
 
 
 def test_a_bucket_made_again_in_any_order_is_the_same(live):
@@ -95,25 +95,32 @@ def test_a_bucket_made_again_in_any_order_is_the_same(live):
         assert all(np.array_equal(again[site], rows) for site, rows in first[number].items())
 
 
-def test_the_text_is_read_ahead_once_and_the_scales_are_made_once(live, model, count_blocks):
+def scales_of(buckets: LiveHarvest) -> dict[str, float]:
+    return {site: statistics.scale for site, statistics in buckets.statistics.items()}
+
+
+def test_the_text_is_read_ahead_once_and_the_statistics_are_made_once(live, model, count_blocks):
     first = live()
-    scales = dict(first.scales)
+    scales = scales_of(first)
     (blocks,), passes = count_blocks, model.passes
     assert passes > 0
     assert model.loads == 1
     second = live()
     assert count_blocks == [blocks], "the text was read again"
-    assert (second.identity, second.borders, dict(second.scales)) == (first.identity, first.borders, scales)
+    assert (second.identity, second.borders, scales_of(second)) == (first.identity, first.borders, scales)
     assert (count_blocks, model.passes, model.loads) == ([blocks], passes, 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scales_are_those_of_the_first_bucket_as_it_is_sent(live, dtype):
+def test_statistics_are_those_of_the_first_bucket_as_it_is_sent(live, dtype):
     buckets = live(dtype=dtype)
     for site, rows in buckets.rows(0).items():
         stored = torch.from_numpy(rows) if dtype == "float32" else torch.from_numpy(rows).view(torch.bfloat16)
         squares = stored.double().square().sum(1)
-        assert buckets.scales[site] == pytest.approx(squares.mean().sqrt().item(), rel=1e-12)
+        statistics = buckets.statistics[site]
+        assert statistics.scale == pytest.approx(squares.mean().sqrt().item(), rel=1e-12)
+        np.testing.assert_allclose(statistics.mean, stored.double().mean(0), rtol=1e-12)
+        assert sorted(square for square, *_ in statistics.norms.largest) == pytest.approx(squares.sort().values[-16:].tolist())
 
 
 @pytest.mark.parametrize("died_at", [3, 4, 7])
@@ -152,7 +159,7 @@ def damage(text: str, how: str) -> str:
     if how == "a border moved":
         value["buckets"][1]["after"]["rows"] += 1
     if how == "a scale changed":
-        value["scales"] = dict.fromkeys(value["scales"], 1.0)
+        value["statistics"][next(iter(value["statistics"]))]["mean_squared_norm"] *= 2
     if how == "a field more":
         value["more"] = 1
     return json.dumps(value)
@@ -161,11 +168,11 @@ def damage(text: str, how: str) -> str:
 @pytest.mark.parametrize("how", ["cut", "no JSON object", "a border moved", "a scale changed", "a field more"])
 def test_a_damaged_file_is_made_anew(live, how):
     before = live()
-    scales, file = dict(before.scales), before.config.out / LIVE_FILE
+    scales, file = scales_of(before), before.config.out / LIVE_FILE
     whole = file.read_text()
     file.write_text(damage(whole, how))
     after = live()
-    assert (after.identity, after.borders, dict(after.scales)) == (before.identity, before.borders, scales)
+    assert (after.identity, after.borders, scales_of(after)) == (before.identity, before.borders, scales)
     assert file.read_text() == whole
 
 

@@ -11,6 +11,7 @@ from everyscope.sae import pairs_cpu
 from everyscope.sae.across_ranks import shared_gradients
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import loss_gradients
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.objective import penalty
 from everyscope.sae.presets import fast
 from everyscope.sae.thresholds import warm_start
@@ -38,7 +39,7 @@ def own(x: torch.Tensor, collective: Collective) -> torch.Tensor:
 
 
 def trained(collective: Collective, engine: str, steps: int = STEPS, saes=SAES) -> tuple[Bank, list[list[float]]]:
-    bank, seen = Bank(saes, D_IN, 2.0, steps, "cpu", engine, collective), []
+    bank, seen = Bank(saes, D_IN, Normalisation(2.0), steps, "cpu", engine, collective), []
     for step in range(steps):
         losses = bank.step(own(rows(step), collective))
         seen.append([value.item() for loss in losses for value in (loss.reconstruction, loss.l0, loss.pairs)])
@@ -56,7 +57,7 @@ def whole(banks: list[Bank], name: str) -> torch.Tensor:
 @pytest.mark.parametrize(("shards", "replicas"), MESHES)
 def test_many_ranks_step_as_one(in_threads, engine, shards, replicas):
     alone, losses = trained(ALONE, engine)
-    start = Bank(SAES, D_IN, 2.0, STEPS, "cpu", engine)
+    start = Bank(SAES, D_IN, Normalisation(2.0), STEPS, "cpu", engine)
     done = in_threads(lambda collective: trained(collective, engine), shards, replicas)
     banks = [bank for bank, _ in done]
     for _, seen in done:
@@ -151,7 +152,7 @@ def test_a_crowded_shard_does_not_send_all_to_and_fro(in_threads, monkeypatch):
     tries = []
 
     def work(collective: Collective) -> list[bool]:
-        bank = Bank([config], D_IN, 2.0, 9, "cpu", "pairs", collective)
+        bank = Bank([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
         first = bank.saes[0].first
         bank.saes[0].parameters["b_enc"][: max(0, 9 - first)] = 50.0
         uses = []
@@ -173,7 +174,7 @@ def test_bytes_summed_are_those_of_the_formula(in_threads, shards, replicas):
     bank_of = {}
 
     def work(collective: Collective) -> dict[str, int]:
-        bank = Bank([config], D_IN, 2.0, 9, "cpu", "pairs", collective)
+        bank = Bank([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
         bank.step(own(rows(0), collective))
         bank_of[collective.mesh.rank] = bank
         return collective.bytes_reduced

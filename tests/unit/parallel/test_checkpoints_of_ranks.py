@@ -11,6 +11,7 @@ from everyscope.base.files import read_json
 from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.files import TENSOR_FILE, read_sae, save_sae
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
 from everyscope.train import assembly
@@ -35,7 +36,7 @@ MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
 
 
 def new_bank(collective: Collective = ALONE, engine: str = "pairs") -> Bank:
-    return Bank(SAES, D_IN, 3.0, STEPS, "cpu", engine, collective)
+    return Bank(SAES, D_IN, Normalisation(3.0), STEPS, "cpu", engine, collective)
 
 
 def step(bank: Bank) -> None:
@@ -184,7 +185,7 @@ def test_what_is_published_is_the_same_bytes_for_any_number_of_ranks(
     with opened(kept.files) as parts:
         for number, config in enumerate(SAES):
             assembly.save_assembled(tmp_path / f"together_{number}", parts, number, config, 3.0, {"width": config.width})
-            save_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], 3.0), {"width": config.width})
+            save_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], Normalisation(3.0)), {"width": config.width})
             for name in (TENSOR_FILE, "sae.json"):
                 ours, theirs = ((tmp_path / f"{kind}_{number}" / name).read_bytes() for kind in ("together", "alone"))
                 assert ours == theirs

@@ -7,11 +7,12 @@ from everyscope.base.errors import DataError, NonFinite, ShapeMismatch
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import read_sae, save_sae
 from everyscope.sae.folded import Sae, from_tensors
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold, new_sae
 
 
 def some_sae() -> Sae:
-    return fold(new_sae(SaeConfig(width=12, sparsity_coefficient=0), 5), 2.0)
+    return fold(new_sae(SaeConfig(width=12, sparsity_coefficient=0), 5), Normalisation(2.0))
 
 
 def test_wrong_d_in_is_one_clear_error():

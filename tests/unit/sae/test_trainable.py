@@ -7,6 +7,7 @@ import torch
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import loss_gradients, unit_rows, without_parallel_part
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import TENSORS, TrainableSae, adam_without_momentum, catch_up, dense_update, fold, new_sae
 
 RECIPE = SaeRecipe(
@@ -108,7 +109,7 @@ def test_thresholds_never_fall_below_zero():
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 750.0])
 def test_folded_equals_unfolded_to_float32_rounding(scale):
     sae, x = trained()
-    folded = fold(sae, scale)
+    folded = fold(sae, Normalisation(scale))
     torch.testing.assert_close(folded(x * scale), sae(x) * scale, rtol=2e-5, atol=2e-5 * scale)
     agree = (folded.encode(x * scale) > 0) == (sae.encode(x) > 0)
     assert agree.float().mean() > 0.9999

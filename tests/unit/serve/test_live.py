@@ -17,6 +17,7 @@ from everyscope.serve.leases import Key
 from everyscope.serve.live import LiveOrigin
 from everyscope.serve.run import Serving, ring_of, serving
 from everyscope.shards.format import CARRIER
+from everyscope.shards.statistics import Sums
 from everyscope.stream.flight import FlightSource
 from everyscope.stream.order import Chunks
 
@@ -32,7 +33,7 @@ class Made:
     identity = "made"
 
     def __init__(self, dtype: str = "float32", sizes: tuple[int, ...] = SIZES) -> None:
-        self.dtype, self.widths, self.scales = dtype, WIDTHS, dict.fromkeys(WIDTHS, 2.0)
+        self.dtype, self.widths = dtype, WIDTHS
         self.borders = np.cumsum([0, *sizes]).tolist()
         self.made: Counter[int] = Counter()
         self.table = {}
@@ -42,6 +43,10 @@ class Made:
             rows[:, 0], rows[:, 1] = number // 100, number % 100
             stored = rows.to(torch.bfloat16).view(torch.uint16) if dtype == "bfloat16" else rows
             self.table[site] = stored.numpy()
+        sums = {site: Sums(width, 1) for site, width in WIDTHS.items()}
+        for site, total in sums.items():
+            total.add(np.full((9, WIDTHS[site]), 2 / WIDTHS[site] ** 0.5, np.float32), np.zeros(9, np.int64))
+        self.statistics = {site: total.statistics() for site, total in sums.items()}
 
     def rows(self, bucket: int) -> dict[str, np.ndarray]:
         self.made[bucket] += 1
@@ -145,7 +150,8 @@ def test_a_client_gets_all_rows_epoch_after_epoch(live, dtype, chunk_rows):
     server = live(buckets, chunk_rows=chunk_rows, buffer_bytes=80_000)
     with FlightSource(url(server)) as source:
         assert not source.reads_files
-        assert (source.num_rows, source.scale, source.d_in) == (NUM_ROWS, 2.0, 6)
+        assert (source.num_rows, source.d_in) == (NUM_ROWS, 6)
+        assert source.statistics.scale == pytest.approx(2, rel=1e-6)
         rows = torch.cat([source.batch(step, 64) for step in range(-(-2 * NUM_ROWS // 64))])
     whole = torch.from_numpy(buckets.table[SITE])
     whole = whole if dtype == "float32" else whole.view(torch.bfloat16).float()

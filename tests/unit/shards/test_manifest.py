@@ -65,17 +65,17 @@ def test_a_manifest_that_miscounts_is_refused(written):
 
 def test_who_has_opened_a_folder_reads_on_while_it_grows(tmp_path):
     made = write_site(tmp_path, "float32")
-    opened, statistics = Shards(made.folder), Shards(made.folder).statistics.as_json()
+    opened, statistics = Shards(made.folder), Shards(made.folder).statistics.record().as_json()
     manifest = (made.folder / MANIFEST).read_bytes()
     grown = write_site(tmp_path / "more", "float32", sizes=(*SIZES, 50))
     for name in ("shard_00003.safetensors", "shard_00003.json", "statistics.json"):
         (made.folder / name).write_bytes((grown.folder / name).read_bytes())
     # Between the new statistics and the new manifest: whoever comes now finds the old folder, with its own figures.
     late = Shards(made.folder)
-    assert late.statistics.as_json() == statistics == opened.statistics.as_json()
+    assert late.statistics.record().as_json() == statistics == opened.statistics.record().as_json()
     assert late.identity == opened.identity
     (made.folder / MANIFEST).write_bytes((grown.folder / MANIFEST).read_bytes())
     assert torch.equal(opened.rows(0, opened.num_rows), made.rows)
-    assert opened.statistics.as_json() == statistics
+    assert opened.statistics.record().as_json() == statistics
     assert torch.equal(Shards(made.folder).rows(0, 154), grown.rows)
     assert manifest != (made.folder / MANIFEST).read_bytes()

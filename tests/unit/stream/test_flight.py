@@ -39,7 +39,7 @@ def test_one_server_gives_the_bits_of_a_local_source(start, shards, site, use_fi
     with FlightSource(start.url(site), use_files=use_files) as remote:
         source: Source = remote
         assert remote.reads_files == use_files
-        assert (source.d_in, source.num_rows, source.scale) == (D_IN, NUM_ROWS, local.scale)
+        assert (source.d_in, source.num_rows, source.statistics.scale) == (D_IN, NUM_ROWS, local.statistics.scale)
         assert source.identity == local.identity
         for step in range(2 * NUM_ROWS // 64 + 2):
             assert torch.equal(source.batch(step, 64), local.batch(step, 64))

@@ -111,7 +111,9 @@ def test_local_source_knows_its_data(stored):
     folder, rows = stored
     source = LocalSource(folder)
     assert (source.d_in, source.num_rows) == (D_IN, NUM_ROWS)
-    assert source.scale == pytest.approx(math.sqrt(math.fsum((rows.double() ** 2).flatten().tolist()) / NUM_ROWS), rel=1e-12)
+    assert source.statistics.scale == pytest.approx(
+        math.sqrt(math.fsum((rows.double() ** 2).flatten().tolist()) / NUM_ROWS), rel=1e-12
+    )
     assert source.identity == source.shards.identity == LocalSource(folder).identity
 
 
@@ -137,7 +139,9 @@ def test_an_array_gives_each_row_once_an_epoch(kind):
     assert epoch.dtype == torch.float32
     assert not torch.equal(epoch, as_floats)
     assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, as_floats.tolist()))
-    assert source.scale == pytest.approx(math.sqrt(math.fsum((as_floats.double() ** 2).flatten().tolist()) / 5000), rel=1e-12)
+    assert source.statistics.scale == pytest.approx(
+        math.sqrt(math.fsum((as_floats.double() ** 2).flatten().tolist()) / 5000), rel=1e-12
+    )
 
 
 def test_identity_of_an_array_is_content_and_order():

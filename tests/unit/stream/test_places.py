@@ -39,7 +39,7 @@ def test_all_places_of_one_site_give_the_same_bits(start, shards, place):
     plain = LocalSource(shards / SITE)
     with opened(named[place]) as source:
         assert isinstance(source, FlightSource) == (place == "server")
-        assert (source.identity, source.scale, source.num_rows) == (plain.identity, plain.scale, NUM_ROWS)
+        assert (source.identity, source.statistics.scale, source.num_rows) == (plain.identity, plain.statistics.scale, NUM_ROWS)
         for step in (0, 1, 7, 40):
             assert torch.equal(source.batch(step, 77), plain.batch(step, 77))
 

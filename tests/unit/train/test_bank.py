@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.normalisation import Normalisation
 from everyscope.sites.names import Site
 from everyscope.train.arrays import train_saes
 from everyscope.train.bank import Bank
@@ -26,7 +27,7 @@ def batches(count):
 
 
 def test_an_sae_trains_the_same_alone_and_in_company():
-    together, alone = Bank(CONFIGS, 8, 2.0, 20), Bank(CONFIGS[1:], 8, 2.0, 20)
+    together, alone = Bank(CONFIGS, 8, Normalisation(2.0), 20), Bank(CONFIGS[1:], 8, Normalisation(2.0), 20)
     for batch in batches(20):
         together.step(batch)
         alone.step(batch)
@@ -35,12 +36,12 @@ def test_an_sae_trains_the_same_alone_and_in_company():
 
 
 def test_a_checkpoint_gives_the_same_bits(tmp_path):
-    whole = Bank(CONFIGS, 8, 2.0, 20)
+    whole = Bank(CONFIGS, 8, Normalisation(2.0), 20)
     for number, batch in enumerate(batches(20)):
         if number == 7:
             save_checkpoint(tmp_path / "c.safetensors", whole, "run", log_bytes=11)
         whole.step(batch)
-    resumed = Bank(CONFIGS, 8, 2.0, 20)
+    resumed = Bank(CONFIGS, 8, Normalisation(2.0), 20)
     place = load_checkpoint(tmp_path / "c.safetensors", resumed, "run")
     assert (place.num_steps_done, place.log_bytes) == (7, 11)
     for batch in batches(20)[7:]:

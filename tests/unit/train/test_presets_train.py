@@ -46,9 +46,10 @@ def test_a_frequency_limit_keeps_latents_below_it(activations):
 
 
 def test_prefixes_reconstruct_by_themselves(activations):
-    nested = fast(D_IN).model_copy(update={"prefix_shares": (0.25, 1.0)})
+    plain = fast(D_IN).model_copy(update={"is_centred": False})
+    nested = plain.model_copy(update={"prefix_shares": (0.25, 1.0)})
     shares = []
-    for recipe in (fast(D_IN), nested):
+    for recipe in (plain, nested):
         config = SaeConfig(width=96, sparsity_coefficient=4.0, target_l0=5, recipe=recipe)
         sae = train_saes(activations, [config], num_tokens=128_000, batch_rows=128)[0]
         f = sae.encode(activations)

@@ -45,11 +45,11 @@ class Counted(LiveHarvest):
 
 
 class InMemory:
-    """All rows of a live harvest, and its scale."""
+    """All rows of a live harvest, and its statistics."""
 
     def __init__(self, buckets: LiveHarvest) -> None:
         rows = np.concatenate([buckets.rows(number)[SITE.folder] for number in range(len(buckets.borders) - 1)])
-        self.rows, self.scale = torch.from_numpy(rows), buckets.scales[SITE.folder]
+        self.rows, self.statistics = torch.from_numpy(rows), buckets.statistics[SITE.folder]
         self.num_rows, self.d_in = self.rows.shape
         self.identity = content_id(["in memory", buckets.identity])
 

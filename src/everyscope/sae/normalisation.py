@@ -1,0 +1,64 @@
+"""Between raw activations and what SAEs train on: which rows are left out, what is subtracted, what divides.
+
+Training works on x = (x_raw - mean) / scale with E||x||^2 = 1 over usual rows. Without a mean that is Gemma Scope's scaling
+(arXiv 2408.05147, section 3.1). Real activations have means many times their spread: scaled about zero, the signal shrinks by
+that ratio while thresholds, bandwidth and steps stay, and training fails. Both fold away exactly (`sae.trainable.fold`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How a group of SAEs sees its activations; fixed for the whole run."""
+
+    scale: float
+    """What rows are divided by, in the activations' units."""
+    mean: Float64[np.ndarray, " d_in"] | None = None
+    """What is subtracted before; None subtracts nothing."""
+    norm_limit: float = math.inf
+    """Rows of a larger L2 norm are massive and left out; infinity keeps all."""
+
+    def __call__(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """The normalised rows of a raw float32 batch. Usual rows take the place of massive ones, so that sizes stay."""
+        if batch.device.type == "cpu":
+            # By numpy: torch would wake threads that go on spinning, for some milliseconds, on cores that the step's own need.
+            rows = batch.numpy()
+            if self.norm_limit < math.inf:
+                rows = self._usual_on_cpu(rows)
+            if self.mean is not None:
+                rows = rows - self.mean.astype(np.float32)
+            return torch.from_numpy(rows / np.float32(self.scale))
+        if self.norm_limit < math.inf:
+            batch = _replaced(batch, is_massive(batch, self.norm_limit))
+        if self.mean is not None:
+            batch = batch - torch.as_tensor(self.mean, dtype=torch.float32, device=batch.device)
+        return batch / self.scale
+
+    def _usual_on_cpu(self, rows: Float[np.ndarray, "batch d_in"]) -> Float[np.ndarray, "batch d_in"]:
+        massive = np.einsum("ij,ij->i", rows, rows) > np.float32(self.norm_limit) ** 2
+        return _replaced(torch.from_numpy(rows), torch.from_numpy(massive)).numpy() if massive.any() else rows
+
+
+def is_massive(rows: Float[Tensor, "*batch d_in"], norm_limit: float) -> Bool[Tensor, "*batch"]:
+    """Whether each row's L2 norm is above the limit; one rule for training, metrics and descriptions."""
+    return rows.float().square().sum(-1) > norm_limit**2
+
+
+def _replaced(batch: Float[Tensor, "batch d_in"], massive: Bool[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
+    """The batch with each massive row replaced by the usual row before it, or, at its start, by the first usual row.
+
+    Rows come shuffled, so the copies are a random sample of the usual rows, and the mean gradient is that over usual rows alone.
+    The size stays, and nothing waits for the device. A batch without usual rows becomes zero.
+    """
+    rows = torch.arange(len(batch), device=batch.device)
+    usual = ~massive
+    before = torch.where(usual, rows, -1).cummax(0).values
+    first = usual.float().argmax()
+    return torch.where(usual.any(), batch[torch.where(before < 0, first, before)], 0.0)

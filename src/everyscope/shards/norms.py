@@ -1,0 +1,178 @@
+"""How the norms of a site's rows are distributed, and which rows are massive.
+
+Language models have *massive* rows: a few tokens (attention sinks, separators) whose norm is ten to a thousand times the median
+and which hold most of a site's sum of squares (Sun et al., arXiv 2402.17762). Scaling by the root mean square, or reporting the
+variance explained, then speaks of those few alone. So norms are counted in a histogram of quarter octaves, and its upper bins
+keep the sums of their rows: figures of the *usual* rows follow for any limit without reading a row again. Torch-free.
+"""
+
+import base64
+import heapq
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Float64, Int
+from pydantic import AfterValidator
+
+from everyscope.base.schema import Schema
+
+MAX_NORM = 8.0
+"""By default rows above this many times their site's median norm are massive and left out; docs/concepts/rows.md [1]."""
+BINS_PER_OCTAVE = 4
+"""Bins of the norms' histogram while a norm doubles."""
+MAX_BINS = 40
+"""Bins with rows that are kept apart; norms below the highest so many are counted in the lowest of these."""
+TAIL = 2.0
+"""Rows above this many times the median norm have sums of their own, so a limit may not be lower [1]."""
+TAIL_BINS = 12
+"""The highest so many bins above TAIL keep the sum of their rows; a limit below them takes what lies between for usual."""
+NUM_LARGEST = 16
+"""Rows of the largest norms whose places are kept [rows]."""
+
+
+def bins_of(squared_norms: Float64[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+    """The bin of the norms' histogram that each row is in: b holds norms in [2^(b/4), 2^((b+1)/4)); zero rows are lowest."""
+    exponents = np.log2(np.maximum(squared_norms, np.finfo(np.float64).tiny)) / 2
+    return np.floor(exponents * BINS_PER_OCTAVE).astype(np.int64)
+
+
+ZERO_BIN = int(bins_of(np.zeros(1))[0])
+"""The bin of rows that are zero."""
+
+
+def lower_edge(norm_bin: int) -> float:
+    """The least norm in a bin."""
+    return 2.0 ** (norm_bin / BINS_PER_OCTAVE)
+
+
+def _is_base64_of_float64(value: str) -> str:
+    if len(base64.b64decode(value, validate=True)) % 8:
+        raise ValueError("expected float64 numbers in base64")
+    return value
+
+
+class TailRecord(Schema):
+    """The sum of the rows in one bin."""
+
+    bin: int
+    """Number of the bin."""
+    total: Annotated[str, AfterValidator(_is_base64_of_float64)]
+    """Sum of its rows, one number per dimension, as little-endian float64 in base64."""
+
+
+class NormsRecord(Schema):
+    """How norms are distributed."""
+
+    bins: tuple[tuple[int, int, float], ...]
+    """(bin, rows, sum of squared norms) for each bin with rows, ascending."""
+    tail: tuple[TailRecord, ...]
+    """The sums of the rows in upper bins, ascending."""
+    largest: tuple[tuple[float, int, int], ...]
+    """(squared norm, block, position) of the rows of the largest norms, falling."""
+
+
+class Norms:
+    """How the norms of a site's rows are distributed, and where the largest are."""
+
+    def __init__(self, record: NormsRecord | None = None) -> None:
+        """Those of no rows, or of a record."""
+        self.bins: dict[int, tuple[int, float]] = {}
+        self.tail: dict[int, np.ndarray] = {}
+        self.largest: list[tuple[float, int, int]] = []
+        if record is not None:
+            self.bins = {number: (rows, squares) for number, rows, squares in record.bins}
+            self.tail = {entry.bin: np.frombuffer(base64.b64decode(entry.total), "<f8").copy() for entry in record.tail}
+            self.largest = list(record.largest)
+
+    def record(self) -> NormsRecord:
+        """These for a sidecar."""
+        return NormsRecord(
+            bins=tuple((number, *self.bins[number]) for number in sorted(self.bins)),
+            tail=tuple(
+                TailRecord(bin=number, total=base64.b64encode(self.tail[number].astype("<f8").tobytes()).decode())
+                for number in sorted(self.tail)
+            ),
+            largest=tuple(self.largest),
+        )
+
+    def add(
+        self,
+        squared_norms: Float64[np.ndarray, " rows"],
+        sequences: Int[np.ndarray, " rows"],
+        positions: Int[np.ndarray, " rows"],
+        read: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Count rows in; `read` gives those with the indices that it is given, [n, d_in]."""
+        if not len(squared_norms):
+            return
+        bins = bins_of(squared_norms)
+        for number in np.unique(bins).tolist():
+            chosen = squared_norms[bins == number]
+            self._count(number, len(chosen), float(chosen.sum()))
+        self._fold_low()
+        tail = np.flatnonzero(bins >= self._bin_above(TAIL))
+        if len(tail):
+            rows = read(tail).astype(np.float64)
+            for number in np.unique(bins[tail]).tolist():
+                self._sum(number, rows[bins[tail] == number].sum(0))
+            self._fold_tail()
+        places = zip(squared_norms.tolist(), sequences.tolist(), positions.tolist(), strict=True)
+        self._keep_largest(places)
+
+    def merge(self, other: "Norms") -> None:
+        """Count in all rows that `other` has counted."""
+        for number, (rows, squares) in other.bins.items():
+            self._count(number, rows, squares)
+        for number, total in other.tail.items():
+            self._sum(number, total)
+        self._fold_low()
+        self._fold_tail()
+        self._keep_largest(iter(other.largest))
+
+    def limit(self, max_norm: float | None) -> float:
+        """The norm above which rows are massive: the lower edge of the bin that `max_norm` times the median falls in, or next to.
+
+        The median is the middle of its bin, so the limit is within a fifth of what was asked for; infinity for None.
+        """
+        if max_norm is None or not self.bins or self._median_bin() == ZERO_BIN:
+            return math.inf
+        return lower_edge(self._bin_above(max_norm))
+
+    def above(self, limit: float) -> tuple[int, float, Float64[np.ndarray, " d_in"]]:
+        """Rows in the bins from norm `limit` on: how many, the sum of their squared norms, and their sum."""
+        chosen = [number for number in self.bins if lower_edge(number) >= limit]
+        total = sum((self.tail[number] for number in chosen if number in self.tail), np.zeros(1))
+        return sum(self.bins[number][0] for number in chosen), sum(self.bins[number][1] for number in chosen), total
+
+    def _bin_above(self, multiple: float) -> int:
+        """The first bin whose rows count as above so many times the median norm."""
+        return self._median_bin() + round(BINS_PER_OCTAVE * math.log2(multiple) + 0.5)
+
+    def _median_bin(self) -> int:
+        half, seen = sum(rows for rows, _ in self.bins.values()) / 2, 0
+        for number in sorted(self.bins):
+            seen += self.bins[number][0]
+            if seen >= half:
+                return number
+        raise AssertionError("the median of no rows")
+
+    def _count(self, number: int, rows: int, squares: float) -> None:
+        before = self.bins.get(number, (0, 0.0))
+        self.bins[number] = before[0] + rows, before[1] + squares
+
+    def _sum(self, number: int, total: np.ndarray) -> None:
+        self.tail[number] = self.tail[number] + total if number in self.tail else total
+
+    def _fold_low(self) -> None:
+        for number in sorted(self.bins)[:-MAX_BINS]:
+            rows, squares = self.bins.pop(number)
+            self._count(min(self.bins), rows, squares)
+
+    def _fold_tail(self) -> None:
+        for number in sorted(self.tail)[:-TAIL_BINS]:
+            del self.tail[number]
+
+    def _keep_largest(self, places: Iterable[tuple[float, int, int]]) -> None:
+        self.largest = heapq.nsmallest(NUM_LARGEST, [*self.largest, *places], key=lambda row: (-row[0], row[1], row[2]))
