@@ -16,6 +16,7 @@ from everyscope.base.errors import ConfigError, NonFinite, TextError
 from everyscope.base.progress import say
 from everyscope.harvest.buckets import Bucket, read_buckets
 from everyscope.harvest.config import HarvestConfig
+from everyscope.harvest.massive import tell_massive
 from everyscope.harvest.outline import LIVE_FILE, find_outline, record_of, write_outline
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
 from everyscope.shards.bits import TORCH_DTYPE, carrier_of
@@ -73,6 +74,7 @@ class LiveHarvest:
             measured = self._outline.model_copy(update={"statistics": self._measure(self._bucket(0))})
             write_outline(self.config.out / LIVE_FILE, measured)
             self._outline = measured
+            self._tell_massive()
         assert self._outline.statistics is not None
         return {site: Statistics.of_record(record) for site, record in self._outline.statistics.items()}
 
@@ -131,6 +133,11 @@ class LiveHarvest:
             place = f"{site.folder}, block {first_block + block}, position {position}"
             raise NonFinite(f"{place}: NaN or infinity, expected finite activations; run the model in float32")
         return rows
+
+    def _tell_massive(self) -> None:
+        ids = self._bucket(0).input_ids
+        for site, statistics in self.statistics.items():
+            tell_massive(site, statistics, lambda block, position: self._subject.tokenizer.decode([int(ids[block, position])]))
 
     def _measure(self, bucket: Bucket) -> dict[str, StatisticsRecord]:
         context, done = self.config.text.context, 0

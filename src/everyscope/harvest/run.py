@@ -23,8 +23,10 @@ from everyscope.harvest.fill import Commits, Writers, ahead, fill, finish, open_
 from everyscope.harvest.folder import HarvestFolder
 from everyscope.harvest.ledger import Ledger
 from everyscope.harvest.locks import gate
+from everyscope.harvest.massive import tell_massive
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
 from everyscope.shards.manifest import read_manifest, seal_folder, shard_path
+from everyscope.shards.reader import Shards, Tokens
 from everyscope.shards.writer import write_token_shard
 from everyscope.sites.names import Site
 
@@ -83,9 +85,21 @@ def harvest(
             return _result(folder)
         folder.claim()  # where limits changed without a new bucket
         is_sealed = _seal(folder, end)
+    if is_sealed:
+        _tell_massive(folder, subject)
     if ledger.seconds["forward"]:
         say(f"  {ledger.line()}")
     return HarvestResult(folder.sites, folder.tokens, end.rows, end.blocks * config.text.context, is_sealed, ledger.seconds)
+
+
+def _tell_massive(folder: HarvestFolder, subject: Subject) -> None:
+    tokens = Tokens(folder.tokens)
+
+    def token_at(block: int, position: int) -> str:
+        return subject.tokenizer.decode([int(tokens.input_ids(block, block + 1)[0, position])])
+
+    for site, path in folder.sites.items():
+        tell_massive(site.folder, Shards(path).statistics, token_at)
 
 
 def _require_disk(folder: HarvestFolder, subject: Subject) -> None:

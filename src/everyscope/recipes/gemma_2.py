@@ -50,6 +50,7 @@ def suite(size: str, title: str, shape: ModelShape, groups: tuple[SaeGroup, ...]
         train=BankSettings(device="cuda"),
         evaluate=EvaluateSettings(saes_at_once=SAES_AT_ONCE),
         describe=DescribeSettings(saes_at_once=SAES_AT_ONCE),
+        max_norm=None,  # the paper leaves out BOS alone
     )
 
 

@@ -39,6 +39,7 @@ from everyscope.run.settings import (
 )
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.serve.config import ServeConfig
+from everyscope.shards.norms import MAX_NORM, TAIL
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, sites_of
 from everyscope.text.config import TextConfig
@@ -85,6 +86,9 @@ class RunConfig(Schema):
     """How latents are described."""
     explain: ExplainSettings = ExplainSettings()
     """How latents are labelled."""
+    max_norm: float | None = Field(default=MAX_NORM, ge=TAIL)
+    """Rows whose norm is above this many times their site's median norm are left out of training, metrics and descriptions; None
+    keeps all, as in the paper [1]."""
     seed: int = Field(default=0, ge=0)
     """Seed of the harvest's shuffle."""
 
@@ -155,6 +159,7 @@ class RunConfig(Schema):
                 tls_roots=tls_roots,
                 saes=tuple(saes),
                 num_tokens=num_tokens,
+                max_norm=self.max_norm,
                 settings=settings,
                 out=out / "train" / site.folder,
             )
