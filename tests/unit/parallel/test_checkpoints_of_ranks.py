@@ -184,7 +184,9 @@ def test_what_is_published_is_the_same_bytes_for_any_number_of_ranks(
     assert len(kept.files) == shards
     with opened(kept.files) as parts:
         for number, config in enumerate(SAES):
-            assembly.save_assembled(tmp_path / f"together_{number}", parts, number, config, 3.0, {"width": config.width})
+            assembly.save_assembled(
+                tmp_path / f"together_{number}", parts, number, config, Normalisation(3.0), {"width": config.width}
+            )
             save_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], Normalisation(3.0)), {"width": config.width})
             for name in (TENSOR_FILE, "sae.json"):
                 ours, theirs = ((tmp_path / f"{kind}_{number}" / name).read_bytes() for kind in ("together", "alone"))
