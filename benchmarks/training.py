@@ -240,6 +240,7 @@ def started(tasks: list[tuple[str, dict[str, float]]], steps: int, options: argp
         str(activations(options.data, options.cache).resolve()) if options.data in MAKERS else str(Path(options.data).resolve())
     )
     shared = {name: getattr(options, name) for name in ("width", "batch", "l0", "threads", "seed")}
+    shared["held_out"] = options.held_out and str(Path(options.held_out).resolve())
     pythons = {trainer: python_of(trainer, options.cache) for trainer, _ in tasks}
     with ExitStack() as stack:
         workers = []
@@ -289,6 +290,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=lambda names: names.split(","), default=list(PACKAGES), help=f"of {','.join(PACKAGES)}")
     parser.add_argument("--data", default="minilm", help=f"{', '.join(MAKERS)}, or a .npy file, float32 [rows, d_in], shuffled")
+    parser.add_argument("--held-out", help="a .npy file of rows of other documents, to measure on; else the last rows of --data")
     parser.add_argument("--width", type=int, default=8192, help="latents")
     parser.add_argument("--batch", type=int, default=2048, help="rows in a batch")
     parser.add_argument("--l0", type=float, default=50, help="latents wanted on a row")

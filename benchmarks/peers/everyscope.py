@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.functional import decode, pre_activations
-from everyscope.sae.normalisation import Normalisation
+from everyscope.sae.functional import pre_activations
 from everyscope.sae.presets import fast
-from everyscope.train.bank import Bank
+from everyscope.sae.trainable import fold
+from everyscope.shards.norms import MAX_NORM
+from everyscope.stream.local import ArraySource
+from everyscope.train.bank import Bank, normalisation_for
 from peers.worker import Rows, Settings, serve, threshold_for
 
 
@@ -22,8 +24,10 @@ class Everyscope:
     """Bank.step, on the CPU."""
 
     def __init__(self, settings: Settings, rows: Rows) -> None:
-        """A new SAE. The rows come scaled, so the bank's own scale is 1."""
-        self.bank = Bank([config_of(settings, rows.d_in)], rows.d_in, Normalisation(1.0), settings.steps)
+        """A new SAE, which sees rows as `train_saes` would: without the massive ones, centred."""
+        config = config_of(settings, rows.d_in)
+        self.normalise = normalisation_for([config], ArraySource(rows.training()).statistics, MAX_NORM)
+        self.bank = Bank([config], rows.d_in, self.normalise, settings.steps)
 
     def step(self, rows: Tensor) -> None:
         """As `everyscope train` does it."""
@@ -31,14 +35,14 @@ class Everyscope:
 
     def reconstruct(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """By the SAE's formulas."""
-        sae = self.bank.saes[0]
+        sae = fold(self.bank.saes[0], self.normalise)
         f = sae.encode(rows)
-        return decode(f, sae.parameters["w_dec"], sae.parameters["b_dec"]), f
+        return sae.decode(f), f
 
     def set_l0(self, l0: float, rows: Tensor) -> None:
         """One threshold for all latents."""
-        p = self.bank.saes[0].parameters
-        p["threshold"].fill_(threshold_for(pre_activations(rows - p["b_dec"], p["w_enc"], p["b_enc"]), l0))
+        p, x = self.bank.saes[0].parameters, self.normalise(rows)
+        p["threshold"].fill_(threshold_for(pre_activations(x - p["b_dec"], p["w_enc"], p["b_enc"]), l0))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
     {"product": n}      the encoder product      -> {"float32": [...], "bfloat16": [...]} [s]
 
 A worker runs in the environment of its peer, so this file needs numpy and torch alone. All trainers get the same batches
-in the same order, scaled to unit mean squared norm. Between questions a worker sleeps.
+in the same order, scaled to unit mean squared norm, massive rows included; what a trainer does about these is its own matter.
+Held-out rows are the usual ones alone: otherwise a handful of massive rows decides the FVU. Between questions a worker sleeps.
 """
 
 import json
@@ -27,6 +28,8 @@ HELD_OUT_ROWS = 8192
 SCALE_ROWS = 65536
 """Training rows from which the scale is taken [rows]."""
 CHUNK_ROWS = 1024
+MASSIVE = 8.0
+"""Held-out rows above this many times the training rows' median norm are not measured [1]."""
 STEERING_ROWS = 2048
 """Held-out rows on which a threshold is chosen [rows]."""
 
@@ -36,7 +39,9 @@ class Settings:
     """One trainer's task."""
 
     data: str
-    """A .npy file, float32 [rows, d_in], shuffled, its last HELD_OUT_ROWS held out."""
+    """A .npy file, float32 [rows, d_in], shuffled, its last HELD_OUT_ROWS held out unless `held_out` is given."""
+    held_out: str | None
+    """A .npy file of rows of other documents, of which the first HELD_OUT_ROWS are measured."""
     width: int
     """Latents."""
     batch: int
@@ -70,23 +75,28 @@ class Trainer(Protocol):
 class Rows:
     """The array: its batches and its held-out rows, scaled."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, held_out: str | None = None) -> None:
         """Measure the scale, on the first training rows."""
         self._path = path
         table = np.load(path, mmap_mode="r")
-        self.num_training, self.d_in = len(table) - HELD_OUT_ROWS, table.shape[1]
-        sample = table[: min(SCALE_ROWS, self.num_training)].astype(np.float64)
-        self.scale = float(np.sqrt((sample**2).sum(1).mean()))
-        self.held_out = self._read(self.num_training, len(table))
+        self.num_training, self.d_in = len(table) - (0 if held_out else HELD_OUT_ROWS), table.shape[1]
+        sample = np.square(table[: min(SCALE_ROWS, self.num_training)], dtype=np.float64).sum(1)
+        self.scale = float(np.sqrt(sample.mean()))
+        others = self._read(held_out, 0, HELD_OUT_ROWS) if held_out else self._read(path, self.num_training, len(table))
+        self.held_out = others[others.norm(dim=1) <= MASSIVE * float(np.sqrt(np.median(sample))) / self.scale]
 
-    def _read(self, start: int, stop: int) -> Tensor:
+    def _read(self, path: str, start: int, stop: int) -> Tensor:
         # Mapped anew each time: pages that stay mapped would count as the trainer's memory.
-        return torch.from_numpy(np.load(self._path, mmap_mode="r")[start:stop] / np.float32(self.scale))
+        return torch.from_numpy(np.load(path, mmap_mode="r")[start:stop] / np.float32(self.scale))
+
+    def training(self) -> Tensor:
+        """All training rows, scaled."""
+        return self._read(self._path, 0, self.num_training)
 
     def batch(self, step: int, rows: int) -> Tensor:
         """Batch `step`; the rows lie shuffled, so that reading in order is reading at random."""
         start = step % (self.num_training // rows) * rows
-        return self._read(start, start + rows)
+        return self._read(self._path, start, start + rows)
 
 
 def threshold_for(pre: Tensor, l0: float) -> float:
@@ -164,7 +174,7 @@ class Session:
 
     def _set_l0(self, l0: float) -> dict[str, Any]:
         with torch.no_grad():
-            self._trainer.set_l0(l0, self._rows.held_out[:: HELD_OUT_ROWS // STEERING_ROWS])
+            self._trainer.set_l0(l0, self._rows.held_out[:: max(1, len(self._rows.held_out) // STEERING_ROWS)])
         return {"l0": l0}
 
     def _evaluate(self, _: bool) -> dict[str, Any]:
@@ -181,7 +191,7 @@ def serve(make: Callable[[Settings, Rows], Trainer], package: str) -> None:
     settings = Settings(**json.loads(sys.argv[1]))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    rows = Rows(settings.data)
+    rows = Rows(settings.data, settings.held_out)
     session = Session(settings, make(settings, rows), rows)
     print(json.dumps({"version": version(package), "torch": torch.__version__, "scale": rows.scale}), file=answers)
     for line in sys.stdin:

@@ -22,7 +22,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("array") / "rows.npy"
     np.save(path, 3 * np.random.default_rng(0).standard_normal((worker.HELD_OUT_ROWS + 1000, D_IN), np.float32))
     knobs = {"coefficient": 1e-3, "learning_rate_warmup_steps": 0, "sparsity_warmup_steps": 0}
-    return worker.Settings(data=str(path), width=64, batch=100, steps=4, l0=8, threads=1, seed=0, knobs=knobs)
+    return worker.Settings(data=str(path), width=64, batch=100, steps=4, l0=8, threads=1, seed=0, knobs=knobs, held_out=None)
 
 
 def test_rows_are_scaled_to_unit_norm_and_none_is_both_trained_on_and_held_out(settings):

@@ -140,6 +140,10 @@ class Norms:
             return math.inf
         return lower_edge(self._bin_above(max_norm))
 
+    def median(self) -> float:
+        """The median norm, to within half a bin; for at least one row."""
+        return 2.0 ** ((self._median_bin() + 0.5) / BINS_PER_OCTAVE)
+
     def above(self, limit: float) -> tuple[int, float, Float64[np.ndarray, " d_in"]]:
         """Rows in the bins from norm `limit` on: how many, the sum of their squared norms, and their sum."""
         chosen = [number for number in self.bins if lower_edge(number) >= limit]

@@ -36,6 +36,7 @@ def test_usual_rows_have_the_figures_of_the_rows_below_the_limit(max_norm, cuts,
     wide = rows.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1)
     usual = statistics.usual(max_norm)
+    assert statistics.norms.median() == pytest.approx(np.median(norms), rel=0.1)
     if max_norm is None:
         assert usual.norm_limit == math.inf
     else:
