@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from everyscope.harvest.config import HarvestConfig
 from everyscope.shards.checksums import BLOCK_BYTES
 from everyscope.shards.format import activation_layout, token_layout
+from everyscope.shards.norms import record_bytes
 from everyscope.shards.order import permutation
 from everyscope.text.blocks import Block, Cursor, read_blocks
 
@@ -121,7 +122,7 @@ def folder_bytes(config: HarvestConfig, widths: list[int], after: Place) -> int:
         layout = token_layout(1, context) if is_tokens else activation_layout(1, width, config.dtype)
         row_bytes = layout.num_bytes - len(layout.header)
         body = row_bytes * (after.blocks if is_tokens else after.rows)
-        numbers = 0 if is_tokens else NUMBER_BYTES * (width + 2 * context)
+        numbers = 0 if is_tokens else NUMBER_BYTES * (width + 2 * context) + record_bytes(width)
         # Headers are padded to 4 KiB and stay within it; a line in the sidecar for each block of 4 MiB, begun or full.
         each = len(layout.header) + numbers + RECORD_BYTES + NUMBER_BYTES
         total += body + body // BLOCK_BYTES * NUMBER_BYTES + each * after.bucket

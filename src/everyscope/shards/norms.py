@@ -30,6 +30,8 @@ TAIL_BINS = 12
 """The highest so many bins above TAIL keep the sum of their rows; a limit below them takes what lies between for usual."""
 NUM_LARGEST = 16
 """Rows of the largest norms whose places are kept [rows]."""
+COLUMNS = 3
+"""Numbers that tell of one bin, or of one row."""
 
 
 def bins_of(squared_norms: Float64[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
@@ -53,48 +55,74 @@ def _is_base64_of_float64(value: str) -> str:
     return value
 
 
-class TailRecord(Schema):
-    """The sum of the rows in one bin."""
+def record_bytes(d_in: int) -> int:
+    """What a NormsRecord takes in a file at most [bytes]."""
+    numbers = COLUMNS * (MAX_BINS + NUM_LARGEST) + TAIL_BINS * (1 + d_in)
+    return 512 + 11 * numbers  # 8 bytes each, and a third more as text
 
-    bin: int
-    """Number of the bin."""
-    total: Annotated[str, AfterValidator(_is_base64_of_float64)]
-    """Sum of its rows, one number per dimension, as little-endian float64 in base64."""
+
+def packed(table: Float64[np.ndarray, "rows columns"]) -> str:
+    """A table as little-endian float64 in base64: to the bit, and a third of the size of JSON numbers."""
+    return base64.b64encode(table.astype("<f8").tobytes()).decode()
+
+
+def unpacked(text: str, columns: int) -> Float64[np.ndarray, "rows columns"]:
+    """The table that `packed` gave."""
+    return np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64).reshape(-1, columns)
+
+
+def _is_packed(text: str) -> str:
+    data = base64.b64decode(text, validate=True)
+    if len(data) % 8 or not np.isfinite(np.frombuffer(data, "<f8")).all():
+        raise ValueError("expected finite float64 numbers in base64")
+    return text
+
+
+Packed = Annotated[str, AfterValidator(_is_packed)]
 
 
 class NormsRecord(Schema):
-    """How norms are distributed."""
+    """How norms are distributed; tables as `packed` writes them."""
 
-    bins: tuple[tuple[int, int, float], ...]
+    bins: Packed
     """(bin, rows, sum of squared norms) for each bin with rows, ascending."""
-    tail: tuple[TailRecord, ...]
-    """The sums of the rows in upper bins, ascending."""
-    largest: tuple[tuple[float, int, int], ...]
+    tail: Packed
+    """(bin, sum of its rows [d_in]) for upper bins, ascending."""
+    largest: Packed
     """(squared norm, block, position) of the rows of the largest norms, falling."""
+
+    def check(self, d_in: int) -> None:
+        """ValueError where the tables are not of activations of this size."""
+        for name, columns in (("bins", COLUMNS), ("tail", 1 + d_in), ("largest", COLUMNS)):
+            if len(base64.b64decode(getattr(self, name))) % (8 * columns):
+                raise ValueError(f"norms.{name} is no table of {columns} columns")
 
 
 class Norms:
     """How the norms of a site's rows are distributed, and where the largest are."""
 
-    def __init__(self, record: NormsRecord | None = None) -> None:
-        """Those of no rows, or of a record."""
+    def __init__(self) -> None:
+        """Those of no rows."""
         self.bins: dict[int, tuple[int, float]] = {}
         self.tail: dict[int, np.ndarray] = {}
         self.largest: list[tuple[float, int, int]] = []
-        if record is not None:
-            self.bins = {number: (rows, squares) for number, rows, squares in record.bins}
-            self.tail = {entry.bin: np.frombuffer(base64.b64decode(entry.total), "<f8").copy() for entry in record.tail}
-            self.largest = list(record.largest)
+
+    @classmethod
+    def of_record(cls, record: NormsRecord, d_in: int) -> "Norms":
+        """Those that a sidecar holds."""
+        norms = cls()
+        norms.bins = {int(number): (int(rows), squares) for number, rows, squares in unpacked(record.bins, COLUMNS).tolist()}
+        norms.tail = {int(row[0]): row[1:] for row in unpacked(record.tail, 1 + d_in)}
+        norms.largest = [(square, int(block), int(at)) for square, block, at in unpacked(record.largest, COLUMNS).tolist()]
+        return norms
 
     def record(self) -> NormsRecord:
         """These for a sidecar."""
+        tail = [np.concatenate([[number], self.tail[number]]) for number in sorted(self.tail)]
         return NormsRecord(
-            bins=tuple((number, *self.bins[number]) for number in sorted(self.bins)),
-            tail=tuple(
-                TailRecord(bin=number, total=base64.b64encode(self.tail[number].astype("<f8").tobytes()).decode())
-                for number in sorted(self.tail)
-            ),
-            largest=tuple(self.largest),
+            bins=packed(np.array([(number, *self.bins[number]) for number in sorted(self.bins)], np.float64)),
+            tail=packed(np.array(tail, np.float64)),
+            largest=packed(np.array(self.largest, np.float64)),
         )
 
     def add(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from everyscope.base.errors import NonFinite
 from everyscope.base.schema import Schema
@@ -31,6 +31,11 @@ class SumsRecord(Schema):
     """Sum of squared L2 norms at each position of a block."""
     norms: NormsRecord
     """How the rows' norms are distributed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SumsRecord":
+        self.norms.check(len(self.total))
+        return self
 
 
 class Sums:
@@ -106,7 +111,7 @@ class Sums:
         sums.total += record.total
         sums.position_count += record.position_count
         sums.position_squared_norm += record.position_squared_norm
-        sums.norms = Norms(record.norms)
+        sums.norms = Norms.of_record(record.norms, len(record.total))
         return sums
 
     def statistics(self) -> "Statistics":
@@ -135,6 +140,11 @@ class StatisticsRecord(Schema):
     """Mean squared norm at each position."""
     norms: NormsRecord
     """How the rows' norms are distributed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StatisticsRecord":
+        self.norms.check(len(self.mean))
+        return self
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class Statistics:
             mean_squared_norm=record.mean_squared_norm,
             position_count=np.array(record.position_count, np.int64),
             position_mean_squared_norm=np.array(record.position_mean_squared_norm, np.float64),
-            norms=Norms(record.norms),
+            norms=Norms.of_record(record.norms, len(record.mean)),
         )
 
     def record(self) -> StatisticsRecord:

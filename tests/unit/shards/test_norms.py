@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from everyscope.shards.norms import BINS_PER_OCTAVE, MAX_BINS, TAIL_BINS, Norms, bins_of, lower_edge
+from everyscope.shards.norms import BINS_PER_OCTAVE, MAX_BINS, TAIL_BINS, Norms, bins_of, lower_edge, record_bytes
 from everyscope.shards.statistics import Statistics, StatisticsRecord, Sums
 
 D_IN, CONTEXT = 7, 32
@@ -94,6 +94,7 @@ def test_a_heavy_tail_takes_bounded_room():
     assert len(sums.norms.bins) == MAX_BINS
     assert len(sums.norms.tail) == TAIL_BINS
     assert sum(count for count, _ in sums.norms.bins.values()) == 9000
+    assert 0.3 < len(json.dumps({"norms": sums.norms.record().as_json()}, indent=4)) / record_bytes(D_IN) < 1
     usual, norms = sums.statistics().usual(8.0), np.linalg.norm(rows.astype(np.float64), axis=1)
     assert usual.count == (norms <= usual.norm_limit).sum()
     assert usual.mean_squared_norm == pytest.approx(np.square(norms[norms <= usual.norm_limit]).mean(), rel=1e-9)
