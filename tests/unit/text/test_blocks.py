@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from everyscope.base.errors import TextError
-from everyscope.text.blocks import NO_DOCUMENT, Cursor, markers_of, pack, read_blocks, token_mask
+from everyscope.text.blocks import NO_DOCUMENT, Cursor, pack, read_blocks
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document
+from everyscope.text.documents import Document
+from everyscope.text.markers import markers_of
 
 TEXTS = (
     "def first(items):\n    return items[0]\n",
@@ -139,19 +140,12 @@ def fake_tokenizer(bos, eos, pad):
 def test_markers(bos, eos, pad, first, fill, masked):
     markers = markers_of(fake_tokenizer(bos, eos, pad))
     assert (markers.bos, markers.eos, markers.pad) == (first, eos, fill)
-    assert set(markers.masked) == masked
+    assert set(markers.always_masked) == masked
 
 
 def test_a_tokenizer_without_markers_is_refused():
     with pytest.raises(TextError, match="neither BOS nor EOS"):
         markers_of(fake_tokenizer(None, None, 0))
-
-
-def test_the_mask_of_many_blocks_is_the_mask_of_each(tokenizer):
-    markers = markers_of(tokenizer)
-    blocks = blocks_of(tokenizer, config(20, prefix="user: "))
-    together = token_mask(np.stack([block.input_ids for block in blocks]), markers, len(ids_of(tokenizer, "user: ")))
-    assert np.array_equal(together, np.stack([block.mask for block in blocks]))
 
 
 def jsonl(tmp_path, texts):

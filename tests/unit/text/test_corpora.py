@@ -11,7 +11,8 @@ import pytest
 
 from everyscope.base.errors import MissingExtra, ModelError, TextError
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document, read_documents, standard_library, standard_library_docstrings
+from everyscope.text.corpora import read_documents, standard_library, standard_library_docstrings
+from everyscope.text.documents import Document
 from everyscope.text.tokenizer import load_tokenizer
 
 TEXTS = ["first document", "zweites Dokument: äöü", "third\nwith two lines", "last one"]
