@@ -37,13 +37,13 @@ def read_documents(config: TextConfig) -> Iterator[Document]:
     return documents if config.shuffle_seed is None else shuffled(documents, config.shuffle_seed)
 
 
-def library_files() -> list[Path]:
-    """The source files of the running interpreter's library, in no order."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+def library_files() -> dict[str, Path]:
+    """The source files of the running interpreter's library by name, in no order."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)  # never entered: site-packages can hold 100,000 files
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return found
+    return {path.relative_to(root).as_posix(): path for path in found}
 
 
 def standard_library() -> Iterator[Document]:
@@ -51,15 +51,16 @@ def standard_library() -> Iterator[Document]:
 
     The hash mixes the modules, so that any stretch of the stream is a fair sample of the whole.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for path in library_files():
+    for name, path in library_files().items():
         with _readable(str(path)):
             text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
-            found.append(Document(path.relative_to(root).as_posix(), text, text))
+            found.append(Document(name, text, text))
     if not found:
-        raise TextError(f'{root}: no library sources on this machine; give text of your own with source="files"')
+        raise TextError(
+            f'{sysconfig.get_paths()["stdlib"]}: no library sources on this machine; give text of your own with source="files"'
+        )
     return iter(sorted(found, key=lambda document: (unit_interval("order " + document.text), document.name)))
 
 

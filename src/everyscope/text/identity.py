@@ -28,6 +28,6 @@ def text_identity(config: TextConfig) -> str | None:
             return None if commit is None else f"{config.dataset}@{commit}"
         if config.source == "arithmetic":
             return content_id(arithmetic_page(0))
-        return content_id(sorted((path.as_posix(), path.stat().st_size) for path in library_files()))
+        return content_id(sorted((name, path.stat().st_size) for name, path in library_files().items()))
     except (OSError, TextError):
         return None
