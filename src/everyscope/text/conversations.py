@@ -34,7 +34,9 @@ ROLES = {
 }
 """ShareGPT's names of roles, as chat templates call them; others are kept."""
 TODAY = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
-"""What templates that write today's date are given, so that the same conversation is the same text tomorrow."""
+"""The date of templates that write today's, so that the same conversation is the same text tomorrow."""
+DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""Where a template asks for today's date."""
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 """Private-use characters around a message's number: no template changes them."""
 
@@ -86,7 +88,8 @@ def rendered(tokenizer: Any, messages: Messages, name: str) -> str:
             "take an instruction-tuned model, or give conversations that are rendered to text"
         )
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, strftime_now=TODAY.strftime)
+        template = DATE.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template())
+        text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
         roles = ", ".join(message["role"] for message in messages[:6])
         raise TextError(
