@@ -128,11 +128,13 @@ def hugging_face(config: TextConfig) -> Iterator[Document]:
     datasets = import_extra("datasets", "data", "Reading a Hugging Face dataset")
     name, column = config.dataset, config.column
     origin = f"dataset {name!r}, config {config.dataset_config!r}, split {config.dataset_split!r}"
-    # An empty file makes `datasets` raise a RuntimeError.
     with _readable(origin, datasets.exceptions.DatasetsError, RuntimeError):
-        rows = datasets.load_dataset(
-            name, config.dataset_config, split=config.dataset_split, revision=config.dataset_revision, streaming=True
-        )
+        try:
+            rows = datasets.load_dataset(
+                name, config.dataset_config, split=config.dataset_split, revision=config.dataset_revision, streaming=True
+            )
+        except StopIteration as error:  # which `datasets` lets through, and which would end this generator
+            raise TextError(f"{origin}: its first file is empty; leave that file out") from error
         if config.shuffle_seed is not None:
             rows = rows.shuffle(seed=config.shuffle_seed, buffer_size=1)  # of its files; documents go through our own buffer
         yield from _documents(_dataset_cells(rows, column, str(name), origin), column)

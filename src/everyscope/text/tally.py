@@ -10,20 +10,21 @@ class Tally:
 
     def __init__(self, what: str, remedy: str) -> None:
         """`what` names the kind in the plural, as "bytes that are not UTF-8"; `remedy` says what becomes of them."""
-        self._what, self._remedy = what, remedy
+        self._what, self._remedy, self._first = what, remedy, ""
         self.count = 0
         """Cases so far."""
 
     def add(self, count: int, place: str) -> None:
         """Count cases; `place` says where they are."""
         if count and not self.count:
+            self._first = place
             _say_once(f"{place}: {self._what}; {self._remedy}")
         self.count += count
 
     def close(self) -> None:
         """Report the number of all cases, where there were several."""
         if self.count > 1:
-            _say_once(f"text: {self.count} {self._what} in all; {self._remedy}")
+            _say_once(f"{self.count} {self._what} in all, the first in {self._first}; {self._remedy}")
 
 
 @cache
