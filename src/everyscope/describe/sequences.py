@@ -23,9 +23,11 @@ from everyscope.base.ids import unit_interval
 from everyscope.base.progress import say
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.targets import METADATA_KEY
-from everyscope.text.blocks import NO_DOCUMENT, Block, Cursor, Markers, markers_of, pack
+from everyscope.text.blocks import NO_DOCUMENT, Block, Cursor, pack
 from everyscope.text.config import Split
-from everyscope.text.corpora import Document, read_documents
+from everyscope.text.corpora import read_documents
+from everyscope.text.documents import Document
+from everyscope.text.markers import Markers, markers_of
 
 NO_HALF = -1
 """Stands where a token is in no half: it does not count."""
@@ -76,7 +78,7 @@ class Sequences:
         """
         num_places = self.input_ids.size
         places = np.arange(num_places).reshape(self.input_ids.shape)
-        is_bos = self.input_ids == self.markers.bos
+        is_bos = (self.input_ids == self.markers.bos) & ~self.mask  # as the marker of a turn it is text
         start, stop = places[:, :1], places[:, :1] + self.context
         first = np.maximum.accumulate(np.where(is_bos, places + 1, start), axis=1)
         to_the_right = np.concatenate([np.where(is_bos, places, stop)[:, 1:], stop], axis=1)

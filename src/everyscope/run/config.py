@@ -252,8 +252,7 @@ class RunConfig(Schema):
 
     def _python_text(self) -> TextConfig:
         """Python sources, whose tokens have classes of their own, packed as the run's text."""
-        packing = self.text.model_dump(include={"context", "prefix", "suffix", "held_out_fraction"})
-        return TextConfig(source="standard_library", **packing)
+        return TextConfig(source="standard_library", **self.text.packing)
 
     def describe_config(self, out: Path) -> DescribeConfig:
         """The description of every latent, from training and held-out documents."""

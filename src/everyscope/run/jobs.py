@@ -78,6 +78,7 @@ def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: 
     folder.learn()
     if folder.is_finished() and not config.heal:
         return []
+    folder.check_text()
     count = max(1, min(count, -(-config.num_tokens // config.bucket_rows)))
     return [
         Job(

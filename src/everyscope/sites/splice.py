@@ -212,7 +212,11 @@ class _Mask:
 
 
 def special_ids(model: nn.Module) -> tuple[int, ...]:
-    """The ids of BOS, EOS and padding by the model's config, ascending; each may be absent, one id or a list of them."""
+    """The ids of BOS, EOS and padding by the model's config, ascending; each may be absent, one id or a list of them.
+
+    Where a chat model's turns are marked by the same ids, as in SmolLM2-Instruct, these markers are among them: a mask of
+    `text.blocks`, which goes by where packing put a token, keeps them apart.
+    """
     config: Any = model.config
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
     ids: set[int] = set()

@@ -118,7 +118,7 @@ def built_in_subsets(text: TextConfig) -> tuple[Subset, ...]:
     def subset(name: str, source: TextSource, description: str) -> Subset:
         return Subset(
             name=name,
-            text=TextConfig(source=source, **text.model_dump(include={"context", "prefix", "suffix", "held_out_fraction"})),
+            text=TextConfig(source=source, **text.packing),
             description=description,
         )
 
