@@ -214,4 +214,4 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, capsys):
     with run_folder(config, tmp_path / "run"), pytest.raises(SystemExit) as caught:
         main(["run", str(recipe), "--out", str(tmp_path / "run")])
     assert caught.value.code == 1
-    assert "another run is at work" in capsys.readouterr().err
+    assert "in use by another run" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 What a single stage needs is derived here, so that stages know nothing of one another.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -134,8 +135,8 @@ class RunConfig(Schema):
     def train_configs(
         self, out: Path, source: str | None = None, order: Literal["fixed", "any"] = "fixed", tls_roots: Path | None = None
     ) -> tuple[TrainConfig, ...]:
-        """One bank per site and token budget, or more where groups say so, in order of layer; ConfigError where two ask for the
-        same SAE.
+        """One training group per site and token budget, or more where groups say so, in order of layer; ConfigError where two
+        SAEs would have the same folder.
 
         `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
         """
@@ -146,10 +147,12 @@ class RunConfig(Schema):
                 for place, sae in enumerate(self.saes_of(group) if site in self.sites(group) else []):
                     part = None if group.saes_per_bank is None else (number, place // group.saes_per_bank)
                     banks.setdefault((site, group.num_tokens, settings, part), []).append(sae)
-        names = [(site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes]
-        doubled = next((name for name in names if names.count(name) > 1), None)
-        if doubled:
-            raise ConfigError(f"{doubled[0]}: {doubled[1]} is asked for twice; mend groups")
+        names = Counter((site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes)
+        for (site, name), count in names.items():
+            if count > 1:
+                raise ConfigError(
+                    f"groups: {count} SAEs named {name} at {site}; change widths, target_l0s, sparsity_coefficients or seeds"
+                )
         return tuple(
             TrainConfig(
                 site=site,
@@ -203,25 +206,24 @@ class RunConfig(Schema):
         }
         return self.model_copy(update=changes)
 
-    def evaluate_config(self, out: Path) -> EvaluateConfig:
+    def evaluate_config(self, out: Path, has_shards: bool = True) -> EvaluateConfig:
         """The evaluation of everything trained, on the held-out documents of the run's own text.
 
         A run that was trained from servers has no shards; then the baselines are fitted on the text's training documents.
         """
-        shards = out / "shards"
         return EvaluateConfig(
             model=self.model,
             text=self.text,
-            shards=shards if shards.is_dir() else None,
+            shards=out / "shards" if has_shards else None,
             trained=out / "train",
             out=out / "scores",
             seed=self.seed,
             **self.evaluate.model_dump(),
         )
 
-    def comparison_configs(self, out: Path) -> list[ComparisonConfig]:
+    def comparison_configs(self, out: Path, has_shards: bool = True) -> list[ComparisonConfig]:
         """The comparisons over the suite that the recipe asks for, once everything is evaluated."""
-        common: dict[str, Any] = {"evaluate": self.evaluate_config(out), "canonical_l0": self.canonical_l0}
+        common: dict[str, Any] = {"evaluate": self.evaluate_config(out, has_shards), "canonical_l0": self.canonical_l0}
         settings, companions = self.compare, {config.name: (config, folder) for config, folder in self.parts(out)}
         again: dict[str, Any] = common | {"num_sequences": settings.num_sequences}
         wanted: dict[str, ComparisonConfig] = {
@@ -242,12 +244,12 @@ class RunConfig(Schema):
                     **again,
                     tuned=self.instruction_tuned.model,
                     text=self.instruction_tuned.text or self.text,
-                    tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1]),
+                    tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1], has_shards),
                 )
             )
         random = companions.get(f"{self.name}_random_weights")
         if random is not None:
-            configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1])))
+            configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1], has_shards)))
         return configs
 
     def _python_text(self) -> TextConfig:

@@ -112,6 +112,11 @@ class TrainConfig(Schema):
         what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows, self.max_norm]
         return content_id([self.site.folder, what])
 
+    def identity_of(self, sae: SaeConfig, source: str) -> str:
+        """An identity of one of the SAEs, trained on activations of identity `source`: the same in whatever group it trains."""
+        what = [sae.as_json(), self.num_tokens, self.settings.batch_rows, self.max_norm]
+        return content_id([self.site.folder, what, source])
+
 
 def sae_name(config: SaeConfig) -> str:
     """The folder name of a trained SAE within its site."""

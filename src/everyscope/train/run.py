@@ -100,7 +100,7 @@ def train(
     """`run_rank` on a source that is open. Raises what that does."""
     run_id, leads, settings = run_id_of(config, source), collective.mesh.rank == 0, config.settings
     checkpoint = checkpoint_path(config)
-    if any_of(collective, has_all_saes(config, run_id)):
+    if any_of(collective, has_all_saes(config, source)):
         if leads:
             forget_checkpoint(checkpoint)  # a run killed between its last SAE and this line left it
         progress(config.steps)
@@ -135,25 +135,23 @@ def train(
         log.close()
     if collective.mesh.ranks == 1:
         for sae in bank.saes:
-            record = record_of(config, sae.config, source, normalisation, run_id)
+            record = record_of(config, sae.config, source, normalisation)
             write_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
     else:
         save_checkpoint(checkpoint, bank, run_id, log_bytes)
-        _save_together(config, source, normalisation, run_id, collective)
+        _save_together(config, source, normalisation, collective)
     if leads:
         forget_checkpoint(checkpoint)
 
 
-def _save_together(
-    config: TrainConfig, source: Source, normalisation: Normalisation, run_id: str, collective: Collective
-) -> None:
+def _save_together(config: TrainConfig, source: Source, normalisation: Normalisation, collective: Collective) -> None:
     """Make the finished SAEs from the last checkpoint, each by one of the ranks."""
     checkpoint = find_checkpoint(checkpoint_path(config))
     assert checkpoint is not None, "saved a moment ago"
     with opened(checkpoint.files) as parts:
         for number, sae in enumerate(config.saes):
             if number % collective.mesh.ranks == collective.mesh.rank:
-                record = record_of(config, sae, source, normalisation, run_id)
+                record = record_of(config, sae, source, normalisation)
                 save_assembled(config.out / sae_name(sae), parts, number, sae, normalisation, record)
     collective.barrier()
 
@@ -201,7 +199,7 @@ def is_finished(config: TrainConfig) -> bool:
     if left.exists() or folder_of_ranks(left).exists() or not all(has_sae(config.out / sae_name(sae)) for sae in config.saes):
         return False
     with source_of(config) as source:
-        return has_all_saes(config, run_id_of(config, source))
+        return has_all_saes(config, source)
 
 
 def source_of(config: TrainConfig, rank: int = 0) -> AbstractContextManager[Source]:
@@ -212,14 +210,14 @@ def source_of(config: TrainConfig, rank: int = 0) -> AbstractContextManager[Sour
     return opened_source(place, journal=journal, trainer=trainer, roots=config.tls_roots)
 
 
-def has_all_saes(config: TrainConfig, run_id: str) -> bool:
+def has_all_saes(config: TrainConfig, source: Source) -> bool:
     """True where every SAE of the bank is on disk; ConfigError where one of that name comes from another run."""
-    folders = [config.out / sae_name(sae) for sae in config.saes]
-    for folder in folders:
-        if has_sae(folder) and read_record(folder)["run_id"] != run_id:
+    folders = {config.out / sae_name(sae): config.identity_of(sae, source.identity) for sae in config.saes}
+    for folder, identity in folders.items():
+        if has_sae(folder) and read_record(folder)["run_id"] != identity:
             raise ConfigError(
-                f"{folder}: holds an SAE trained on other shards or with another recipe than this one; "
-                "delete the folder to train anew, or choose another --out"
+                f"{folder}: holds an SAE trained on other shards or with other settings than this one; "
+                "delete the folder to train it again, or choose another --out"
             )
     return all(has_sae(folder) for folder in folders)
 
@@ -237,7 +235,7 @@ def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[Step
             place.write(row)
 
 
-def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation, run_id: str) -> dict[str, Any]:
+def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation) -> dict[str, Any]:
     """How an SAE came to be: everything that is needed to tell it from another, and to make it again."""
     return {
         "site": config.site.kind,
@@ -252,6 +250,6 @@ def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
         "parents": [source.identity],
-        "run_id": run_id,
+        "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},
     }
