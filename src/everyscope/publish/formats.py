@@ -12,7 +12,7 @@ from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site
 from everyscope.suite.layout import NPZ_FILE
 
-KEPT_METRICS = ("l0", "fvu", "fvu_pca", "delta_loss", "loss_recovered", "dead_fraction", "dense_fraction")
+KEPT_METRICS = ("l0", "fvu", "fvu_usual", "fvu_pca", "delta_loss", "loss_recovered", "dead_fraction", "dense_fraction")
 """Scores that go into cfg.json's metadata."""
 
 

@@ -142,6 +142,8 @@ def run_evaluation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     run_titled(jobs, "evaluate", engine)
     for part in stages.parts:
         gather_scores(part.evaluate.out)
+    for name, reason in stages.config.slices_left_out.items():
+        say(f"  compare {name}: left out; {reason}")
     resources = model_resources(stages.config.model.device, engine.settings)
     run_titled(comparison_jobs(stages.comparisons, resources), "compare", engine)
 
