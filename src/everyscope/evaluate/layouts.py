@@ -5,7 +5,7 @@ A suite is read by its folders, not by its index, so that suites of any version 
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -117,7 +117,7 @@ def of_embeddings(sae: Sae, scale: float) -> Sae:
 
     e @ W_enc = x @ (W_enc / scale), and scale (f @ W_dec + b_dec) = f @ (scale W_dec) + scale b_dec; b_enc and threshold stay.
     """
-    return replace(sae, w_enc=sae.w_enc / scale, w_dec=sae.w_dec * scale, b_dec=sae.b_dec * scale)
+    return Sae(sae.W_enc / scale, sae.W_dec * scale, sae.b_enc, sae.b_dec * scale, sae.threshold, metadata=sae.metadata)
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def _divided(groups: list[TrainConfig], d_in_of: WidthOf, devices: Devices) -> l
 def _halves(group: TrainConfig, devices: Devices) -> list[TrainConfig]:
     """The group in two by SAEs or, of one SAE, on twice as many GPUs of a host; the same where neither is worth it."""
     if len(group.saes) > 1:
-        parts: tuple[list[SaeConfig], list[SaeConfig]] = ([], [])
+        parts: list[list[SaeConfig]] = [[], []]
         for sae in sorted(group.saes, key=lambda sae: -sae.width):
             min(parts, key=lambda part: sum(one.width for one in part)).append(sae)
         return [group.model_copy(update={"saes": tuple(part)}) for part in parts]
