@@ -144,7 +144,7 @@ def _halves(group: TrainConfig, devices: Devices) -> list[TrainConfig]:
         return [group.model_copy(update={"saes": tuple(part)}) for part in parts]
     shards = 2 * group.settings.shards
     most = min(devices.per_host, devices.count or devices.per_host)
-    if shards * group.settings.replicas > most or group.saes[0].width // shards < LEAST_SHARD:
+    if shards * group.settings.replicas > most or max(sae.width for sae in group.saes) // shards < LEAST_SHARD:
         return [group]
     return [group.model_copy(update={"settings": group.settings.model_copy(update={"shards": shards})})]
 
