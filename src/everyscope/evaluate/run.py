@@ -6,7 +6,7 @@ scores are there are skipped, without loading the model; a killed evaluation goe
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, add_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
-from everyscope.evaluate.intervals import resample_site
+from everyscope.evaluate.intervals import resample_ablations, resample_site
 from everyscope.evaluate.passes import Evaluated, measure_batch
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.scores import Findings, metrics_of, write_scores
@@ -91,7 +91,7 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Targ
     calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
     for group in groups:
         saes = {target.identity: _load(target, calibrations[target.site], config, device) for target in group}
-        evaluated = Evaluated(language.model, group, saes, calibrations)
+        evaluated = Evaluated(language.model, group, saes, calibrations, config.baseline_blocks)
         state, cost = _measure(config, held_out, evaluated)
         baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group, state))
         _write(config, held_out, evaluated, state, baselines)
@@ -112,20 +112,28 @@ def _load(target: Target, calibration: Calibration, config: EvaluateConfig, devi
 
 def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
     """Empty sums for every site and SAE."""
-    sizes, row_sizes = held_out.sizes, held_out.row_sizes
+    sizes, documents = held_out.sizes, {"document": held_out.sizes["document"]}
     calibrations = evaluated.calibrations
     device = next(iter(calibrations.values())).mean.device
-    sites = {site: Tables.start(row_sizes, 2 + len(calibrations[site].mean), device) for site in evaluated.sites}
-    saes = {
-        target.identity: SaeSums(
-            ReconstructionSums.start(calibrations[target.site].mean, evaluated.saes[target.identity].d_sae),
-            Tables.start(row_sizes, 3, device),
+
+    def moments_of(sizes: Mapping[str, int]) -> dict[Site, Tables]:
+        return {site: Tables.start(sizes, 2 + len(calibrations[site].mean), device) for site in evaluated.sites}
+
+    def sums_of(target: Target) -> SaeSums:
+        mean, d_sae = calibrations[target.site].mean, evaluated.saes[target.identity].d_sae
+        return SaeSums(
+            ReconstructionSums.start(mean, d_sae),
+            ReconstructionSums.start(mean, d_sae),
+            Tables.start(sizes, 3, device),
+            Tables.start(documents, 3, device),
             Tables.start(sizes, 2, device),
+            Tables.start(documents, 1, device),
             UniformitySums.start(),
         )
-        for target in evaluated.targets
-    }
-    return SaeState(Tables.start(sizes, 2, device), sites, saes)
+
+    saes = {target.identity: sums_of(target) for target in evaluated.targets}
+    clean, head = Tables.start(sizes, 2, device), Tables.start(documents, 2, device)
+    return SaeState(clean, head, moments_of(sizes), moments_of(documents), saes)
 
 
 def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) -> tuple[SaeState, Cost]:
@@ -168,7 +176,8 @@ def _write(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, stat
     """The scores of every SAE of a group."""
     resampler = Resampler(held_out.sizes["document"], config.resamples, config.interval_level, config.seed)
     for site in evaluated.sites:
-        resamples = resample_site(resampler, state.sites[site], state.clean, baselines.sites[site].ablated)
+        ablations = resample_ablations(config, state.head, baselines.sites[site].ablated)
+        resamples = resample_site(resampler, state, site, ablations)
         found = Findings(config, held_out, state, evaluated.calibrations[site], baselines, resamples)
         for target in (target for target in evaluated.targets if target.site == site):
             write_scores(target.scores, metrics_of(target, found), state.saes[target.identity].reconstruction)

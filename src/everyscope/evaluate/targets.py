@@ -24,6 +24,7 @@ DECIDING_FIELDS = {
     "stride",
     "batch_blocks",
     "sae_dtype",
+    "max_norm",
     "uniformity_sequences",
     "gradient_blocks",
     "baseline_sequences",
@@ -32,7 +33,7 @@ DECIDING_FIELDS = {
     "seed",
 }
 """Fields of the config on which scores depend; what calibration depends on comes with its source."""
-SCORE_VERSION = 2
+SCORE_VERSION = 3
 """Part of every score's identity; raised when the same inputs would give other numbers."""
 RELEASE_KINDS: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "embedding": "embed"}
 """The last word of a Gemma Scope repository's name, or a folder's name in it, and the site it stands for."""

@@ -11,13 +11,13 @@ from everyscope.evaluate.uniformity import UniformitySums
 from everyscope.sae.metrics import ReconstructionSums
 
 BLOCKS, CONTEXT, D_IN = 40, 7, 5
-SIZES = {"document": 4, "position": CONTEXT, "segment": 2, "norm": 2}
+SIZES = {"document": 4, "position": CONTEXT, "segment": 2}
 
 
 def groups() -> dict[str, Tensor]:
     block = torch.arange(BLOCKS).repeat_interleave(CONTEXT)
     position = torch.arange(CONTEXT).repeat(BLOCKS)
-    return {"document": block // 10, "position": position, "segment": (position > 4).long(), "norm": (block == 3).long()}
+    return {"document": block // 10, "position": position, "segment": (position > 4).long()}
 
 
 def summed(x: Tensor, x_hat: Tensor, f: Tensor, batch: int = 11) -> tuple[SaeSums, Tables]:

@@ -10,7 +10,7 @@ from everyscope.evaluate.comparisons.slices import is_current, write_slice
 from everyscope.evaluate.comparisons.variants import evaluate_again, identities, row_of
 
 SLICE, FOLDER = "precision.json", "precision"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: PrecisionConfig) -> Path:

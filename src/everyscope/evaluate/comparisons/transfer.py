@@ -18,7 +18,7 @@ from everyscope.evaluate.comparisons.variants import evaluate_again, identities
 from everyscope.evaluate.config import EvaluateConfig
 
 SLICE, FOLDER = "transfer.json", "transfer"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: TransferConfig) -> Path:
@@ -74,6 +74,5 @@ def _rows(source: str, one: Scored, metrics: dict[str, Any], config: TransferCon
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: metrics.get(key) for key in ("l0", "fvu", "delta_loss", "num_tokens")} | {
-        "intervals": metrics.get("intervals", {})
-    }
+    """Of all turns or of one side's."""
+    return {key: metrics[key] for key in ("l0", "fvu_usual", "delta_loss", "num_tokens", "intervals")}

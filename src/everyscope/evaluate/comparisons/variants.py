@@ -32,6 +32,7 @@ def row_of(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
         "sae": name,
         "l0": metrics["l0"],
         "fvu": metrics["fvu"],
+        "fvu_usual": metrics["fvu_usual"],
         "delta_loss": metrics["delta_loss"],
         "intervals": metrics["intervals"],
         "num_tokens": metrics["num_tokens"],
