@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from pydantic import ValidationError
 from rich.console import Console
 
+from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError, EveryscopeError
 from everyscope.base.schema import one_line
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
@@ -116,6 +117,12 @@ def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
     if options.text:
         fields += text_fields(options.text)
     config = parse_fields(EvaluateConfig, f"everyscope evaluate {suite}", fields, "Evaluation of SAEs that lie in a folder.")
+    has_text = options.text or any(field.startswith("--text.") for field in fields)
+    if not has_text and config.model.name not in BUNDLED_MODELS:
+        raise ConfigError(
+            f"evaluate {suite}: no text for model {config.model.name!r}; give text like that it was trained on with --text: a "
+            "file, a folder or a Hugging Face dataset, or standard_library for Python sources"
+        )
     from everyscope.evaluate.run import run
     from everyscope.evaluate.table import score_rows, score_table
     from everyscope.run.pipeline import quiet_transformers

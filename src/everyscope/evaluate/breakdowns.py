@@ -66,7 +66,7 @@ def by_segment(sae: SaeSums, site: Tables, clean: Tables) -> dict[str, dict[str,
 
 
 def massive(sae: SaeSums, max_norm: float | None, norm_limit: float) -> dict[str, Any]:
-    """What tokens of a norm above `norm_limit` hold of the sum of squares and of the variance, and how many latents fire on them."""
+    """Tokens of a norm above `norm_limit`: their share of the sum of squares and of the variance, and latents that fire there."""
     whole, rows = sae.reconstruction.merged(sae.massive), sae.massive
     offset = whole.shifted_sum / whole.count
     about_mean = rows.shifted_squares - 2 * rows.shifted_sum @ offset + rows.count * offset.square().sum()

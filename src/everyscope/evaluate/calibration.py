@@ -22,7 +22,7 @@ from everyscope.base.ids import content_id
 from everyscope.base.progress import meter, say
 from everyscope.base.tensors import write_tensors
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.shards.norms import is_massive
+from everyscope.sae.normalisation import is_massive
 from everyscope.shards.reader import Shards
 from everyscope.shards.statistics import Sums
 from everyscope.sites.capture import capture
@@ -147,8 +147,8 @@ def source_of(config: EvaluateConfig, site: Site) -> str:
     version = f"version {CALIBRATION_VERSION} max_norm {config.max_norm}"
     if config.shards is not None:
         return f"shards {Shards(config.shards / site.folder).identity} {config.pca_rows} {version}"
-    decides = config.model_dump(mode="json", include={"model", "text", "calibration_sequences", "batch_blocks"})
-    return f"text {content_id(decides)} {site.folder} {version}"
+    decides = config.model_dump(mode="json", include={"model", "text", "batch_blocks"})
+    return f"text {content_id(decides | {'blocks': config.calibration_blocks})} {site.folder} {version}"
 
 
 def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
@@ -203,10 +203,10 @@ def _of_shards(shards: Shards, config: EvaluateConfig) -> Calibration:
 
 def _of_text(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    blocks = islice(read_blocks(config.text, tokenizer, "train"), config.calibration_sequences)
+    blocks = islice(read_blocks(config.text, tokenizer, "train"), config.calibration_blocks)
     sums = {site: _TextSums(config.max_norm) for site in sites}
     passes = 0
-    with meter("calibrate", config.calibration_sequences, "blocks") as progress:
+    with meter("calibrate", config.calibration_blocks, "blocks") as progress:
         for batch in _batches(blocks, config.batch_blocks):
             input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
             mask = torch.from_numpy(np.stack([block.mask for block in batch]))

@@ -70,7 +70,7 @@ def resample_ablations(config: EvaluateConfig, head: Tables, ablated: Tables) ->
 def intervals_of(sae: SaeSums, site: SiteResamples) -> dict[str, list[float] | None]:
     """[low, high] of each headline number; None with one document, or where a resample leaves a ratio undefined."""
     rows, losses = site.resampler.sums(sae.rows.axes["document"]), site.resampler.sums(sae.losses.axes["document"])
-    errors = site.resampler.sums((sae.rows.axes["document"] + sae.massive_rows.axes["document"])[:, :1])[:, 0]
+    errors = site.resampler.sums(sae.rows.axes["document"] + sae.massive_rows.axes["document"])[:, 0]
     values = {
         "l0": rows[:, 2] / site.rows,
         "fvu": errors / site.whole_variance,

@@ -13,8 +13,8 @@ from torch import Tensor
 from everyscope.base.errors import NonFinite
 
 CHUNK_LOGITS = {"cpu": 1 << 20}
-"""Logits whose log-softmax is taken at once, by type of device [numbers]. On CPUs a chunk and its temporaries stay in the cache: larger
-ones cost 5 to 8 times as much, half of it in page faults."""
+"""Logits whose log-softmax is taken at once, by type of device [numbers]. On CPUs a chunk and its temporaries stay in the
+cache: at 2^25 the same takes 5 to 8 times as long, half of it in page faults."""
 LARGE_CHUNK_LOGITS = 1 << 25
 """The same on all other devices, where a chunk is a few kernels; bounds memory at large vocabularies."""
 

@@ -18,7 +18,7 @@ from everyscope.evaluate.targets import Target
 from everyscope.evaluate.uniformity import centred_logits
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import RowMeasures
-from everyscope.shards.norms import is_massive
+from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import Activations, capturing
 from everyscope.sites.hooks import visiting
 from everyscope.sites.names import Site

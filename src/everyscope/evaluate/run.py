@@ -25,6 +25,7 @@ from everyscope.evaluate.cost import Cost, add_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
 from everyscope.evaluate.intervals import resample_ablations, resample_site
+from everyscope.evaluate.layouts import embedding_scale, of_embeddings
 from everyscope.evaluate.passes import Evaluated, measure_batch
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.scores import Findings, metrics_of, write_scores
@@ -89,8 +90,10 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Targ
     calibrations, passes = calibrate(config, sites, language)
     spent = Cost(calibration=passes, seconds=time.monotonic() - began if passes else 0.0)
     calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
+    has_unscaled = any(target.is_of_unscaled_embeddings for group in groups for target in group)
+    scale = embedding_scale(language.model) if has_unscaled else 1.0
     for group in groups:
-        saes = {target.identity: _load(target, calibrations[target.site], config, device) for target in group}
+        saes = {target.identity: _load(target, calibrations[target.site], config, device, scale) for target in group}
         evaluated = Evaluated(language.model, group, saes, calibrations, config.baseline_blocks)
         state, cost = _measure(config, held_out, evaluated)
         baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group, state))
@@ -100,8 +103,11 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Targ
         (config.out / PROGRESS_FILE).unlink(missing_ok=True)
 
 
-def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device) -> Sae:
+def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device, scale: float) -> Sae:
+    """The SAE, rounded; `scale` is what the model multiplies rows of its embedding matrix by."""
     sae = target.sae()
+    if target.is_of_unscaled_embeddings:
+        sae = of_embeddings(sae, scale)
     if sae.d_in != (want := len(calibration.mean)):
         raise ShapeMismatch(
             f"{target.folder}: the SAE has d_in={sae.d_in}, {target.site} of {config.model.name} gives {want}; "

@@ -111,9 +111,7 @@ def _losses(sae: SaeSums, state: SaeState) -> dict[str, Any]:
     return {"delta_loss": spliced - clean, "kl": kl, "loss_clean": clean, "loss_spliced": spliced}
 
 
-def _ablations(
-    sae: SaeSums, state: SaeState, site: SiteBaselines, intervals: dict[str, list[float] | None]
-) -> dict[str, Any]:
+def _ablations(sae: SaeSums, state: SaeState, site: SiteBaselines, intervals: dict[str, list[float] | None]) -> dict[str, Any]:
     """What zeros and the training mean cost over the blocks in which they were spliced, and what of that the SAE recovers there.
 
     A share is null, with the reason, where the cost is within its own noise; all is null where nothing was spliced.
@@ -153,9 +151,7 @@ def _baselines(target: Target, found: Findings, ablations: dict[str, Any]) -> di
     for baseline in baselines_of(usual.l0, len(usual.firings)):
         measured = found.baselines.sizes[target.site, baseline]
         is_random = baseline.kind == "random_dictionary"
-        of_usual, of_massive = (
-            (float(measured.errors), float(measured.massive_errors)) if is_random else site.errors(baseline)
-        )
+        of_usual, of_massive = (float(measured.errors), float(measured.massive_errors)) if is_random else site.errors(baseline)
         rows[baseline.kind] = {
             **fvus(of_usual + of_massive, of_usual),
             "l0": ratio(float(measured.firings), float(measured.rows)) if is_random else min(baseline.size, site.pca.shape[1]),

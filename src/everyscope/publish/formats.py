@@ -20,7 +20,7 @@ HOOKS: dict[SiteKind, str] = {
     "embed": "hook_embed",
 }
 """TransformerLens's names of our sites."""
-KEPT_METRICS = ("l0", "fvu", "fvu_pca", "delta_loss", "loss_recovered", "dead_fraction", "dense_fraction")
+KEPT_METRICS = ("l0", "fvu", "fvu_usual", "fvu_pca", "delta_loss", "loss_recovered", "dead_fraction", "dense_fraction")
 """Scores that go into cfg.json's metadata."""
 
 

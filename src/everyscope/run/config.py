@@ -232,8 +232,7 @@ class RunConfig(Schema):
                 **common, text=self._python_text(), train_tokens=settings.probe_tokens, test_tokens=settings.probe_tokens
             ),
         }
-        widths = {width for group in self.groups for width in group.widths}
-        configs = [wanted[name] for name in settings.slices if len(widths) > 1 or name not in ("widths", "splitting")]
+        configs = [wanted[name] for name in settings.slices if name not in self.slices_left_out]
         if self.instruction_tuned is not None:
             tuned = companions.get(f"{self.name}_instruction_tuned")
             configs.append(
@@ -248,6 +247,18 @@ class RunConfig(Schema):
         if random is not None:
             configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1])))
         return configs
+
+    @property
+    def slices_left_out(self) -> dict[str, str]:
+        """Comparisons that the recipe asks for and this run cannot make, with the reason."""
+        found: dict[str, str] = {}
+        if len({width for group in self.groups for width in group.widths}) < 2:
+            found |= dict.fromkeys(("widths", "splitting"), "all SAEs have one width")
+        if not self.text.source.startswith("standard_library"):
+            found["probing"] = "its classes are those of Python's tokens, the text is not Python"
+            if not self.compare.subsets:
+                found["subsets"] = "the built-in corpora are Python and arithmetic, the text is not; name others in subsets"
+        return {name: reason for name, reason in found.items() if name in self.compare.slices}
 
     def _python_text(self) -> TextConfig:
         """Python sources, whose tokens have classes of their own, packed as the run's text."""

@@ -174,6 +174,8 @@ def run_evaluation(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> 
     run_titled(jobs, "evaluate", engine)
     for part, folder in parts:
         gather_scores(part.evaluate_config(folder).out)
+    for name, reason in config.slices_left_out.items():
+        say(f"  compare {name}: left out; {reason}")
     run_titled(
         comparison_jobs(config.comparison_configs(out), model_resources(config.model.device, engine.settings)), "compare", engine
     )

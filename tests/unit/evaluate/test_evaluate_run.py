@@ -139,7 +139,9 @@ def test_an_added_sae_is_evaluated_alone_and_identity_costs_nothing(
     result = evaluate.run(config)
     assert (result.num_evaluated, result.num_skipped) == (1, 2)
     scores = metrics(config, SITE, "identity")
-    assert (scores["delta_loss"], scores["fvu"], scores["loss_recovered"], scores["kl"]) == (0, 0, 1, 0)
+    assert (scores["delta_loss"], scores["fvu"], scores["fvu_usual"], scores["kl"]) == (0, 0, 0, 0)
+    assert scores["loss_recovered"] is scores["intervals"]["loss_recovered"] is None
+    assert "mean ablation costs" in scores["loss_recovered_reason"]  # to an untrained model, no activation is worth anything
     assert (scores["intervals"]["delta_loss"], scores["l2_ratio"]) == ([0, 0], 1)
     after = score_bytes(config.out)
     assert {name: after[name] for name in before} == before

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from everyscope.publish.config import PublishConfig
-from everyscope.publish.table import number_text, suite_table, ties_of
+from everyscope.publish.table import suite_table, ties_of
+from everyscope.suite.numbers import number_text
 from everyscope.suite.reader import load_suite
 from everyscope.suite.records import SuiteIndex
 
@@ -15,8 +16,8 @@ def with_l0_and_fvu(index: SuiteIndex, numbers: list[tuple[float, float, float]]
     saes = []
     for sae, (l0, fvu, half) in zip(index.saes, numbers, strict=False):
         ends = (fvu - half, fvu + half)
-        intervals = sae.metrics.intervals.model_copy(update={"fvu": ends, "delta_loss": ends})
-        changes = {"l0": l0, "fvu": fvu, "delta_loss": fvu, "loss_recovered": 0.97, "intervals": intervals}
+        intervals = sae.metrics.intervals.model_copy(update={"fvu_usual": ends, "delta_loss": ends})
+        changes = {"l0": l0, "fvu": fvu, "fvu_usual": fvu, "delta_loss": fvu, "loss_recovered": 0.97, "intervals": intervals}
         metrics = sae.metrics.model_copy(update=changes)
         saes.append(sae.model_copy(update={"metrics": metrics, "layer": 0, "site": "resid_post"}))
     return index.model_copy(update={"saes": tuple(saes)})

@@ -6,7 +6,7 @@ from typing import Any
 
 from everyscope.base.files import read_json
 from everyscope.evaluate.comparisons.scored import Scored
-from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.config import LEAST_CALIBRATION_TOKENS, EvaluateConfig
 from everyscope.evaluate.run import run as evaluate
 from everyscope.suite.layout import METRICS_FILE
 
@@ -21,6 +21,7 @@ def evaluate_again(base: EvaluateConfig, chosen: Iterable[Scored], out: Path, **
     if changes.keys() & {"model", "text"}:
         changes = {"shards": None} | changes
     cheap = {"baseline_sequences": 0, "uniformity_sequences": 0, "saes": tuple(one.name for one in chosen), "out": out}
+    cheap["calibration_sequences"] = base.calibration_sequences or -(-LEAST_CALIBRATION_TOKENS // base.text.context)
     evaluate(base.model_copy(update=cheap | changes))
     return {one.name: read_json(out / one.name / METRICS_FILE) for one in chosen}
 

@@ -11,7 +11,11 @@ from everyscope.publish.sections.dots import Dot, draw_dots
 from everyscope.publish.sections.section import Section, plural
 
 EXACT = ("float32", "float32")
-MEASURES = (("fvu_usual", "Change of FVU [1]"), ("delta_loss", "Change of delta loss [nats/token]"), ("l0", "Change of L0 [latents]"))
+MEASURES = (
+    ("fvu_usual", "Change of FVU [1]"),
+    ("delta_loss", "Change of delta loss [nats/token]"),
+    ("l0", "Change of L0 [latents]"),
+)
 
 Row = dict[str, Any]
 
