@@ -6,7 +6,7 @@ A place is block * ctx + position: one number for a token, whatever batches the 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -56,6 +56,12 @@ class Sequences:
     def num_tokens(self) -> int:
         """Positions that count [tokens]."""
         return int(self.mask.sum())
+
+    def without(self, places: Int32[np.ndarray, " tokens"]) -> "Sequences":
+        """The same with these places masked too."""
+        mask = self.mask.copy()
+        mask.ravel()[places] = False
+        return replace(self, mask=mask)
 
     def halves(self, seed: int) -> Int8[np.ndarray, " places"]:
         """0 or 1 for each place: in an order drawn by seed, each document goes to the half with fewer tokens; -1 if masked."""

@@ -7,6 +7,7 @@ errors of any number of components or coordinates follow from one vector per sit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter
 from everyscope.evaluate.baselines import Baseline, Edit, edit_of
 from everyscope.evaluate.calibration import Calibration, source_of
 from everyscope.evaluate.config import EvaluateConfig
@@ -24,7 +24,8 @@ from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of
 from everyscope.evaluate.losses import next_token_losses
 from everyscope.evaluate.passes import SiteRows, captured, clean_pass, site_rows, spliced_logits
-from everyscope.evaluate.sums import State, restore_part, save_part
+from everyscope.evaluate.sums import State, cost_of, restore_part, save_part
+from everyscope.evaluate.work import Counter
 from everyscope.sites.capture import Activations, capture
 from everyscope.sites.names import Site
 
@@ -128,8 +129,13 @@ def measure_baselines(
     held_out: HeldOut,
     calibrations: dict[Site, Calibration],
     wanted: dict[Site, set[Baseline]],
+    work: Counter,
 ) -> Measured:
-    """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are."""
+    """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are.
+
+    `work` counts the blocks of each pass. What the passes have cost stays in PROGRESS_FILE: the caller deletes it when
+    that is written elsewhere.
+    """
     device = torch.device(config.model.device)
     sites = {site: SiteBaselines.start(len(calibrations[site].mean), held_out.sizes["document"], device) for site in wanted}
     sizes = {(site, baseline): BaselineSums.start() for site, found in sorted(wanted.items()) for baseline in sorted(found)}
@@ -138,7 +144,7 @@ def measure_baselines(
     sources = _sources(config, held_out, [*wanted], [*parts])
     missing = [name for name, part in parts.items() if not restore_part(_file(config, name), part, sources[name])]
     if not missing:
-        return Measured(sites, sizes, Cost())
+        return Measured(sites, sizes, cost_of(config.out / PROGRESS_FILE))
     pending = {key: part for key, part in sizes.items() if _name(*key) in missing}
     sweep = _Sweep(
         model,
@@ -149,10 +155,9 @@ def measure_baselines(
         config.baseline_blocks,
     )
     state = State({name: parts[name] for name in missing}, held_out.identity)
-    _run(config, held_out, sweep, state)
+    _run(config, held_out, sweep, state, work)
     for name in missing:
         save_part(_file(config, name), parts[name], sources[name])
-    (config.out / PROGRESS_FILE).unlink(missing_ok=True)
     return Measured(sites, sizes, state.cost)
 
 
@@ -174,25 +179,24 @@ def _sources(config: EvaluateConfig, held_out: HeldOut, sites: list[Site], names
     return {name: content_id(decides | {"name": name, "calibration": calibrations[folder[name]]}) for name in names}
 
 
-def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State) -> None:
-    """Sweep over the batches that are still to do, saving now and then."""
+def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State, work: Counter) -> None:
+    """Sweep over the batches that are still to do, saving now and then and at the end."""
     progress = config.out / PROGRESS_FILE
     state.restore(progress)
     size = config.batch_blocks
     ranges = ranges_of(held_out.num_sequences, (config.baseline_blocks, size), (held_out.num_sequences, size))
     passes = [sweep.passes(blocks.start) for blocks in ranges]
-    with meter("baselines", sum(passes), "passes") as progress_meter:
-        if state.batches:
-            progress_meter.advance(sum(passes[: state.batches]), is_resumed=True)
-        for batch in held_out.batches(ranges[state.batches :], torch.device(config.model.device)):
-            began = time.monotonic()
-            if sweep.passes(batch.start):
-                _measure(sweep, batch, progress_meter.advance)
-            state.cost.baselines += passes[state.batches]
-            state.cost.seconds += time.monotonic() - began
-            state.batches += 1
-            if state.batches % config.checkpoint_batches == 0:
-                state.save(progress)
+    done = zip(ranges[: state.batches], passes, strict=False)
+    work.advance(sum(len(blocks) * count for blocks, count in done), is_resumed=True)
+    for batch in held_out.batches(ranges[state.batches :], torch.device(config.model.device)):
+        began = time.monotonic()
+        if sweep.passes(batch.start):
+            _measure(sweep, batch, partial(work.advance, len(batch.input_ids)))
+        state.cost.baselines += passes[state.batches]
+        state.cost.seconds += time.monotonic() - began
+        state.batches += 1
+        if state.batches % config.checkpoint_batches == 0 or state.batches == len(ranges):
+            state.save(progress)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ the text. Never from held-out rows: the baselines are fitted and tested as the S
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter, say
+from everyscope.base.progress import say
 from everyscope.base.tensors import write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.sae.normalisation import is_massive
@@ -151,8 +151,10 @@ def source_of(config: EvaluateConfig, site: Site) -> str:
     return f"text {content_id(decides | {'blocks': config.calibration_blocks})} {site.folder} {version}"
 
 
-def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
-    """The calibrations of `sites`, and the forward passes that they took.
+def calibrate(
+    config: EvaluateConfig, sites: list[Site], language: LanguageModel, advance: Callable[[int], None] = lambda _: None
+) -> tuple[dict[Site, Calibration], int]:
+    """The calibrations of `sites`, and the forward passes that they took; `advance` is called with the blocks of each.
 
     Each is kept in the scores folder and made once. ShapeMismatch where the shards are of another model.
     """
@@ -162,7 +164,7 @@ def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel
     if config.shards is not None:
         made = {site: _of_shards(Shards(config.shards / site.folder), config) for site in missing}
     else:
-        made, passes = _of_text(config, missing, language) if missing else ({}, 0)
+        made, passes = _of_text(config, missing, language, advance) if missing else ({}, 0)
     for site, calibration in made.items():
         tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
         write_tensors(_path(config, site), tensors, {"source": source_of(config, site)})
@@ -201,19 +203,20 @@ def _of_shards(shards: Shards, config: EvaluateConfig) -> Calibration:
     return sums.finish()
 
 
-def _of_text(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
+def _of_text(
+    config: EvaluateConfig, sites: list[Site], language: LanguageModel, advance: Callable[[int], None]
+) -> tuple[dict[Site, Calibration], int]:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     blocks = islice(read_blocks(config.text, tokenizer, "train"), config.calibration_blocks)
     sums = {site: _TextSums(config.max_norm) for site in sites}
     passes = 0
-    with meter("calibrate", config.calibration_blocks, "blocks") as progress:
-        for batch in _batches(blocks, config.batch_blocks):
-            input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
-            mask = torch.from_numpy(np.stack([block.mask for block in batch]))
-            for site, activations in capture(language.model, sites, input_ids).items():
-                sums[site].update(activations[mask.to(activations.device)])
-            passes += 1
-            progress.advance(len(batch))
+    for batch in _batches(blocks, config.batch_blocks):
+        input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
+        mask = torch.from_numpy(np.stack([block.mask for block in batch]))
+        for site, activations in capture(language.model, sites, input_ids).items():
+            sums[site].update(activations[mask.to(activations.device)])
+        passes += 1
+        advance(len(batch))
     return {site: site_sums.finish() for site, site_sums in sums.items()}, passes
 
 

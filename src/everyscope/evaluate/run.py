@@ -8,13 +8,14 @@ scores are there are skipped, without loading the model; a killed evaluation goe
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from everyscope.base.errors import ShapeMismatch
 from everyscope.base.files import PARTIAL
-from everyscope.base.progress import meter, say
+from everyscope.base.progress import say
 from everyscope.evaluate import baseline_sweep
 from everyscope.evaluate.baseline_sweep import Measured, measure_baselines
 from everyscope.evaluate.baselines import Baseline, baselines_of
@@ -32,6 +33,7 @@ from everyscope.evaluate.scores import Findings, metrics_of, write_scores
 from everyscope.evaluate.sums import SaeState, SaeSums, State
 from everyscope.evaluate.targets import Target, load_targets
 from everyscope.evaluate.uniformity import UniformitySums
+from everyscope.evaluate.work import Counter, Work, counted
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
@@ -53,9 +55,10 @@ class EvaluateResult:
     """SAEs whose scores were there already."""
 
 
-def run(config: EvaluateConfig) -> EvaluateResult:
+def run(config: EvaluateConfig, progress: Counter | None = None) -> EvaluateResult:
     """Score every SAE that the config asks for and that has no scores under this config yet.
 
+    It has one bar, or counts on `progress`, which expects as many blocks as `planned_blocks` says.
     Raises DataError (no SAE, no token to measure), ShapeMismatch and NonFinite (SAE, shards and model do not fit, or break
     down), ModelError and TextError (model or text cannot be read), ConfigError, StorageError.
     """
@@ -69,7 +72,9 @@ def run(config: EvaluateConfig) -> EvaluateResult:
                 f"The held-out text ends after {held_out.num_sequences} of {config.num_sequences} sequences; "
                 "the scores are of those"
             )
-        _evaluate(config, held_out, [tuple(group) for group in groups if group])
+        pending = [tuple(group) for group in groups if group]
+        with counted("evaluate", config, [len(group) for group in pending], progress) as work:
+            _evaluate(config, held_out, pending, work)
     for name in (PROGRESS_FILE, baseline_sweep.PROGRESS_FILE):
         for leftover in (config.out / name, config.out / (name + PARTIAL)):
             leftover.unlink(missing_ok=True)
@@ -82,12 +87,12 @@ def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:
     return (targets[start : start + size] for start in range(0, len(targets), size))
 
 
-def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Target, ...]]) -> None:
+def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Target, ...]], work: Work) -> None:
     """Both sweeps and the scores of each group in turn."""
     language, device = load_language_model(config.model), torch.device(config.model.device)
     sites = sorted({target.site for group in groups for target in group})
     began = time.monotonic()
-    calibrations, passes = calibrate(config, sites, language)
+    calibrations, passes = calibrate(config, sites, language, work.advance)
     spent = Cost(calibration=passes, seconds=time.monotonic() - began if passes else 0.0)
     calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
     has_unscaled = any(target.is_of_unscaled_embeddings for group in groups for target in group)
@@ -95,12 +100,13 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Targ
     for group in groups:
         saes = {target.identity: _load(target, calibrations[target.site], config, device, scale) for target in group}
         evaluated = Evaluated(language.model, group, saes, calibrations, config.baseline_blocks)
-        state, cost = _measure(config, held_out, evaluated)
-        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group, state))
+        state, cost = _measure(config, held_out, evaluated, work)
+        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group, state), work)
         _write(config, held_out, evaluated, state, baselines)
         add_cost(config.out, spent + cost + baselines.cost)
         spent = Cost()
-        (config.out / PROGRESS_FILE).unlink(missing_ok=True)
+        for name in (PROGRESS_FILE, baseline_sweep.PROGRESS_FILE):  # what they have cost is in cost.json now
+            (config.out / name).unlink(missing_ok=True)
 
 
 def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device, scale: float) -> Sae:
@@ -142,7 +148,7 @@ def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
     return SaeState(clean, head, moments_of(sizes), moments_of(documents), saes)
 
 
-def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) -> tuple[SaeState, Cost]:
+def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, work: Work) -> tuple[SaeState, Cost]:
     """Sweep over all batches that are still to do, saving now and then and at the end."""
     state, progress = _start(held_out, evaluated), config.out / PROGRESS_FILE
     sweep = State(state.parts, held_out.identity)
@@ -150,22 +156,20 @@ def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) ->
     heads = (config.uniformity_sequences, min(config.gradient_blocks, config.batch_blocks))
     ranges = ranges_of(held_out.num_sequences, heads, (held_out.num_sequences, config.batch_blocks))
     per_batch = 1 + len(evaluated.targets)
-    with meter("evaluate", len(ranges) * per_batch, "passes") as progress_meter:
-        if sweep.batches:
-            progress_meter.advance(sweep.batches * per_batch, is_resumed=True)
-        for batch in held_out.batches(ranges[sweep.batches :], torch.device(config.model.device)):
-            began, with_gradients = time.monotonic(), batch.start < config.uniformity_sequences
-            measure_batch(evaluated, state, batch, with_gradients, progress_meter.advance)
-            sweep.batches += 1
-            sweep.cost += Cost(
-                clean=1,
-                spliced=len(evaluated.targets),
-                backwards=int(with_gradients),
-                seconds=time.monotonic() - began,
-                tokens=batch.input_ids.numel(),
-            )
-            if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges):
-                sweep.save(progress)
+    work.advance(per_batch * sum(map(len, ranges[: sweep.batches])), is_resumed=True)
+    for batch in held_out.batches(ranges[sweep.batches :], torch.device(config.model.device)):
+        began, with_gradients = time.monotonic(), batch.start < config.uniformity_sequences
+        measure_batch(evaluated, state, batch, with_gradients, partial(work.advance, len(batch.input_ids)))
+        sweep.batches += 1
+        sweep.cost += Cost(
+            clean=1,
+            spliced=len(evaluated.targets),
+            backwards=int(with_gradients),
+            seconds=time.monotonic() - began,
+            tokens=batch.input_ids.numel(),
+        )
+        if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges):
+            sweep.save(progress)
     return state, sweep.cost
 
 

@@ -80,6 +80,15 @@ class State:
         self.batches, self.cost = header["batches"], Cost(**header["cost"])
 
 
+def cost_of(path: Path) -> Cost:
+    """What the sums saved in `path` have cost; nothing where there are none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return Cost(**json.loads((file.metadata() or {})["progress"])["cost"])
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError):
+        return Cost()
+
+
 @dataclass
 class SaeState:
     """The parts of the sweep that measures SAEs, by what they are of."""

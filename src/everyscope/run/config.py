@@ -215,6 +215,7 @@ class RunConfig(Schema):
             trained=out / "train",
             out=out / "scores",
             seed=self.seed,
+            max_norm=self.max_norm,
             **self.evaluate.model_dump(),
         )
 

@@ -11,13 +11,16 @@ from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMisma
 from everyscope.describe import run as describe
 from everyscope.describe.codes import CodesFolder, encoded
 from everyscope.describe.config import DescribeConfig
-from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets
+from everyscope.describe.sequences import read_sequences
+from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets, read_facts
 from everyscope.sae.files import read_sae, save_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
+from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 from everyscope.suite.descriptions import read_order
 from everyscope.suite.latents import SCHEMA
+from everyscope.text.tokenizer import load_tokenizer
 
 ATTENTION, MLP = Site("attn_out", 1), Site("mlp_out", 0)
 
@@ -168,6 +171,31 @@ def test_scores_of_another_width_are_refused(tmp_path, tiny_random_model_folder)
     pyarrow.parquet.write_table(pyarrow.table({"firings": [1], "frequency": [0.5]}), path)
     with pytest.raises(DataError, match="holds 1 latents, the SAE 24"):
         describe.run(config)
+
+
+def test_massive_tokens_count_as_little_as_bos(tmp_path, tiny_random_model_folder):
+    """The evaluation's limit is taken: a twentieth of the tokens is above it, on which no latent fires."""
+    config = build_description(tmp_path, tiny_random_model_folder, (MLP,))
+    sequences = read_sequences(config, load_tokenizer(config.model.name))
+    model, mask = load_language_model(config.model).model, torch.from_numpy(sequences.mask)
+    rows = capture(model, [MLP], torch.from_numpy(sequences.input_ids).long())[MLP][mask]
+    limit = float(rows.norm(dim=1).quantile(0.95))
+    for path in config.scores.rglob("metrics.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"massive": {"norm_limit": limit}}))
+    describe.run(config)
+    is_usual = rows.norm(dim=1) < limit
+    sae, _ = read_sae(config.trained / MLP.folder / "w24_0")
+    fires = sae.encode(rows[is_usual]) > 0
+    found = rows_of(config)
+    assert [row["firings"] for row in found] == fires.sum(0).tolist()
+    assert [row["frequency"] for row in found] == pytest.approx(fires.double().mean(0).tolist(), rel=1e-6)
+    usual = {tuple(place) for place in torch.stack(torch.where(mask), dim=1)[is_usual].tolist()}
+    examples = [example for row in found for example in row["examples"]]
+    assert examples
+    assert all((example["sequence"], example["position"]) in usual for example in examples)
+    facts = read_facts(config.out / MLP.folder / "w24_0" / "latents.parquet")
+    assert (facts["num_tokens"], facts["num_massive_tokens"]) == (int(is_usual.sum()), int((~is_usual).sum()))
+    assert facts["num_massive_tokens"] > 0
 
 
 def test_nan_is_noticed():
