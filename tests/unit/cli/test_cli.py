@@ -37,6 +37,13 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(capsys, arguments, complaint)
     assert complaint in said(capsys, *arguments)
 
 
+def test_saes_of_any_but_a_bundled_model_need_a_text(capsys, tmp_path):
+    complaint = said(capsys, "evaluate", str(tmp_path), "--model", "org/model")
+    assert "no text for model 'org/model'; give text like that it was trained on with --text" in complaint
+    for arguments in (("--model", "org/model", "--text", "standard_library"), ("--model", "tiny")):
+        assert "holds no finished SAE" in said(capsys, "evaluate", str(tmp_path), *arguments)
+
+
 def test_flags_override_any_field(capsys):
     main(
         [

@@ -178,8 +178,10 @@ def test_massive_tokens_count_as_little_as_bos(tmp_path, tiny_random_model_folde
     config = build_description(tmp_path, tiny_random_model_folder, (MLP,))
     sequences = read_sequences(config, load_tokenizer(config.model.name))
     model, mask = load_language_model(config.model).model, torch.from_numpy(sequences.mask)
-    rows = capture(model, [MLP], torch.from_numpy(sequences.input_ids).long())[MLP][mask]
-    limit = float(rows.norm(dim=1).quantile(0.95))
+    batches = torch.from_numpy(sequences.input_ids).long().split(config.batch_blocks)  # in others, bits differ
+    rows = torch.cat([capture(model, [MLP], batch)[MLP] for batch in batches])[mask]
+    norms = rows.norm(dim=1).sort().values
+    limit = float(norms[int(0.95 * len(norms)) - 1 :][:2].mean())
     for path in config.scores.rglob("metrics.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"massive": {"norm_limit": limit}}))
     describe.run(config)

@@ -80,9 +80,10 @@ def test_a_kind_that_no_path_tells_is_given_or_asked_for(config: EvaluateConfig,
         load_targets(bare)
     targets = load_targets(bare.model_copy(update={"site_kind": "attn_out"}))
     assert [target.site for target in targets] == [Site("attn_out", 4), Site("attn_out", 5)]
-    inside = released(config, tmp_path / "resid_post" / "embedding", "layer_4/width_16k/average_l0_3", site_kind="attn_out")
-    assert [target.site for target in load_targets(inside)] == [Site("attn_out", 4)]  # names above do not gainsay what is given
-    above = load_targets(inside.model_copy(update={"site_kind": None, "trained": tmp_path / "resid_post" / "embedding"}))
+    root = tmp_path / "resid_post" / "embedding" / "mine"
+    given = released(config, root, "layer_4/width_16k/average_l0_3", site_kind="attn_out")
+    assert [target.site for target in load_targets(given)] == [Site("attn_out", 4)]  # names above do not gainsay what is given
+    above = load_targets(given.model_copy(update={"site_kind": None}))
     assert [(target.site, target.is_of_unscaled_embeddings) for target in above] == [(Site("embed", 0), True)]
     with pytest.raises(ConfigError, match="tells no layer"):
         load_targets(released(config, tmp_path / "b", "mlp_out/sae"))

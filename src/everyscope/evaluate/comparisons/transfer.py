@@ -76,4 +76,5 @@ def _rows(source: str, one: Scored, metrics: dict[str, Any], config: TransferCon
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     """Of all turns or of one side's."""
-    return {key: metrics[key] for key in ("l0", "fvu_usual", "delta_loss", "num_tokens", "intervals")}
+    numbers = {key: metrics[key] for key in ("l0", "fvu_usual", "delta_loss", "intervals")}
+    return numbers | {"num_tokens": metrics.get("num_usual_tokens", metrics["num_tokens"])}
