@@ -56,6 +56,20 @@ def test_the_terminal_table_fits_80_columns_and_marks_canonical_saes(published: 
     assert "= 0.139±.004" in text
 
 
+def test_massive_tokens_and_undertrained_saes_are_said_in_80_columns(published: PublishConfig):
+    numbers = [(27.0, 0.139, 0.004), (25.1, 0.141, 0.004), (150.9, 0.071, 0.001)] * 12
+    index = with_l0_and_fvu(load_suite(published.out).index, numbers)
+    worse = {"num_massive_tokens": 7, "fvu": 0.021, "baselines_fvu": {"pca": 0.9, "neuron_basis": 0.01}}
+    saes = [sae.model_copy(update={"metrics": sae.metrics.model_copy(update=worse)}) for sae in index.saes[:3]]
+    console = Console(width=80, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    console.print(suite_table(index.model_copy(update={"saes": (*saes, *index.saes[3:])})))
+    text = " ".join(console.export_text().split())
+    assert "…" not in text
+    assert "= 0.139±.004 * 0.021" in text
+    assert "Massive tokens: at 1 of 1 sites" in text
+    assert "Undertrained: 3 of 36 SAEs, marked *, leave more variance unexplained than single neurons at their L0" in text
+
+
 def test_the_card_shows_every_sae_and_pictures_that_are_there(published: PublishConfig):
     card = (published.out / "README.md").read_text()
     assert sum(line.startswith(("| attn_out", "| mlp_out", "| resid_post")) for line in card.splitlines()) == 36
