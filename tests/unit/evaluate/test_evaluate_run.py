@@ -220,7 +220,9 @@ class Tally:
         self.resumed += amount if is_resumed else 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"shards": None}, {"saes_at_once": 1}, {"baseline_sequences": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"shards": None, "calibration_sequences": 20}, {"saes_at_once": 1}, {"baseline_sequences": 0}]
+)
 def test_progress_counts_what_was_planned_and_little_that_proved_unnecessary(evaluated: EvaluateConfig, tmp_path: Path, changes):
     config = evaluated.model_copy(update={"out": tmp_path, "sites": (SITE,), **changes})
     tally = Tally()
