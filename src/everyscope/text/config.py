@@ -13,8 +13,6 @@ TextSource = Literal[
 Split = Literal["train", "held_out"]
 BosPlaces = Literal["by_family", "block", "document"]
 
-MAX_NORM = 5.0
-"""Rows whose norm is above this many times the median norm of their site are massive, and are left out by default [1]."""
 PACKING = ("context", "prefix", "suffix", "bos", "skip_positions", "held_out_fraction")
 """Fields that say how documents become blocks, whatever corpus they are from."""
 
