@@ -12,7 +12,7 @@ from small_scope import random_sae
 
 from everyscope.evaluate.scores import write_scores
 from everyscope.publish.config import PublishConfig
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
 
@@ -69,7 +69,7 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
         "evaluation": "0",
     }
     write_scores(config.scores / site.folder / name, metrics, sums)
-    save_sae(config.trained / site.folder / name, sae, {"num_tokens": 1000, "config": {"sparsity_coefficient": 0.1}})
+    write_sae(config.trained / site.folder / name, sae, {"num_tokens": 1000, "config": {"sparsity_coefficient": 0.1}})
     return metrics
 
 

@@ -115,7 +115,7 @@ def test_banks_find_their_server_and_train_to_the_same_bits(tmp_path):
     build_scope(tmp_path / "scope")
     sites = (Site("resid_post", 0), Site("mlp_out", 1))
     settings = BankSettings(batch_rows=16, checkpoint_steps=50, log_steps=50)
-    saes = (SaeConfig(width=24, sparsity_coefficient=4.0, target_l0=4, recipe=fast(d_in=16)),)
+    saes = (SaeConfig(width=24, target_l0=4, recipe=fast(d_in=16)),)
 
     def banks(out: Path) -> list[TrainConfig]:
         shards = tmp_path / "scope/shards"

@@ -34,7 +34,7 @@ def recipe():
         text=TextConfig(source="files", paths=({text!r},), context=32, held_out_fraction=0.3),
         groups=(
             SaeGroup(
-                sites=SUBLAYERS, widths=(48, 64), sparsity_coefficients=(4.0,), target_l0s=(4, 8), num_tokens=4096
+                sites=SUBLAYERS, widths=(48, 64), target_l0s=(4, 8), num_tokens=4096
             ),
         ),
         harvest=HarvestSettings(bucket_rows=1024, dtype="bfloat16", batch_blocks=8),
@@ -48,7 +48,7 @@ def recipe():
             model=ModelConfig(name={model!r}, weights="random"),
             groups=(
                 SaeGroup(
-                    sites=("mlp_out",), layers=(1,), widths=(48,), sparsity_coefficients=(4.0,), target_l0s=(8,), num_tokens=2048
+                    sites=("mlp_out",), layers=(1,), widths=(48,), target_l0s=(8,), num_tokens=2048
                 ),
             ),
         ),

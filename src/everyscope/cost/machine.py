@@ -33,7 +33,7 @@ class PlannedSae:
 
     site: Site
     width: int
-    sparsity_coefficient: float
+    sparsity_coefficient: float | None
     target_l0: float | None
     seed: int
     num_tokens: int

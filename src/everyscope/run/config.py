@@ -168,18 +168,19 @@ class RunConfig(Schema):
 
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
         """The SAEs that a group wants at each of its sites."""
+        sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
+        sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]
         return [
-            SaeConfig(width=width, sparsity_coefficient=coefficient, target_l0=target, seed=seed, recipe=self.recipe)
+            SaeConfig(width=width, seed=seed, recipe=self.recipe, **sparsity)
             for width in group.widths
-            for coefficient in group.sparsity_coefficients
-            for target in group.target_l0s
+            for sparsity in sparsities
             for seed in group.seeds
         ]
 
     @property
     def canonical_l0(self) -> float:
         """The L0 whose nearest SAE stands for its site and width: the middle of those aimed at, or UNAIMED_L0 [latents]."""
-        targets = sorted({target for group in self.groups for target in group.target_l0s if target is not None})
+        targets = sorted({target for group in self.groups for target in group.target_l0s})
         return targets[len(targets) // 2] if targets else UNAIMED_L0
 
     def parts(self, out: Path) -> Iterator[tuple["RunConfig", Path]]:

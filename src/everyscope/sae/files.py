@@ -9,11 +9,13 @@ from everyscope.base.errors import DataError
 from everyscope.base.files import read_json, write_json
 from everyscope.base.tensors import write_tensors
 from everyscope.sae.folded import Sae, from_tensors
+from everyscope.sae.metadata import SaeMetadata
+from everyscope.sites.names import Site
 
 TENSOR_FILE, RECORD_FILE = "sae.safetensors", "sae.json"
 
 
-def save_sae(folder: Path, sae: Sae, record: dict[str, Any]) -> None:
+def write_sae(folder: Path, sae: Sae, record: dict[str, Any]) -> None:
     """Write tensors, then record: a folder with a record is whole."""
     write_tensors(folder / TENSOR_FILE, sae.tensors())
     write_json(folder / RECORD_FILE, record)
@@ -33,7 +35,14 @@ def read_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     """The SAE in `folder` and its record; DataError where there is none."""
     if not has_sae(folder):
         raise DataError(f"{folder}: holds no finished SAE ({RECORD_FILE} is missing); run `everyscope train` again to finish it")
-    return from_tensors(load_file(folder / TENSOR_FILE)), read_record(folder)
+    record = read_record(folder)
+    return from_tensors(load_file(folder / TENSOR_FILE), metadata_of(record)), record
+
+
+def metadata_of(record: dict[str, Any]) -> SaeMetadata:
+    """What a record says of its SAE."""
+    site = Site(record["site"], record["layer"]) if {"site", "layer"} <= record.keys() else None
+    return SaeMetadata(site, record.get("model"), record.get("l0"), record.get("scale"), record.get("num_tokens"))
 
 
 def trained_folders(root: Path) -> list[Path]:

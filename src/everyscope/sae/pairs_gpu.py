@@ -39,7 +39,7 @@ from everyscope.sae.kernels.gpu_update import (
     update_latents_by,
 )
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
+from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
 
 LAG = 8
@@ -144,7 +144,7 @@ class GpuPairs:
         spoilt = 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
         num_fired, num_pairs = sums.active.sum(), sums.pairs.sum()
         if mesh.ranks == 1:
-            cost = penalty(config, sparsity_coefficient(config, step), sums.active / batch).contiguous()
+            cost = penalty(config, sparsity_weight(config, step), sums.active / batch).contiguous()
         else:
             counts = counted(self.collective, torch.stack([number.double() for number in sums]), squares, spoilt[None])
             sums = LatentSums(*counts.by_latent[:3].int(), *counts.by_latent[3:].float())

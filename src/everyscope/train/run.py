@@ -5,7 +5,7 @@ processes calls `run_rank` in each.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,8 @@ from everyscope.parallel.group import Group, file_store
 from everyscope.parallel.launch import Seat, launch
 from everyscope.parallel.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.files import has_sae, read_record, save_sae
+from everyscope.sae.files import has_sae, read_record, write_sae
 from everyscope.sae.normalisation import Normalisation
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
 from everyscope.sae.trainable import StepLosses, fold
 from everyscope.stream.places import opened as opened_source
 from everyscope.stream.source import Source
@@ -40,6 +39,8 @@ from everyscope.train.checkpoint import (
 )
 from everyscope.train.config import TrainConfig, sae_name
 from everyscope.train.feed import batches
+from everyscope.train.metrics import losses_row
+from everyscope.train.sinks import Sink, opened_sinks
 
 Hook = Callable[[Bank, list[StepLosses]], None]
 """Called after every step; looks, never changes weights."""
@@ -112,7 +113,7 @@ def train(
 
     def report(bank: Bank, losses: list[StepLosses]) -> None:
         if log is not None and (bank.num_steps_done % settings.log_steps == 0 or bank.num_steps_done == config.steps):
-            log_losses(log, config, bank.num_steps_done, losses)
+            log_losses(log, config, bank.num_steps_done, losses, sinks)
 
     def keep(bank: Bank, losses: list[StepLosses]) -> None:
         is_due = bank.num_steps_done % settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
@@ -123,7 +124,11 @@ def train(
         if is_last_chance:
             raise SystemExit(EXIT_CODE)
 
-    with termination() as is_asked_to_stop:
+    reported = settings.report_to if leads else ()
+    with (
+        opened_sinks(reported, f"{config.site} {config.bank_id}", config.record(), config.out, place.num_steps_done) as sinks,
+        termination() as is_asked_to_stop,
+    ):
         fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
     log_bytes = log.num_bytes if log else 0
     if log is not None:
@@ -131,7 +136,7 @@ def train(
     if collective.mesh.ranks == 1:
         for sae in bank.saes:
             record = record_of(config, sae.config, source, normalisation, run_id)
-            save_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
+            write_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
     else:
         save_checkpoint(checkpoint, bank, run_id, log_bytes)
         _save_together(config, source, normalisation, run_id, collective)
@@ -219,26 +224,17 @@ def has_all_saes(config: TrainConfig, run_id: str) -> bool:
     return all(has_sae(folder) for folder in folders)
 
 
-def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[StepLosses]) -> None:
-    """One line per SAE: the step's losses and the schedules in force. NonFinite where an SAE diverged."""
+def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[StepLosses], sinks: Sequence[Sink] = ()) -> None:
+    """One line per SAE, in the log and in every sink. NonFinite where an SAE diverged."""
     for sae, loss in zip(config.saes, losses, strict=True):
         reconstruction = loss.reconstruction.item()
         if not math.isfinite(reconstruction):
             raise NonFinite(
                 f"{config.site}, {sae_name(sae)}: the loss is {reconstruction} at step {step}; lower the learning rate"
             )
-        log.write(
-            {
-                "step": step,
-                "sae": sae_name(sae),
-                "tokens": step * config.settings.batch_rows,
-                "reconstruction_loss": reconstruction,
-                "l0": loss.l0.item(),
-                "sparsity_coefficient": sparsity_coefficient(sae, step - 1),
-                "target_l0": sae.target_l0,
-                "learning_rate": sae.recipe.learning_rate * learning_rate_share(sae.recipe, step - 1, config.steps),
-            }
-        )
+        row = losses_row(sae, loss, step, config.steps, config.settings.batch_rows)
+        for place in (log, *sinks):
+            place.write(row)
 
 
 def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation, run_id: str) -> dict[str, Any]:

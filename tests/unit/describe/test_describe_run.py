@@ -12,7 +12,7 @@ from everyscope.describe import run as describe
 from everyscope.describe.codes import CodesFolder, encoded
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets
-from everyscope.sae.files import read_sae, save_sae
+from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site
@@ -137,7 +137,7 @@ def test_what_is_described_is_skipped_and_an_added_sae_renews_only_surroundings(
         assert (result.num_described, result.num_renewed, result.num_skipped) == (0, 1, 3)
     assert {row["held_out_firings"] for row in rows_of(config)} == {3}
     sae = random_sae(torch.randn(50, 32), 30, 0.9, seed=9)
-    save_sae(config.trained / MLP.folder / "w30_0", sae, {})
+    write_sae(config.trained / MLP.folder / "w30_0", sae, {})
     write_scores(config.scores / MLP.folder / "w30_0", 30, 3.0)
     result = describe.run(config)
     assert (result.num_described, result.num_renewed, result.num_skipped) == (1, 4, 0)
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_random_model_folder):
     with pytest.raises(DataError, match="everyscope evaluate"):
         describe.run(config.model_copy(update={"scores": tmp_path / "nothing"}))
     sae = random_sae(torch.randn(50, 5), 24, 0.9, seed=9)
-    save_sae(config.trained / MLP.folder / "w24_0", sae, {})
+    write_sae(config.trained / MLP.folder / "w24_0", sae, {})
     with pytest.raises(ShapeMismatch, match="d_in=5"):
         describe.run(config)
 

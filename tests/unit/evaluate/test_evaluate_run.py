@@ -12,7 +12,7 @@ from small_scope import SITES, build_scope, identity_sae, random_sae, score_byte
 from everyscope.base.errors import DataError, ModelError, NonFinite, ShapeMismatch, TextError
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.files import read_sae, save_sae
+from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites import model as language_models
 from everyscope.sites.model import load_language_model
@@ -132,7 +132,7 @@ def test_an_added_sae_is_evaluated_alone_and_identity_costs_nothing(
     config = copied(evaluated, tmp_path)
     evaluate.run(config)
     before = score_bytes(config.out)
-    save_sae(config.trained / SITE.folder / "identity", identity_sae(16), {})
+    write_sae(config.trained / SITE.folder / "identity", identity_sae(16), {})
     result = evaluate.run(config)
     assert (result.num_evaluated, result.num_skipped) == (1, 2)
     scores = metrics(config, SITE, "identity")
@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path,
     config = copied(evaluated, tmp_path)
     with pytest.raises(DataError, match="everyscope train"):
         evaluate.run(config.model_copy(update={"trained": tmp_path / "nothing"}))
-    save_sae(config.trained / SITE.folder / "wrong", identity_sae(5), {})
+    write_sae(config.trained / SITE.folder / "wrong", identity_sae(5), {})
     with pytest.raises(ShapeMismatch, match=r"d_in=5, mlp_out layer 1 of .* gives 16; is it an SAE of another model or site"):
         evaluate.run(config)
     shutil.rmtree(config.trained / SITE.folder / "wrong")
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path,
         evaluate.run(config.model_copy(update={"text": text}))
     broken = random_sae(16, 32, 0.1, torch.zeros(16), seed=0)
     huge = Sae(broken.w_enc, broken.w_dec * 3e38, broken.b_enc, broken.b_dec, broken.threshold)
-    save_sae(config.trained / SITE.folder / "huge", huge, {})
+    write_sae(config.trained / SITE.folder / "huge", huge, {})
     with pytest.raises(NonFinite, match="NaN or infinity"):
         evaluate.run(config)
     monkeypatch.setattr(language_models, "check_residual_identity", lambda *_, **__: refuse())

@@ -11,7 +11,7 @@ from small_scope import build_scope, random_sae
 from everyscope.base.errors import ConfigError, DataError
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import load_targets
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.sites.names import Site
 
 SITE = Site("resid_post", 1)
@@ -91,7 +91,7 @@ def test_an_identity_follows_everything_that_decides(config: EvaluateConfig, tmp
     for change in ({"checkpoint_batches": 9}, {"saes_at_once": 1}, {"out": tmp_path}):
         assert load_targets(config.model_copy(update=change))[0].identity == first
     shutil.copytree(config.trained, tmp_path / "train")
-    save_sae(tmp_path / "train" / "mlp_out/layer_0/w32_0", random_sae(16, 32, 0.4, torch.zeros(16), seed=9), {})
+    write_sae(tmp_path / "train" / "mlp_out/layer_0/w32_0", random_sae(16, 32, 0.4, torch.zeros(16), seed=9), {})
     moved = load_targets(config.model_copy(update={"trained": tmp_path / "train"}))
     assert moved[0].identity != first
     assert moved[1].identity == load_targets(config)[1].identity
