@@ -32,7 +32,9 @@ WHOLE_CHUNK = 64
 def main() -> None:
     """Measure both and compare what they find."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="a model of Hugging Face, or its folder; without one the weights are random")
+    parser.add_argument(
+        "--model", default=None, help="a model of Hugging Face, or its folder; without one the weights are random"
+    )
     parser.add_argument("--layer", type=int, default=0, help="layer of the residual stream, with --model")
     parser.add_argument("--vocab", type=int, default=2**18, help="tokens of random weights [tokens]")
     parser.add_argument("--d-model", type=int, default=640, help="width of random weights")

@@ -21,7 +21,9 @@ TOP_LOGITS = 10
 
 
 @torch.no_grad()
-def logit_columns(path: LogitPath, lens: Lens, w_dec: Float[Tensor, "latents d_in"], *, has_raw: bool) -> dict[str, pyarrow.Array]:
+def logit_columns(
+    path: LogitPath, lens: Lens, w_dec: Float[Tensor, "latents d_in"], *, has_raw: bool
+) -> dict[str, pyarrow.Array]:
     """The strongest and weakest tokens of each direction, with the norms' gains and, where `has_raw`, without them.
 
     `lens` is of the unembedding on `path`. The raw columns are empty lists where they are not wanted.

@@ -53,7 +53,9 @@ class Lens:
         screen, factors = _factors(directions, self._dtype)
         ends = Ends(*(np.empty((len(directions), ENDS, count), kind) for kind in (np.int32, np.float32)))
         chunk = max(1, min(CHUNK_LATENTS, -(-len(directions) // self._threads.count)))
-        misfits = self._threads.map(lambda start: self._chunk(screen, factors, start, chunk, ends), range(0, len(directions), chunk))
+        misfits = self._threads.map(
+            lambda start: self._chunk(screen, factors, start, chunk, ends), range(0, len(directions), chunk)
+        )
         for latent in np.concatenate(misfits).tolist() if misfits else []:
             whole = _ends_by_tiles(directions[latent : latent + 1], self._rows, count)
             ends.tokens[latent], ends.values[latent] = whole.tokens[0], whole.values[0]

@@ -56,7 +56,8 @@ class LogitPath:
 
     def through_norms(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_model"]:
         """What meets the unembedding: its product with that is what each direction adds to the logits before any soft-cap, up
-        to the sizes of the norms, which vary by token."""
+        to the sizes of the norms, which vary by token.
+        """
         residual = self.raw(directions)
         if self.post_norm is not None:
             residual = self.post_norm(residual)
