@@ -17,7 +17,7 @@ LARGEST, SMALLEST = 0, 1
 ENDS = 2
 SIGN = np.int16(-32768)
 OUTPUT_ERROR = np.float32(2.0**-8)
-"""Relative error of a product that was rounded to bfloat16, taken twice: for the product's own rounding of the factor beside it."""
+"""Bound of the relative error of a product that was rounded to bfloat16, taken twice for the roundings of the bound itself."""
 
 
 class Factors(NamedTuple):
@@ -123,7 +123,7 @@ def screen_tile(screened, first, directions, start, rows, worst_norm, worst_resi
 def rescore(directions, start, rows, found, tokens, values):
     """From the candidates the best of each end with their products, summed in float64; of equals the smaller token comes first.
 
-    Into `tokens` int32 and `values` float32, both [latents, 2, count], from row `start` on. Rows without room are left as they are.
+    Into `tokens` int32 and `values` float32, both [latents, 2, count], from row `start` on; rows without room are left alone.
     """
     count = tokens.shape[2]
     for latent in range(found.sizes.shape[0]):

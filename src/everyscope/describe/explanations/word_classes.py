@@ -11,36 +11,39 @@ CLOSED = {
     "demonstrative": "this that these those",
     "subject pronoun": "i he she we they",
     "object pronoun": "me him us them",
-    "other pronoun": "you it one who whom whoever someone anyone everyone somebody anybody everybody nobody something anything "
-    "everything nothing myself yourself himself herself itself ourselves themselves each other",
+    "other pronoun": "you it one who whom whoever someone anyone everyone somebody anybody everybody nobody something "
+    "anything everything nothing myself yourself himself herself itself ourselves themselves each other",
     "possessive": "my your his her its our their mine yours hers ours theirs whose",
     "question word": "what which when where why how whatever whichever whenever wherever however",
-    "preposition": "of in to for on with at by from about into over after through between out against during without under around "
-    "among within along across behind beyond upon toward towards near off above below beside despite since until onto per via "
-    "amid",
+    "preposition": "of in to for on with at by from about into over after through between out against during without "
+    "under around among within along across behind beyond upon toward towards near off above below beside "
+    "despite since until onto per via amid",
     "coordinating conjunction": "and or but nor yet so",
     "subordinating conjunction": "if because although though while whereas unless whether as than once before lest",
-    "form of be": "be is are was were been being am 's 're i'm he's she's it's that's we're they're you're there's isn't aren't "
-    "wasn't weren't",
+    "form of be": "be is are was were been being am 's 're i'm he's she's it's that's we're they're you're there's "
+    "isn't aren't wasn't weren't",
     "form of have": "have has had having i've we've they've you've hasn't haven't hadn't",
     "form of do": "do does did doing done don't doesn't didn't",
-    "modal verb": "can could may might must shall should will would can't cannot couldn't won't wouldn't shouldn't ought i'll we'll "
-    "he'll she'll they'll it'll you'll i'd we'd he'd she'd they'd you'd",
+    "modal verb": "can could may might must shall should will would can't cannot couldn't won't wouldn't shouldn't "
+    "ought i'll we'll he'll she'll they'll it'll you'll i'd we'd he'd she'd they'd you'd",
     "negation": "not no never none neither n't",
     "quantifier": "all some any many much more most few fewer less least several both every enough another such half",
-    "number word": "two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety "
-    "hundred thousand million billion trillion first second third fourth fifth dozen dozens hundreds thousands millions",
-    "day or month": "monday tuesday wednesday thursday friday saturday sunday january february march april june july august "
-    "september october november december",
-    "word of time": "now then today yesterday tomorrow year years month months week weeks day days hour hours minute minutes morning "
-    "night afternoon evening ago later earlier recently already still soon again always often sometimes ever",
+    "number word": "two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy "
+    "eighty ninety hundred thousand million billion trillion first second third fourth fifth dozen dozens "
+    "hundreds thousands millions",
+    "day or month": "monday tuesday wednesday thursday friday saturday sunday january february march april june july "
+    "august september october november december",
+    "word of time": "now then today yesterday tomorrow year years month months week weeks day days hour hours minute "
+    "minutes morning night afternoon evening ago later earlier recently already still soon again always "
+    "often sometimes ever",
     "adverb of degree": "very too also only just even quite rather almost nearly about really so well far",
-    "verb of saying": "say says said saying tell tells told ask asks asked add adds added claim claims claimed argue argues argued "
-    "explain explains explained announce announced report reports reported warn warned suggest suggests suggested believe believes "
-    "believed think thinks thought know knows knew",
+    "verb of saying": "say says said saying tell tells told ask asks asked add adds added claim claims claimed argue argues "
+    "argued explain explains explained announce announced report reports reported warn warned suggest "
+    "suggests suggested believe believes believed think thinks thought know knows knew",
     "title": "mr mrs ms dr sir president minister prime professor senator judge king queen lord captain general chief director",
     "word of place": "here there where everywhere somewhere anywhere home away up down back north south east west",
 }
+"""English function words, and some content words that are as good as a list, by class."""
 ENDINGS = (
     ("ing", "word in -ing"),
     ("ed", "word in -ed"),

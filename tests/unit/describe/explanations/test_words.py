@@ -49,7 +49,7 @@ def test_words_and_signs_are_classed():
 
 def units_of(*stretches: list[bytes]) -> Units:
     """Stretches of tokens, each a block and a document of its own."""
-    pieces = sorted({piece for stretch in stretches for piece in stretch}) + [b""]
+    pieces = [*sorted({piece for stretch in stretches for piece in stretch}), b""]
     ctx = max(map(len, stretches))
     ids = np.full((len(stretches), ctx), len(pieces) - 1)
     mask = np.zeros(ids.shape, bool)
