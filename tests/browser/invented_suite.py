@@ -337,7 +337,7 @@ def explanations(is_dead: np.ndarray, pieces: list[bytes], random: np.random.Gen
             "latent": living.astype(np.int32),
             "label": [f"the token {text.strip() or text!r}, in code" for text in texts],
             "method": ["offline statistics"] * len(living),
-            "kind": ["token"] * len(living),
+            "kind": ["none" if latent % 7 == 3 else "token" for latent in living],
             "detection": detection,
             "detection_low": detection - 0.05,
             "detection_high": np.minimum(1.0, detection + 0.04),

@@ -19,6 +19,7 @@ from everyscope.browse.latent_rows import EXPLANATIONS, flat, open_latents, read
 from everyscope.browse.postings import Matches, Postings
 from everyscope.browse.slices import read_slices, read_splits
 from everyscope.browse.tables import INDEXES, TABLES
+from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
 from everyscope.suite.records import SaeRecord, SuiteIndex
 
@@ -142,7 +143,14 @@ class _SaeWriter:
         row = (self._number, self._record.folder, self._first, json.dumps(self._record.as_json()), self._metrics(folder), facts)
         self._database.execute(
             "INSERT INTO saes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*row, schema, is_described, num_alive, len(labels), problem),
+            (
+                *row,
+                schema,
+                is_described,
+                num_alive,
+                sum(label.get("kind") not in UNLABELLED for label in labels.values()),
+                problem,
+            ),
         )
 
     def _metrics(self, folder: Path) -> bytes | None:
@@ -154,7 +162,7 @@ class _SaeWriter:
             return None
 
     def _read_labels(self, path: Path) -> dict[int, dict[str, Any]]:
-        """By latent its explanation of best detection score; all of them go into their table."""
+        """By latent its label of best detection score, or its tokens where it has none; all of them go into their table."""
         if not path.is_file():
             return {}
         found: dict[int, list[dict[str, Any]]] = {}
@@ -162,7 +170,7 @@ class _SaeWriter:
             if row.get("label") and 0 <= (row.get("latent") if row.get("latent") is not None else -1) < self._record.width:
                 found.setdefault(row["latent"], []).append({name: _finite(value) for name, value in row.items()})
         for rows in found.values():
-            rows.sort(key=lambda row: -(row.get("detection") or 0.0))
+            rows.sort(key=lambda row: (row.get("kind") in UNLABELLED, -(row.get("detection") or 0.0)))
         self._database.executemany(
             "INSERT INTO explanations VALUES (?, ?)", ((self._first + latent, json.dumps(rows)) for latent, rows in found.items())
         )
@@ -175,12 +183,12 @@ class _SaeWriter:
         scalars = [[_finite(value) for value in batch.column(name).to_pylist()] if name in names else none for name in SCALARS]
         top, nearest = self._lists(batch, names)
         chosen = [labels.get(latent, {}) for latent in latents]
-        texts = [[label.get(name) for label in chosen] for name in ("label", "method", "detection", "fuzzing")]
+        texts = [[label.get(name) for label in chosen] for name in ("label", "method", "kind", "detection", "fuzzing")]
         ids = [self._first + latent for latent in latents]
         shuffled = [self._shuffled[latent] for latent in latents]
         saes = [self._number] * batch.num_rows
         rows: Iterable[tuple[Any, ...]] = zip(ids, saes, latents, shuffled, *scalars, nearest, top, *texts, strict=True)
-        self._database.executemany(f"INSERT INTO latents VALUES ({', '.join('?' * 16)})", rows)
+        self._database.executemany(f"INSERT INTO latents VALUES ({', '.join('?' * 17)})", rows)
         blobs = (zlib.compress(batch.slice(place, 1).serialize(), LEVEL) for place in range(batch.num_rows))
         self._database.executemany("INSERT INTO details VALUES (?, ?)", zip(ids, blobs, strict=True))
 

@@ -46,7 +46,7 @@ class SaeFacts:
     num_alive: int
     """Latents that fire [latents]."""
     num_labels: int
-    """Latents that have a label [latents]."""
+    """Latents that have a label: a rule, or words of a language model; tokens alone are none [latents]."""
     problem: str | None
     """Why its latents cannot be shown, if they cannot."""
 

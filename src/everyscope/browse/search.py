@@ -10,6 +10,7 @@ import numpy as np
 from everyscope.browse.pieces import Piece
 from everyscope.browse.queries import Index, SaeFacts, packed
 from everyscope.browse.tables import SORTABLE
+from everyscope.suite.latents import UNLABELLED
 
 PAGE = 50
 """Latents on a page of a table [latents]."""
@@ -25,7 +26,7 @@ SHOWN: dict[Shown, str] = {
     "all": "1",
     "dense": f"frequency > {DENSE}",
     "dead": "firings = 0",
-    "labelled": "label IS NOT NULL",
+    "labelled": f"label IS NOT NULL AND ifnull(kind, '') NOT IN ({', '.join(map(repr, UNLABELLED))})",
 }
 """What a table can be narrowed to, as SQL."""
 FIELDS = (

@@ -4,7 +4,7 @@ A latent has one number for the whole suite: its SAE's `first` plus its place th
 and lie apart from `details`, one zlib blob a latent that holds its whole row of latents.parquet.
 """
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the tables, or what is written into them, change: older indexes are then built anew."""
 
 TABLES = """
@@ -13,7 +13,7 @@ CREATE TABLE saes(id INTEGER PRIMARY KEY, folder TEXT UNIQUE, first INTEGER, rec
     arrow_schema BLOB, is_described INTEGER, num_alive INTEGER, num_labels INTEGER, problem TEXT);
 CREATE TABLE latents(id INTEGER PRIMARY KEY, sae INTEGER, latent INTEGER, shuffled INTEGER, firings INTEGER, frequency REAL,
     mean_activation REAL, max_activation REAL, entropy REAL, predictability REAL, nearest REAL, top_tokens BLOB,
-    label TEXT, method TEXT, detection REAL, fuzzing REAL);
+    label TEXT, method TEXT, kind TEXT, detection REAL, fuzzing REAL);
 CREATE TABLE details(id INTEGER PRIMARY KEY, row BLOB);
 CREATE TABLE explanations(id INTEGER PRIMARY KEY, rows TEXT);
 CREATE TABLE vocabulary(token INTEGER PRIMARY KEY, piece BLOB, text TEXT, key TEXT, is_special INTEGER);

@@ -50,6 +50,9 @@ class DescribeConfig(Schema):
     """Tokens shown behind it; fewer where its block ends [tokens]."""
     neighbours: int = Field(default=8, ge=0)
     """Nearest latents kept for each relation, as in wider SAEs or at the next layer [latents]."""
+    raw_logits: bool = False
+    """Also the tokens that each direction writes for and against without the norms' gains, as other tools have them; takes the
+    logit lens twice as long."""
     seed: int = Field(default=0, ge=0)
     """Seed of the examples' drawing and of the halves of the documents."""
 

@@ -9,35 +9,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everyscope.describe import columns
+from everyscope.describe.lens import Lens
 from everyscope.describe.targets import SAME
 from everyscope.sae.folded import Sae
 from everyscope.sites.logits import LogitPath
 
 CHUNK_NUMBERS = 1 << 24
-"""Logits or cosines held at once [numbers]; bounds memory at large widths and vocabularies."""
+"""Cosines held at once [numbers]; bounds memory at large widths."""
 TOP_LOGITS = 10
 """Tokens kept at each end [tokens]."""
 
 
 @torch.no_grad()
-def logit_columns(path: LogitPath, w_dec: Float[Tensor, "latents d_in"], num_known: int) -> dict[str, pyarrow.Array]:
-    """The strongest and weakest tokens of each direction, with the norms' gains and raw; only ids below `num_known` count.
+def logit_columns(
+    path: LogitPath, lens: Lens, w_dec: Float[Tensor, "latents d_in"], *, has_raw: bool
+) -> dict[str, pyarrow.Array]:
+    """The strongest and weakest tokens of each direction, with the norms' gains and, where `has_raw`, without them.
 
-    Models pad their vocabulary; what lies behind the tokenizer's last token is no token.
+    `lens` is of the unembedding on `path`. The raw columns are empty lists where they are not wanted.
     """
-    found: dict[str, list[np.ndarray]] = {}
-    chunk = max(1, CHUNK_NUMBERS // len(path.unembedding))
-    for start in range(0, len(w_dec), chunk):
-        directions = w_dec[start : start + chunk]
-        for prefix, logits in (("", path.logits(directions)), ("raw_", path.raw_logits(directions))):
-            logits = logits[:, :num_known]
-            for name, is_largest in ((f"{prefix}top_logits", True), (f"{prefix}bottom_logits", False)):
-                top = logits.topk(min(TOP_LOGITS, logits.shape[1]), dim=1, largest=is_largest)
-                found.setdefault(f"{name}.token", []).append(top.indices.cpu().numpy())
-                found.setdefault(f"{name}.value", []).append(top.values.cpu().numpy())
-    tables = {name: np.concatenate(parts) for name, parts in found.items()}
-    names = [f"{prefix}{end}_logits" for prefix in ("", "raw_") for end in ("top", "bottom")]
-    return {name: columns.ranked(name, tables[f"{name}.token"], value=columns.rounded(tables[f"{name}.value"])) for name in names}
+    found = {}
+    for prefix, of_directions in (("", path.through_norms), ("raw_", path.raw if has_raw else None)):
+        if of_directions is not None:
+            ends = lens.ends(of_directions(w_dec), TOP_LOGITS)
+            tokens, values = ends.tokens, columns.rounded(ends.values)
+        else:
+            tokens, values = np.empty((len(w_dec), 2, 0), np.int32), np.empty((len(w_dec), 2, 0), np.float32)
+        for end, name in enumerate((f"{prefix}top_logits", f"{prefix}bottom_logits")):
+            found[name] = columns.ranked(name, tokens[:, end], value=values[:, end])
+    return found
 
 
 @torch.no_grad()

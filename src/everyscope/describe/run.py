@@ -8,6 +8,7 @@ whole portion of codes, or behind the last whole SAE, and ends with the same byt
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from everyscope.base.progress import meter
 from everyscope.describe.codes import FIRING_BYTES, CodesFolder, collect, unfinished_group
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.directions import logit_columns, neighbour_column
+from everyscope.describe.lens import Lens
 from everyscope.describe.measures import QUANTILES, Measures, TextFacts, facts_of, group_words, histogram_edges
 from everyscope.describe.sequences import Sequences, read_sequences, write_sequences
 from everyscope.describe.table import held_out_columns, measured_before, write_latents
@@ -89,6 +91,12 @@ class _Subject:
     facts: TextFacts
     num_known: int
     """Tokens that the tokenizer knows; the model may have more rows."""
+
+    @cached_property
+    def lens(self) -> Lens:
+        """The model's unembedding, prepared for all SAEs."""
+        head: Any = self.model.model
+        return Lens(head.get_output_embeddings().weight, self.num_known)
 
 
 def _describe(config: DescribeConfig, targets: Sequence[Target], pending: Sequence[Target]) -> None:
@@ -173,11 +181,11 @@ def _describe_sae(
         facts = facts_of(subject.sequences.without(massive), facts.occurrences.shape[1], config.seed)
     measures = Measures(config, codes.read(target.identity), facts)
     path = logit_path(subject.model.model, target.site)
-    w_dec = read_sae(target.folder)[0].w_dec.to(path.unembedding.device)
+    w_dec = read_sae(target.folder)[0].w_dec
     surroundings = _surroundings(config, target, targets)
 
     def columns(first: int, last: int) -> dict[str, pyarrow.Array]:
-        logits = logit_columns(path, w_dec[first:last], subject.num_known)
+        logits = logit_columns(path, subject.lens, w_dec[first:last], has_raw=config.raw_logits)
         return {**measures.columns(first, last), **logits, **surroundings(first, last)}
 
     about = {**_facts(config, facts.sequences, path, target), "num_massive_tokens": len(massive)}

@@ -31,6 +31,7 @@ MEASURED_FIELDS = TEXT_FIELDS | {
     "examples_per_document",
     "window_before",
     "window_after",
+    "raw_logits",
     "seed",
 }
 """Fields of the config on which what is measured depends."""

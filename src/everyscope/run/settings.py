@@ -149,6 +149,8 @@ class DescribeSettings(Schema):
     """Blocks read, half of them held out [blocks]."""
     batch_blocks: int = Field(default=16, ge=1)
     """Blocks per forward pass [blocks]."""
+    raw_logits: bool = False
+    """Also the tokens that each latent writes for and against without the norms' gains; the logit lens takes twice as long."""
     saes_at_once: int | None = Field(default=None, ge=1)
     """SAEs held in memory at once; None holds all [SAEs]."""
 

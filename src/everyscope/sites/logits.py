@@ -40,7 +40,7 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class LogitPath:
-    """The straight way from one site to the logits; float32 on the model's device."""
+    """The straight way from one site to the logits, on the model's device; float32, but for the unembedding."""
 
     projection: Float[Tensor, "d_in d_model"] | None
     """W_O, for a site before it."""
@@ -48,27 +48,27 @@ class LogitPath:
     """What attention adds through, where the site is before it."""
     final_norm: Gain
     unembedding: Float[Tensor, "vocab d_model"]
+    """In the model's own format."""
     words: str
     """The way in words, for captions."""
     softcap: float | None
     """Logits are squashed to this size afterwards; that changes their sizes and not their order."""
 
-    def logits(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n vocab"]:
-        """What each direction adds to the logits before any soft-cap, up to the sizes of the norms, which vary by token."""
-        residual = self._projected(directions)
+    def through_norms(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_model"]:
+        """What meets the unembedding: its product with that is what each direction adds to the logits before any soft-cap, up
+        to the sizes of the norms, which vary by token.
+        """
+        residual = self.raw(directions)
         if self.post_norm is not None:
             residual = self.post_norm(residual)
-        return self.final_norm(residual) @ self.unembedding.T
+        return self.final_norm(residual)
 
-    def raw_logits(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n vocab"]:
-        """The same without any norm, as other tools have it: d @ W_U, or d @ W_O @ W_U."""
-        return self._projected(directions) @ self.unembedding.T
-
-    def _projected(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_model"]:
+    def raw(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_model"]:
+        """The same without any norm, as other tools have it: logits are d @ W_U, or d @ W_O @ W_U."""
         want = self.unembedding.shape[1] if self.projection is None else self.projection.shape[0]
         if directions.shape[-1] != want:
             raise ShapeMismatch(f"directions have d_in={directions.shape[-1]}, the site {want}; are they of another site?")
-        directions = directions.to(self.unembedding)
+        directions = directions.to(self.final_norm.gain)
         return directions if self.projection is None else directions @ self.projection
 
 
@@ -90,7 +90,7 @@ def logit_path(model: nn.Module, site: Site) -> LogitPath:
         projection=projection,
         post_norm=post_norm,
         final_norm=gain_of(final_norm(model, anatomy), anatomy.d_model),
-        unembedding=head.weight.detach().float(),
+        unembedding=head.weight.detach(),
         words=", ".join([*words, "final norm's gain", "unembedding"]),
         softcap=getattr(anatomy.config, "final_logit_softcapping", None),
     )

@@ -1,6 +1,10 @@
-"""The columns of latents.parquet: what describing writes, and whoever publishes or exports reads. Torch-free."""
+"""The columns of latents.parquet, which describing writes and publishing and browsing read, and kinds of labels. Torch-free."""
 
 import pyarrow
+
+NO_RULE, RARE = "none", "rare"
+"""Kinds in explanations.parquet that are no labels: no rule was found, or too few firings. What stands there are tokens."""
+UNLABELLED = (NO_RULE, RARE)
 
 _TOKEN_VALUES = pyarrow.list_(pyarrow.struct([("token", pyarrow.int32()), ("value", pyarrow.float32())]))
 

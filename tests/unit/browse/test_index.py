@@ -20,6 +20,7 @@ from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, finite
 from everyscope.browse.search import TableRequest, find_tokens, latent_page, latents_by_label, latents_by_token, words_query
 from everyscope.browse.tables import SORTABLE
+from everyscope.suite.latents import UNLABELLED
 
 TINY = Shape(kinds=("resid_post",), layers=1, widths=(40,), l0s=(5.0,), num_sequences=8, context=32)
 
@@ -65,7 +66,11 @@ def test_pages_are_the_whole_table_in_order(index: Index, sort: str, is_descendi
 def test_filters_agree_with_a_look_at_every_row(index: Index, suite: Path):
     sae = index.saes[-1]
     rows = published(suite, sae.folder)
+    labels = pyarrow.parquet.read_table(suite / sae.folder / "explanations.parquet").to_pylist()
+    labelled = {row["latent"] for row in labels if row["kind"] not in UNLABELLED}
+    assert 0 < len(labelled) == sae.num_labels < len({row["latent"] for row in labels})
     want = {
+        "labelled": lambda row: row["latent"] in labelled,
         "alive": lambda row: row["firings"],
         "dead": lambda row: not row["firings"],
         "dense": lambda row: row["frequency"] > 0.1,
@@ -80,7 +85,6 @@ def test_filters_agree_with_a_look_at_every_row(index: Index, suite: Path):
     assert {row["latent"] for row in found.rows} == {
         row["latent"] for row in rows if tokens & {item["token"] for item in row["tokens"] or []}
     }
-    labels = pyarrow.parquet.read_table(suite / sae.folder / "explanations.parquet").to_pylist()
     found = latent_page(index, sae, TableRequest(label="TOKEN retu", shown="all"))
     assert {row["latent"] for row in found.rows} == {row["latent"] for row in labels if "'return'" in row["label"]}
 

@@ -6,6 +6,7 @@ import torch
 from everyscope.describe import directions
 from everyscope.describe.columns import KEPT_BITS
 from everyscope.describe.directions import logit_columns, neighbour_column
+from everyscope.describe.lens import Lens
 from everyscope.sae.folded import Sae
 from everyscope.sites.logits import Gain, LogitPath
 
@@ -49,15 +50,18 @@ def test_logits_are_the_ends_of_the_path_and_padding_is_no_token():
     generator = torch.Generator().manual_seed(0)
     unembedding, gain = torch.randn(50, 12, generator=generator), torch.randn(12, generator=generator)
     unembedding[40:] *= 100  # rows behind the tokenizer's last token
-    path = LogitPath(None, None, Gain(gain, False), unembedding, "", None)
+    path, lens = LogitPath(None, None, Gain(gain, False), unembedding, "", None), Lens(unembedding, 40)
     w_dec = sae_of(9, 2).w_dec
-    found = {name: column.to_pylist() for name, column in logit_columns(path, w_dec, 40).items()}
+    found = {name: column.to_pylist() for name, column in logit_columns(path, lens, w_dec, has_raw=True).items()}
     for prefix, logits in (("", (w_dec * gain) @ unembedding.T), ("raw_", w_dec @ unembedding.T)):
         for end, sign in (("top", -1), ("bottom", 1)):
             for row, values in zip(found[f"{prefix}{end}_logits"], logits[:, :40].numpy(), strict=True):
                 want = np.argsort(sign * values)[:10]
                 assert [entry["token"] for entry in row] == want.tolist()
                 assert [entry["value"] for entry in row] == pytest.approx(values[want].tolist(), rel=2 * NEAR)
+    without = logit_columns(path, lens, w_dec, has_raw=False)
+    assert without["top_logits"].equals(logit_columns(path, lens, w_dec, has_raw=True)["top_logits"])
+    assert without["raw_top_logits"].to_pylist() == without["raw_bottom_logits"].to_pylist() == [[]] * 9
 
 
 def test_columns_have_the_types_of_the_format():

@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_linearised_model(model, family, kind):
             residual = through(anatomy.attention_added(2).module, residual, is_centring, seed=4)
     head = model.get_output_embeddings()
     want = head(through(final_norm(model, anatomy), residual, is_centring, seed=5)[None])[0]
-    got = path.logits(direction[None])[0].double()
+    got = (path.through_norms(direction[None]) @ path.unembedding.float().T)[0].double()
     torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3 * float(want.abs().max()))  # the norms' epsilon, and float32
 
 
@@ -80,7 +80,7 @@ def test_the_whole_models_logits_move_as_told(gemma2):
     cap = model.config.final_logit_softcapping
     uncapped = [cap * torch.atanh(logits(base + sign * step * direction) / cap) for sign in (1, -1)]
     want = (uncapped[0] - uncapped[1]) / (2 * step) * size(base, False)
-    got = path.logits(direction[None])[0].double()
+    got = (path.through_norms(direction[None]) @ path.unembedding.float().T)[0].double()
     assert path.softcap == cap
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
@@ -94,7 +94,8 @@ def test_raw_logits_know_no_norm(model, kind):
         projection = anatomy.projected(1).module
         residual = projection(direction) - projection(torch.zeros_like(direction))
     want = residual @ model.get_output_embeddings().weight.T
-    torch.testing.assert_close(logit_path(model, site).raw_logits(direction), want, rtol=1e-4, atol=1e-4)
+    path = logit_path(model, site)
+    torch.testing.assert_close(path.raw(direction) @ path.unembedding.T, want, rtol=1e-4, atol=1e-4)
 
 
 def test_gains_of_both_kinds_of_gemma_and_llama_differ_by_one(model, family):
@@ -122,7 +123,7 @@ def test_what_is_no_norm_is_refused():
 
 def test_directions_of_another_site_are_refused(gemma2):
     with pytest.raises(ShapeMismatch, match="d_in=3"):
-        logit_path(gemma2, Site("resid_post", 0)).logits(torch.zeros(1, 3))
+        logit_path(gemma2, Site("resid_post", 0)).through_norms(torch.zeros(1, 3))
     headless = deepcopy(gemma2)
     headless.get_output_embeddings = lambda: None
     with pytest.raises(ModelError, match="no output embeddings"):

@@ -58,3 +58,40 @@ def _add(values: np.ndarray, rows: np.ndarray, totals: np.ndarray, amount: int) 
     for row in rows:
         for value in values[row]:
             totals[value] += amount
+
+
+@compiled
+def choose_sets(
+    values: np.ndarray, gains: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, price: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each family in which something gains: its number, and places of its values of largest gain, best first.
+
+    `values` are numbered over all families as `offsets` say, in order. At most `sizes` values of a family are taken, and after
+    the first only those that gain more than `price`. Gives families [n], places [n, largest size] and how many of these are used.
+    """
+    families, places = np.empty(len(sizes), np.int64), np.full((len(sizes), sizes.max()), -1, np.int64)
+    used = np.zeros(len(sizes), np.int64)
+    num_sets, next_place = 0, 0
+    for family in range(len(sizes)):
+        while next_place < len(values) and values[next_place] < offsets[family + 1]:
+            place, next_place = next_place, next_place + 1
+            gain, size = gains[place], used[num_sets]
+            if gain <= 0 or (size > 0 and gain <= price and gain <= gains[places[num_sets, 0]]):
+                continue
+            at = size
+            while at > 0 and gains[places[num_sets, at - 1]] < gain:
+                at -= 1
+            if at >= sizes[family]:
+                continue
+            used[num_sets] = min(size + 1, sizes[family])
+            for later in range(used[num_sets] - 1, at, -1):
+                places[num_sets, later] = places[num_sets, later - 1]
+            places[num_sets, at] = place
+        size = used[num_sets]
+        while size > 1 and gains[places[num_sets, size - 1]] <= price:  # the first, when a better one came
+            size -= 1
+        used[num_sets] = size
+        if size:
+            families[num_sets] = family
+            num_sets += 1
+    return families[:num_sets], places[:num_sets], used[:num_sets]

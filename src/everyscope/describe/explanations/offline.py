@@ -18,7 +18,8 @@ from everyscope.describe.explanations.samples import Sample, draw_sample, neighb
 from everyscope.describe.explanations.scores import Answers, balanced_accuracy, resampling_weights, score
 from everyscope.describe.explanations.table import Explanation
 from everyscope.describe.explanations.traits import Traits
-from everyscope.describe.explanations.wording import kind_of, phrase_of, safe_label, shortened
+from everyscope.describe.explanations.wording import kind_of, phrase_of, safe_label, shortened, tokens_with_shares
+from everyscope.suite.latents import NO_RULE, RARE
 
 METHOD = "offline statistics"
 MIN_FIRINGS = 5
@@ -48,14 +49,14 @@ class Ground:
 
 def lay_ground(config: ExplainConfig, passages: Passages, traits: Traits) -> Ground:
     """Everything that does not depend on an SAE."""
-    tokens = passages.tokens_of(LEARN)
+    tokens, learn = passages.tokens_of(LEARN), cut_windows(passages, LEARN, config.window_tokens)
     return Ground(
         config,
         passages,
         traits,
-        RuleSearch(traits, tokens, config.window_tokens),
+        RuleSearch(traits, tokens, learn, config.window_tokens),
         passages.part == LEARN,
-        cut_windows(passages, LEARN, config.window_tokens),
+        learn,
         cut_windows(passages, CHECK, config.window_tokens),
         cut_windows(passages, SCORE, config.window_tokens),
         resampling_weights(passages.part_of_document == CHECK, config.bootstrap_draws, config.seed),
@@ -89,16 +90,17 @@ def _label(
     ground: Ground, firings: Firings, latent: int, tokens: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]
 ) -> Labelled:
     if len(tokens) < MIN_FIRINGS:
-        label = f"too rare to explain: fires on {len(tokens)} of {int(ground.is_learning.sum()):,} tokens"
-        return Labelled(latent, label, "rare", Rule(()))
+        label = f"rare: {len(tokens)} of {int(ground.is_learning.sum()):,} tokens"
+        if len(tokens):
+            label += f", {phrase_of(ground.search.distinctive(tokens)[0], ground.traits)}"
+        return Labelled(latent, safe_label(label), RARE, Rule(()))
     found = ground.search.best(tokens, activations)
     if found is not None:
         rule = shortened(found.rule, ground.traits)
         if _beats_chance(ground, firings, latent, rule):
             return Labelled(latent, phrase_of(rule, ground.traits), kind_of(rule), rule)
-    rule = ground.search.most_common(tokens)
-    label = safe_label(f"no simple rule found; most on {phrase_of(rule, ground.traits)}")
-    return Labelled(latent, label, "none", rule)
+    rule, shares = ground.search.distinctive(tokens)
+    return Labelled(latent, tokens_with_shares(rule, shares, ground.traits), NO_RULE, rule)
 
 
 def _beats_chance(ground: Ground, firings: Firings, latent: int, rule: Rule) -> bool:

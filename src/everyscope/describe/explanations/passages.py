@@ -7,7 +7,7 @@ other. Held-out documents only score. A document's part is that of all its token
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -18,6 +18,14 @@ from everyscope.text.blocks import Block, read_blocks
 
 LEARN, CHECK, SCORE, NO_PART = 0, 1, 2, -1
 """What a document is for: learning rules, checking them, scoring labels; NO_PART stands where a position has no document."""
+
+
+class Background(NamedTuple):
+    """Blocks of training documents."""
+
+    input_ids: Int[np.ndarray, "blocks ctx"]
+    document: Int[np.ndarray, "blocks ctx"]
+    mask: Bool[np.ndarray, "blocks ctx"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Passages:
     """True where a position counts."""
     part_of_document: Int[np.ndarray, " documents"]
     """LEARN, CHECK or SCORE."""
+    background: Background
+    """All training text that was read, chosen or not: from it words' company is learnt."""
 
     @cached_property
     def part(self) -> Int[np.ndarray, " tokens"]:
@@ -48,11 +58,14 @@ def read_passages(config: ExplainConfig, tokenizer: Any) -> Passages:
     train = list(islice(read_blocks(config.text, tokenizer, "train"), config.num_sequences * config.block_stride))
     stride = max(len(train) // config.num_sequences, 1)
     held_out = islice(read_blocks(config.text, tokenizer, "held_out"), config.num_held_out_sequences)
-    return join_blocks(train[::stride][: config.num_sequences], list(held_out), config.seed)
+    return join_blocks(train[::stride][: config.num_sequences], list(held_out), config.seed, train)
 
 
-def join_blocks(train: list[Block], held_out: list[Block], seed: int) -> Passages:
-    """Passages of these blocks, the training documents dealt into halves of about equally many tokens."""
+def join_blocks(train: list[Block], held_out: list[Block], seed: int, background: list[Block] | None = None) -> Passages:
+    """Passages of these blocks, the training documents dealt into halves of about equally many tokens.
+
+    `background` are more blocks of training documents; None where there are no others than `train`.
+    """
     train_numbers, held_out_numbers = _renumbered(train), _renumbered(held_out)
     counts = np.bincount(train_numbers[train_numbers >= 0])
     if len(counts) < 2:
@@ -69,7 +82,14 @@ def join_blocks(train: list[Block], held_out: list[Block], seed: int) -> Passage
         document=np.concatenate([train_numbers, shifted]),
         mask=np.stack([block.mask for block in blocks]) & (np.concatenate([train_numbers, shifted]) >= 0),
         part_of_document=parts,
+        background=_background(train if background is None else background),
     )
+
+
+def _background(blocks: list[Block]) -> Background:
+    numbers = _renumbered(blocks)
+    ids, mask = (np.stack([getattr(block, name) for block in blocks]) for name in ("input_ids", "mask"))
+    return Background(ids, numbers, mask & (numbers >= 0))
 
 
 def _renumbered(blocks: list[Block]) -> Int[np.ndarray, "blocks ctx"]:

@@ -1,32 +1,46 @@
 """Rules that say from text alone where a latent fires, and the search for the best short one.
 
-A rule is a set of values of a family, two such sets that must both hold, or either of two such. The search maximises
+A rule is a set of values of a family, two such sets that must both hold, or either of two such. It is worth what it scores in
+detection over the windows of the learning half, less the price of its words:
 
-    gain(rule) = recall - cost * false alarms / silent tokens
+    worth(rule) = windows that pass / windows in which the latent fires - silent windows that pass / silent windows - price
 
-which is twice the balanced accuracy, less one, where cost = 1. Judged by windows of L tokens, a false alarm spoils L tokens, so a
-common rule on a rare latent scores badly there; hence cost = min(L, silent / firing), at which no rule pays that is right less
-often than it is wrong. Recall and false alarms of a set are sums over its values, so the best set of k values of a family is
-that of the k largest gains: nothing is approximated but the pairs of families, which are built greedily.
+which is twice the balanced accuracy, less one. Rules to be judged are proposed by tokens, where sums over values are all that is
+needed:
+
+    gain(set) = recall - cost * false alarms / silent tokens
+
+Judged by windows of L tokens, a false alarm spoils L tokens at most; hence cost = min(L, silent / firing), at which no rule pays
+that is right less often than it is wrong, and shares of that, for false alarms that crowd into few windows. The best set of k
+values of a family is that of the k largest gains; pairs of families and alternatives are built greedily.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from everyscope.describe.explanations.counting import Counters
+from everyscope.describe.explanations.counting import Counters, choose_sets
+from everyscope.describe.explanations.passages import Windows
 from everyscope.describe.explanations.traits import Traits
 
 MIN_VALUE_FIRINGS = 2
 """Firings on a value below which it enters no set: one may be chance [tokens]."""
 VALUE_PRICE, TEST_PRICE, EITHER_PRICE = 0.01, 0.03, 0.06
 """What each further value, a further set that must hold, and an alternative must gain to be worth a longer label [1]."""
-STARTS = 3
+STARTS = 5
 """Families from which pairs are built."""
-COMMONEST = 3
+COSTS = (1.0, 0.3, 0.1)
+"""Shares of a false alarm's cost at which sets are sought: the cheaper, the wider."""
+TRIED, EXTENDED, ALTERNATIVES = 24, 3, 3
+"""Rules of the largest promise that are judged by windows; of these, how many are widened by an alternative, and by how many."""
+DISTINCTIVE = 3
 """Tokens named where no rule was found [tokens]."""
+OFTEN = 3
+"""Firings on a token that is named there, if any has so many [tokens]."""
+SURE = 2.0
+"""Standard deviations below a measured share at which the true one is taken to be."""
 RELAXED = 10.0
 """How much cheaper false alarms are in a pair's first set: the second one removes them [1]."""
 
@@ -79,21 +93,50 @@ class _Scope:
     """Tokens of the scope with each value, firing or not [tokens]."""
 
 
+@dataclass(frozen=True)
+class _Sets:
+    """The best set of each family within a scope, and what it does there."""
+
+    family: Int[np.ndarray, " sets"]
+    values: Int[np.ndarray, "sets most"]
+    """Numbered over all families, best first; of each row the first `size` are its set."""
+    size: Int[np.ndarray, " sets"]
+    recall: Float[np.ndarray, " sets"]
+    """Summed weight of the firings that pass [1]."""
+    false_alarms: Int[np.ndarray, " sets"]
+    """Silent tokens that pass [tokens]."""
+
+    @property
+    def price(self) -> Float[np.ndarray, " sets"]:
+        """What further values must gain [1]."""
+        return VALUE_PRICE * (self.size - 1)
+
+    def best(self, cost: float, count: int) -> Int[np.ndarray, " k"]:
+        """The sets of largest gain, prices taken off."""
+        return np.argsort(self.price + cost * self.false_alarms - self.recall, kind="stable")[:count]
+
+    def promise(self, silent: int, length: int) -> Float[np.ndarray, " sets"]:
+        """About what each is worth by windows of `length` tokens: a false alarm spoils a window once."""
+        return self.recall - 1 + (1 - np.minimum(self.false_alarms / silent, 1.0)) ** length - self.price
+
+
 class RuleSearch:
     """The search over one set of learning tokens; made once for all latents."""
 
-    def __init__(self, traits: Traits, tokens: Int[np.ndarray, " n"], window_tokens: int) -> None:
-        """`tokens` are in order; `window_tokens` bounds the cost of a false alarm [tokens]."""
-        self._tokens, self._window = tokens, window_tokens
+    def __init__(self, traits: Traits, tokens: Int[np.ndarray, " n"], windows: Windows, window_tokens: int) -> None:
+        """`tokens` are in order, `windows` cut from them; `window_tokens` is the length of those that are whole [tokens]."""
+        self._tokens, self._length = tokens, window_tokens
         self._families = traits.families
         families = list(traits.families.values())
         self._names = [family.name for family in families]
-        self._sizes = [family.max_values for family in families]
+        self._sizes = np.array([family.max_values for family in families])
         self._offsets = np.cumsum([0, *(len(family.keys) for family in families)])
-        columns = [family.values[tokens] + offset for family, offset in zip(families, self._offsets, strict=False)]
-        self._values = np.stack(columns, axis=1).astype(np.int32)
+        self._columns = [family.values[tokens] for family in families]
+        numbered = [column + offset for column, offset in zip(self._columns, self._offsets, strict=False)]
+        self._values = np.stack(numbered, axis=1).astype(np.int32)
         self._counters = Counters(self._values, int(self._offsets[-1]))
         self._totals = np.bincount(self._values.ravel(), minlength=self._offsets[-1])
+        self._window, self._num_windows = windows.of_token[tokens], len(windows)
 
     def best(self, firing: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]) -> Found | None:
         """The best rule for a latent that fires on the tokens `firing`, all of them learning tokens, so strongly; None where
@@ -101,78 +144,145 @@ class RuleSearch:
 
         Half of recall counts firings, half activation: what a latent does strongly names it, what it does often predicts it.
         """
-        weights = 0.5 / len(firing) + 0.5 * activations / activations.sum()
-        num_silent = max(len(self._tokens) - len(firing), 1)
-        cost = min(self._window, num_silent / len(firing)) / num_silent
-        places = np.searchsorted(self._tokens, firing)
-        values, counts, recall = self._counters.count(places, weights)
-        whole = _Scope(places, weights, values, counts, recall, self._totals[values])
-        found = [Found(Rule(((test,),)), gain) for test, gain in self._sets(whole, cost)]
-        found += self._pairs(whole, cost)
-        return self._either(max(found, key=lambda one: one.gain), whole, cost) if found else None
+        whole, cost = self._whole(firing, activations)
+        rules = self._promising(whole, cost)
+        if not rules:
+            return None
+        judge = _Judge(self, whole)
+        ranked = sorted((judge.found(rule) for rule in rules), key=lambda one: -one.gain)
+        wider = [judge.found(rule) for one in ranked[:EXTENDED] for rule in self._either(one.rule, whole, cost)]
+        best = max([ranked[0], *wider], key=lambda one: one.gain)
+        return best if best.gain > 0 else None
 
-    def most_common(self, firing: Int[np.ndarray, " n"]) -> Rule:
-        """The tokens on which a latent fires most often, whatever else it does."""
+    def best_set(self, firing: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"], family: str) -> OneOf | None:
+        """The set of values of one family with the largest gain by tokens, prices taken off."""
+        whole, cost = self._whole(firing, activations)
+        sets = self._sets(whole, cost)
+        numbers = np.flatnonzero(sets.family == self._names.index(family))
+        return self._test(sets, int(numbers[0])) if len(numbers) else None
+
+    def distinctive(self, firing: Int[np.ndarray, " n"]) -> tuple[Rule, Float[np.ndarray, " k"]]:
+        """The tokens of whose occurrences a latent fires on the largest shares, surely, and these shares [1]."""
         column = self._names.index("token")
         values, counts = np.unique(self._values[np.searchsorted(self._tokens, firing), column], return_counts=True)
-        return Rule(((self._test(column, values[np.argsort(-counts, kind="stable")[:COMMONEST]]),),))
+        totals = self._totals[values]
+        often = counts >= min(OFTEN, counts.max())
+        order = np.argsort(np.where(often, -least_share(counts, totals), 1.0), kind="stable")[
+            : min(DISTINCTIVE, int(often.sum()))
+        ]
+        test = OneOf("token", tuple((values[order] - self._offsets[column]).tolist()))
+        return Rule(((test,),)), counts[order] / totals[order]
 
-    def _test(self, family: int, values: Int[np.ndarray, " n"]) -> OneOf:
-        return OneOf(self._names[family], tuple((values - self._offsets[family]).tolist()))
+    def _whole(self, firing: np.ndarray, activations: np.ndarray) -> tuple[_Scope, float]:
+        """All learning tokens, and what a false alarm costs there."""
+        weights = 0.5 / len(firing) + 0.5 * activations / activations.sum()
+        num_silent = max(len(self._tokens) - len(firing), 1)
+        cost = min(self._length, num_silent / len(firing)) / num_silent
+        places = np.searchsorted(self._tokens, firing)
+        values, counts, recall = self._counters.count(places, weights)
+        return _Scope(places, weights, values, counts, recall, self._totals[values]), cost
 
-    def _sets(self, scope: _Scope, cost: float) -> list[tuple[OneOf, float]]:
-        """The best set of each family within a scope, and its gain less the price of its values; none where nothing gains."""
-        gains = np.where(scope.counts >= MIN_VALUE_FIRINGS, scope.recall - cost * (scope.totals - scope.counts), -1.0)
-        worth = np.flatnonzero(gains > 0)
-        order = worth[np.argsort(-gains[worth], kind="stable")]
-        family_of = np.searchsorted(self._offsets, scope.values[order], side="right") - 1
-        found = []
-        for family, size in enumerate(self._sizes):
-            chosen = order[family_of == family][:size]
-            chosen = chosen[: 1 + int((gains[chosen[1:]] > VALUE_PRICE).sum())]
-            if len(chosen):
-                gain = float(gains[chosen].sum()) - VALUE_PRICE * (len(chosen) - 1)
-                found.append((self._test(family, scope.values[chosen]), gain))
-        return found
+    def _test(self, sets: _Sets, number: int) -> OneOf:
+        family = int(sets.family[number])
+        return OneOf(self._names[family], tuple((sets.values[number, : sets.size[number]] - self._offsets[family]).tolist()))
 
-    def _pairs(self, whole: _Scope, cost: float) -> list[Found]:
-        """Pairs of sets: one that is too wide by itself, and the best second one within it."""
-        wide = sorted(self._sets(whole, cost / RELAXED), key=lambda one: -one[1])[:STARTS]
-        found = []
-        for first, _ in wide:
+    def _sets(self, scope: _Scope, cost: float) -> _Sets:
+        """The best set of each family within a scope at a cost; none where nothing gains."""
+        false_alarms = scope.totals - scope.counts
+        gains = np.where(scope.counts >= MIN_VALUE_FIRINGS, scope.recall - cost * false_alarms, -1.0)
+        family, places, size = choose_sets(scope.values, gains, self._offsets, self._sizes, VALUE_PRICE)
+        is_used = np.arange(places.shape[1]) < size[:, None]
+        recall, missed = (np.where(is_used, part[places], 0).sum(1) for part in (scope.recall, false_alarms))
+        return _Sets(family, scope.values[places], size, recall, missed)
+
+    def _promising(self, whole: _Scope, cost: float) -> list[Rule]:
+        """Sets and pairs of sets, of which one is too wide by itself and the other the best one within it, by their promise."""
+        silent = max(len(self._tokens) - len(whole.firing), 1)
+        batches: list[tuple[_Sets, OneOf | None, np.ndarray]] = []
+        for share in COSTS:
+            sets = self._sets(whole, cost * share)
+            batches.append((sets, None, sets.promise(silent, self._length)))
+        wide = self._sets(whole, cost / RELAXED)
+        for number in wide.best(cost / RELAXED, STARTS).tolist():
+            first = self._test(wide, number)
             scope = self._within(Rule(((first,),)), whole)
-            for second, gain in self._sets(scope, cost):
-                if second.family != first.family:
-                    price = TEST_PRICE + VALUE_PRICE * (len(first.values) - 1)
-                    found.append(Found(Rule(((first, second),)), gain - price))
-        return found
+            for share in COSTS[:2]:
+                sets = self._sets(scope, cost * share)
+                promise = sets.promise(silent, self._length) - TEST_PRICE - wide.price[number]
+                batches.append((sets, first, np.where(sets.family == wide.family[number], -1.0, promise)))
+        promises = np.concatenate([promise for _, _, promise in batches])
+        owner = np.repeat(np.arange(len(batches)), [len(promise) for _, _, promise in batches])
+        begins = np.searchsorted(owner, np.arange(len(batches)))
+        rules: dict[Rule, None] = {}
+        for place in np.argsort(-promises, kind="stable").tolist():
+            if promises[place] <= 0 or len(rules) == TRIED:
+                break
+            sets, first, _ = batches[owner[place]]
+            test = self._test(sets, int(place - begins[owner[place]]))
+            rules[Rule((((first, test) if first else (test,)),))] = None
+        return list(rules)
 
-    def _either(self, best: Found, whole: _Scope, cost: float) -> Found:
-        """`best`, or it and the best set outside of it, where that pays."""
-        passed = self._passed(best.rule)
+    def _either(self, rule: Rule, whole: _Scope, cost: float) -> Iterator[Rule]:
+        """A rule, or one of the best sets outside of it."""
+        passed = self.passed(rule)
         left = ~passed[whole.firing]
         firing, weights = whole.firing[left], whole.weights[left]
         values, counts, recall = self._counters.count(firing, weights)
         totals = self._totals[values] - self._counters.totals(np.flatnonzero(passed), values)
-        others = self._sets(_Scope(firing, weights, values, counts, recall, totals), cost)
-        test, gain = max(others, key=lambda one: one[1], default=(best.rule.alternatives[0][0], 0.0))
-        if gain <= EITHER_PRICE:
-            return best
-        return Found(Rule((*best.rule.alternatives, (test,))), best.gain + gain - EITHER_PRICE)
+        scope = _Scope(firing, weights, values, counts, recall, totals)
+        for share in COSTS[:2]:
+            others = self._sets(scope, cost * share)
+            for number in others.best(cost * share, ALTERNATIVES).tolist():
+                yield Rule((*rule.alternatives, (self._test(others, number),)))
 
     def _within(self, rule: Rule, whole: _Scope) -> _Scope:
         """The learning tokens that pass a rule."""
-        passed = self._passed(rule)
+        passed = self.passed(rule)
         kept = passed[whole.firing]
         firing, weights = whole.firing[kept], whole.weights[kept]
         values, counts, recall = self._counters.count(firing, weights)
         return _Scope(firing, weights, values, counts, recall, self._counters.totals(np.flatnonzero(passed), values))
 
-    def _passed(self, rule: Rule) -> Bool[np.ndarray, " n"]:
+    def passed(self, rule: Rule) -> Bool[np.ndarray, " n"]:
         """Which learning tokens pass."""
         numbers = {test.family: self._names.index(test.family) for tests in rule.alternatives for test in tests}
-        values = {name: self._values[:, number] - self._offsets[number] for name, number in numbers.items()}
+        values = {name: self._columns[number] for name, number in numbers.items()}
         return passing(rule, values, {name: len(self._families[name].keys) for name in numbers})
+
+    def windows_of(self, tokens: Bool[np.ndarray, " n"] | Int[np.ndarray, " k"]) -> Bool[np.ndarray, " windows"]:
+        """The windows in which some of the learning tokens lie."""
+        found = np.zeros(self._num_windows + 1, bool)  # the last, for tokens in no window
+        found[self._window[tokens]] = True
+        return found[:-1]
+
+
+class _Judge:
+    """What rules are worth for one latent: detection over the windows of the learning half, less the price of their words."""
+
+    def __init__(self, search: RuleSearch, whole: _Scope) -> None:
+        self._search, self._active = search, search.windows_of(whole.firing)
+        self._num_active, self._num_silent = int(self._active.sum()), int((~self._active).sum())
+
+    def found(self, rule: Rule) -> Found:
+        """The rule with its worth."""
+        answers = self._search.windows_of(self._search.passed(rule))
+        hits = int((answers & self._active).sum())
+        false_alarms = int(answers.sum()) - hits
+        worth = hits / max(self._num_active, 1) - false_alarms / max(self._num_silent, 1)
+        return Found(rule, worth - price_of(rule))
+
+
+def least_share(counts: Int[np.ndarray, " n"], totals: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Wilson's lower bound of each share: one of one says less than nine of ten."""
+    share, spread = counts / totals, SURE**2 / totals
+    return (share + spread / 2 - SURE * np.sqrt(share * (1 - share) / totals + spread / totals / 4)) / (1 + spread)
+
+
+def price_of(rule: Rule) -> float:
+    """What the words of a rule must gain for it [1]."""
+    tests = [test for tests in rule.alternatives for test in tests]
+    values = VALUE_PRICE * sum(len(test.values) - 1 for test in tests)
+    return values + TEST_PRICE * (len(tests) - len(rule.alternatives)) + EITHER_PRICE * (len(rule.alternatives) - 1)
 
 
 def passing(rule: Rule, values: Mapping[str, Int[np.ndarray, " n"]], sizes: Mapping[str, int]) -> Bool[np.ndarray, " n"]:

@@ -22,6 +22,7 @@ from everyscope.describe.explanations.judge import Judge
 from everyscope.describe.explanations.offline import Ground, lay_ground, learn_labels, score_labels
 from everyscope.describe.explanations.passages import read_passages
 from everyscope.describe.explanations.replies import Replies, num_paid
+from everyscope.describe.explanations.scores import MIN_CASES
 from everyscope.describe.explanations.table import write_explanations
 from everyscope.describe.explanations.targets import Target, find_targets
 from everyscope.describe.explanations.traits import traits_of
@@ -60,6 +61,8 @@ def run(config: ExplainConfig) -> ExplainResult:
     if not pending:
         return ExplainResult(config.out, 0, skipped, None, None)
     ground = read_ground(config)
+    if lack := lacking_windows(ground):
+        say(f"  {lack}")
     expected = _quote(ground, pending)
     if expected is not None and config.endpoint is not None:
         say(f"  {expected.words(config.endpoint)}")
@@ -81,7 +84,20 @@ def read_ground(config: ExplainConfig) -> Ground:
     """Text, traits and windows of a config."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     passages = read_passages(config, tokenizer)
-    return lay_ground(config, passages, traits_of(passages, text_pieces(tokenizer), config.language))
+    return lay_ground(config, passages, traits_of(passages, text_pieces(tokenizer), config.language, config.seed))
+
+
+def lacking_windows(ground: Ground) -> str | None:
+    """What to say where too little text is left to check rules or to score labels; None where there is enough."""
+    counts = [len(windows) for windows in (ground.learn, ground.check, ground.score)]
+    if min(counts) >= 2 * MIN_CASES:
+        return None
+    size, ctx = ground.config.window_tokens, ground.passages.input_ids.shape[1]
+    found = "{} windows of {} tokens to learn on, {} to check rules on, {} to score labels on".format(
+        counts[0], size, *counts[1:]
+    )
+    cure = f"set window_tokens to {max(ctx // 2, 2)} or less" if 2 * (ctx - 1) < size else "read more blocks"
+    return f"{found}; at least {2 * MIN_CASES} of each are needed, so labels have no rules or no scores: {cure}"
 
 
 def text_pieces(tokenizer: Any) -> list[bytes]:

@@ -110,7 +110,7 @@ def neighbours_of(firings: Firings, windows: Windows, latents: Sequence[int]) ->
 
 def _activity(firings: Firings, windows: Windows) -> Bool[np.ndarray, "d_sae windows"]:
     """Which latent fires in which of some windows, evenly spread over all."""
-    step = -(-len(windows) // NEIGHBOUR_WINDOWS)
+    step = max(1, -(-len(windows) // NEIGHBOUR_WINDOWS))
     latents = np.repeat(np.arange(firings.d_sae), firings.num_tokens())
     window = windows.of_token[firings.tokens]
     kept = (window >= 0) & (window % step == 0)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from everyscope.describe.explanations.company import Company, company_of, document_vectors, nearest_of, passage_vectors
 from everyscope.describe.explanations.config import Syntax
 from everyscope.describe.explanations.passages import Passages
 from everyscope.describe.explanations.syntax import KINDS, scan
+from everyscope.describe.explanations.units import NOWHERE, Units, first_solid, read_units
+from everyscope.describe.explanations.word_classes import CLASSES, ENDING_NAMES, NO_UNIT, SENTENCE_ENDS, class_of, ending_of
 
 SHAPES = (
     "line break",
@@ -39,6 +42,17 @@ REPEATS = (
 """How much of a token's past was seen before in its block: nothing, itself, with the token before it, with the two before."""
 LINE_PLACES = ("first token of a line", "second token of a line", "third token of a line", "later token of a line")
 """Where in its line a token stands; the token that breaks the line is the last of it."""
+WORD_PLACES = ("a whole word", "the first piece of a word", "a later piece of a word", "no word")
+"""Where in its unit a token stands."""
+SENTENCE_PLACES = (
+    "first word of a sentence",
+    "second word of a sentence",
+    "third word of a sentence",
+    "fourth word of a sentence",
+    "later word of a sentence",
+    "no word",
+)
+"""Where in its sentence a token's word stands."""
 SHORT = 3
 """Values that a set of a family with few values holds at most: half of a small family is no label."""
 LONG = 5
@@ -67,8 +81,8 @@ class Traits:
     """The bytes of every token id."""
 
 
-def traits_of(passages: Passages, pieces: list[bytes], language: Syntax) -> Traits:
-    """Every family over all tokens of `passages`."""
+def traits_of(passages: Passages, pieces: list[bytes], language: Syntax, seed: int = 0) -> Traits:
+    """Every family over all tokens of `passages`; groups of words are found in their background, by `seed`."""
     flat = passages.input_ids.ravel().astype(np.int64)
     previous, second = _shifted(passages.input_ids, 1), _shifted(passages.input_ids, 2)
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
@@ -85,6 +99,8 @@ def traits_of(passages: Passages, pieces: list[bytes], language: Syntax) -> Trai
         _numbered_by("repeat", _repeats(passages), REPEATS, SHORT),
     ]
     families += _by_stretch(passages, pieces, language)
+    background = read_units(*passages.background, pieces)
+    families += _prose(passages, pieces, company_of(background, seed))
     return Traits({family.name: family for family in families}, pieces)
 
 
@@ -156,6 +172,65 @@ def shape_of(piece: bytes) -> str:
     return "bracket" if bare[-1] in "()[]{}" else "punctuation"
 
 
+def _prose(passages: Passages, pieces: list[bytes], company: Company) -> Iterator[Family]:
+    """Families of words, their classes and their company, whatever tokens they are cut into."""
+    units = read_units(passages.input_ids, passages.document, passages.mask, pieces)
+    ours = np.append(company.looked_up(units), NOWHERE)  # of each kind, and of no unit
+    begins = _begins_sentence(units)
+    classes = {name: number for number, name in enumerate(CLASSES)}
+    class_of_unit = np.array([classes[class_of(text, first)] for text, first in zip(units.spelt, begins, strict=True)], np.int64)
+    class_of_unit = np.append(class_of_unit, classes[NO_UNIT])
+    endings = np.append([ENDING_NAMES.index(ending_of(text)) for text in units.texts], 0)
+    use, meaning = (np.append(groups.of, len(groups.names) - 1) for groups in (company.use, company.meaning))
+    for where, by in (("", 0), ("previous ", -1), ("next ", 1)):
+        kind = units.beside(by)
+        yield _numbered_by(f"{where}word", kind + 1, ("", *units.texts), LONG)
+        place = np.where(kind >= 0, units.of_token + by, len(units.sequence))
+        yield _numbered_by(f"{where}class", class_of_unit[place], CLASSES, SHORT)
+        yield _numbered_by(f"{where}use", use[ours[kind]], company.use.names, SHORT)
+        yield _numbered_by(f"{where}meaning", meaning[ours[kind]], company.meaning.names, SHORT)
+    yield _numbered_by("ending", endings[units.beside(0)], ENDING_NAMES, SHORT)
+    yield _numbered_by("place in word", _word_places(units), WORD_PLACES, 1)
+    yield _numbered_by("place in sentence", _sentence_places(units, begins), SENTENCE_PLACES, 1)
+    places = np.arange(len(units.sequence))
+    topic = nearest_of(passage_vectors(units, ours[:-1], company.far, places), company.topic_centres)
+    subject = nearest_of(document_vectors(units, ours[:-1], company.far), company.subject_centres)
+    topic = np.append(topic, len(company.topic_centres))
+    subject = np.append(subject[units.document] if len(places) else subject[:0], len(company.subject_centres))
+    yield _numbered_by("topic", topic[units.of_token], company.topic_names, SHORT)
+    yield _numbered_by("subject", subject[units.of_token], company.subject_names, SHORT)
+
+
+def _begins_sentence(units: Units) -> list[bool]:
+    """For each unit whether a sentence begins with it, as far as its stretch shows."""
+    found, before, stretch = [], "", -1
+    for kind, number in zip(units.sequence.tolist(), units.stretch.tolist(), strict=True):
+        text = units.texts[kind]
+        is_first = number != stretch or before in SENTENCE_ENDS
+        found.append(is_first)
+        if number != stretch or not (before in SENTENCE_ENDS and not text[0].isalnum()):
+            before = text
+        stretch = number
+    return found
+
+
+def _word_places(units: Units) -> Int[np.ndarray, " tokens"]:
+    """Index into WORD_PLACES."""
+    tokens = np.bincount(units.of_token[units.of_token >= 0], minlength=max(len(units.sequence), 1))
+    is_many = tokens[np.maximum(units.of_token, 0)] > 1
+    found = np.where(~is_many, 0, np.where(units.is_first, 1, 2))
+    return np.where(units.of_token >= 0, found, 3)
+
+
+def _sentence_places(units: Units, begins: list[bool]) -> Int[np.ndarray, " tokens"]:
+    """Index into SENTENCE_PLACES."""
+    place, places = len(SENTENCE_PLACES) - 2, []
+    for is_first in begins:
+        place = 0 if is_first else min(place + 1, len(SENTENCE_PLACES) - 2)
+        places.append(place)
+    return np.array([*places, len(SENTENCE_PLACES) - 1], np.int64)[units.of_token]
+
+
 def _by_stretch(passages: Passages, pieces: list[bytes], language: Syntax) -> Iterator[Family]:
     """Families that need the text between tokens: words, places in lines and, of Python, syntax."""
     size = passages.input_ids.size
@@ -166,7 +241,7 @@ def _by_stretch(passages: Passages, pieces: list[bytes], language: Syntax) -> It
         parts = [pieces[number] for number in passages.input_ids.ravel()[tokens]]
         data = b"".join(parts)
         ends = np.cumsum([len(part) for part in parts])
-        solid = [end - len(part) + _first_solid(part) for end, part in zip(ends.tolist(), parts, strict=True)]
+        solid = [end - len(part) + first_solid(part) for end, part in zip(ends.tolist(), parts, strict=True)]
         places[tokens] = np.minimum(_line_places(parts), len(LINE_PLACES) - 1)
         whole = _words(data)
         for token, byte in zip(tokens.tolist(), solid, strict=True):
@@ -176,7 +251,8 @@ def _by_stretch(passages: Passages, pieces: list[bytes], language: Syntax) -> It
             kinds[tokens], depths[tokens] = read.kinds[at], read.depths[at]
             for token, byte in zip(tokens.tolist(), at.tolist(), strict=True):
                 statements[token] = read.statements[byte]
-    yield numbered("word", words, LONG)
+    if language == "python":
+        yield numbered("identifier", words, LONG)
     yield _numbered_by("place in line", places, LINE_PLACES, 1)
     if language == "python":
         yield _numbered_by("kind", kinds, KINDS, SHORT)
@@ -192,12 +268,6 @@ def _stretches(passages: Passages) -> Iterator[tuple[Int[np.ndarray, " n"], bool
         runs = np.split(counting, np.flatnonzero(np.diff(document[counting]) != 0) + 1)
         for number, run in enumerate(run for run in runs if len(run)):
             yield block * ctx + run, number == 0
-
-
-def _first_solid(piece: bytes) -> int:
-    """Place of the first byte that is no blank; of a line break where there is none, else 0."""
-    bare = len(piece) - len(piece.lstrip())
-    return bare if bare < len(piece) else max(piece.find(b"\n"), 0)
 
 
 def _words(data: bytes) -> dict[int, str]:

@@ -65,6 +65,14 @@ def phrase_of(rule: Rule, traits: Traits) -> str:
     return safe_label(_spelt(rule, traits))
 
 
+def tokens_with_shares(rule: Rule, shares: Sequence[float], traits: Traits) -> str:
+    """The tokens of a rule of one set of them, each with the share of its occurrences on which a latent fires."""
+    ((test,),) = rule.alternatives
+    named = [_token(key, traits.pieces) for key in _keys(test, traits)]
+    percents = ["<1" if share < 0.005 else f"{100 * share:.0f}" for share in shares]
+    return safe_label(", ".join(f"{token} {percent} %" for token, percent in zip(named, percents, strict=True)))
+
+
 def shortened(rule: Rule, traits: Traits) -> Rule:
     """The rule without the last values of its longest sets, as many as it takes for its label to say all that it tests."""
     while len(_spelt(rule, traits)) > MAX_LABEL:
@@ -92,6 +100,17 @@ SUBJECTS = {
     "stripped": "token",
     "shape": "token",
     "word": "token",
+    "identifier": "token",
+    "class": "word class",
+    "use": "word class",
+    "meaning": "word class",
+    "ending": "word class",
+    "place in word": "word class",
+    "topic": "topic",
+    "subject": "topic",
+    **dict.fromkeys(
+        (f"{side} {what}" for side in ("previous", "next") for what in ("word", "class", "use", "meaning")), "context"
+    ),
     "pair": "context",
     "previous": "context",
     "two before": "context",
@@ -102,6 +121,7 @@ SUBJECTS = {
     "depth": "syntax",
     "position": "position",
     "place in line": "position",
+    "place in sentence": "position",
 }
 """What each family speaks of."""
 
@@ -109,8 +129,8 @@ SUBJECTS = {
 def _conjunction(tests: tuple[OneOf, ...], traits: Traits) -> str:
     nouns = [NOUNS[test.family](_keys(test, traits), traits.pieces) for test in tests if test.family in NOUNS]
     rest = [QUALIFIERS[test.family](_keys(test, traits), traits.pieces) for test in tests if test.family in QUALIFIERS]
-    subject = f"{nouns[0]} ({', '.join(nouns[1:])})" if len(nouns) > 1 else nouns[0] if nouns else "any token"
-    return " ".join([subject, *rest])
+    subject = [f"{nouns[0]} ({', '.join(nouns[1:])})"] if len(nouns) > 1 else nouns
+    return " ".join([*subject, *rest])
 
 
 def _keys(test: OneOf, traits: Traits) -> list[Any]:
@@ -155,13 +175,48 @@ def _statements(keys: list[Any], pieces: list[bytes]) -> str:
     return " or ".join(parts + (["in a line that is no statement of its own"] if "" in keys else []))
 
 
+def _word(keys: list[Any], pieces: list[bytes]) -> str:
+    """Words whatever the case and the tokens that they are cut into."""
+    words = [quoted(key.encode()) for key in keys if key]
+    parts = [f"the word {listed(words)}" if any(key[:1].isalpha() for key in keys) else listed(words)] if words else []
+    return " or ".join(parts + (["white space"] if "" in keys else []))
+
+
+def _beside(preposition: str) -> "Phrase":
+    def phrase(keys: list[Any], pieces: list[bytes]) -> str:
+        words = [quoted(key.encode()) for key in keys if key]
+        return f"{preposition} {listed(words + (['no word'] if '' in keys else []))}"
+
+    return phrase
+
+
+def _group(one: str, rare: str, preposition: str = "") -> "Phrase":
+    """Groups of words, each by those that stand for it."""
+
+    def phrase(keys: list[Any], pieces: list[bytes]) -> str:
+        named = [", ".join(quoted(word.encode()) for word in key) for key in keys if key]
+        parts = [f"{one} {'; '.join(named)}"] if named else []
+        return preposition + " or ".join(parts + ([rare] if () in keys else []))
+
+    return phrase
+
+
+def _classes(preposition: str) -> "Phrase":
+    return lambda keys, pieces: f"{preposition} {listed(keys)}"
+
+
 Phrase = Callable[[list[Any], list[bytes]], str]
 NOUNS: dict[str, Phrase] = {
     "token": lambda keys, pieces: listed([_token(key, pieces) for key in keys]),
     "stripped": lambda keys, pieces: f"{listed([quoted(key.encode()) if key else 'white space' for key in keys])} (any spacing)",
-    "word": lambda keys, pieces: (
-        f"in the word {listed([quoted(key.encode()) for key in keys if key])}" if any(keys) else "no word"
+    "word": _word,
+    "identifier": lambda keys, pieces: (
+        f"in the name {listed([quoted(key.encode()) for key in keys if key])}" if any(keys) else "no name"
     ),
+    "class": lambda keys, pieces: listed(keys),
+    "ending": lambda keys, pieces: listed(keys),
+    "use": _group("words used like", "a rare word"),
+    "meaning": _group("words like", "a rare word"),
     "pair": _pairs,
     "shape": lambda keys, pieces: listed(keys),
     "kind": lambda keys, pieces: listed(keys),
@@ -176,5 +231,17 @@ QUALIFIERS: dict[str, Phrase] = {
     "depth": lambda keys, pieces: f"within {keys[0]} open brackets" if keys[0] else "outside brackets",
     "position": lambda keys, pieces: f"at positions {keys[0]} to {max(2 * keys[0] - 1, keys[0])} of the text read",
     "repeat": lambda keys, pieces: listed(keys),
+    "previous word": _beside("after"),
+    "next word": _beside("before"),
+    "previous class": _classes("after"),
+    "next class": _classes("before"),
+    "previous use": _group("words used like", "a rare word", "after "),
+    "next use": _group("words used like", "a rare word", "before "),
+    "previous meaning": _group("words like", "a rare word", "after "),
+    "next meaning": _group("words like", "a rare word", "before "),
+    "place in word": lambda keys, pieces: f"as {listed(keys)}",
+    "place in sentence": lambda keys, pieces: f"as {listed(keys)}",
+    "topic": _group("near", "where words are rare"),
+    "subject": _group("in texts about", "in texts of rare words"),
 }
 """Families that say where a token stands."""

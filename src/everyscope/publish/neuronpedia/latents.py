@@ -11,7 +11,7 @@ import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
 from everyscope.base.errors import DamagedData, DataError, first_line
-from everyscope.suite.latents import SCHEMA
+from everyscope.suite.latents import SCHEMA, UNLABELLED
 from everyscope.suite.layout import LATENTS_FILE
 
 BATCH = 256
@@ -37,6 +37,7 @@ LABELS = pyarrow.schema(
         ("latent", pyarrow.int32()),
         ("label", pyarrow.string()),
         ("method", pyarrow.string()),
+        ("kind", pyarrow.string()),
         *(
             (f"{score}{suffix}", pyarrow.float32())
             for score in ("detection", "fuzzing")
@@ -198,9 +199,9 @@ class Labels:
         self._given = last
         count = int(np.searchsorted(latents, last))
         given, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)
-        return given.filter(
-            compute.call_function("greater", [compute.call_function("utf8_length", [given["label"]]), pyarrow.scalar(0)])
-        )
+        is_said = compute.call_function("greater", [compute.call_function("utf8_length", [given["label"]]), pyarrow.scalar(0)])
+        is_tokens = compute.call_function("is_in", [given["kind"]], compute.SetLookupOptions(pyarrow.array(UNLABELLED)))
+        return given.filter(compute.call_function("and", [is_said, compute.call_function("invert", [is_tokens])]))
 
     def _next(self) -> pyarrow.Table | None:
         try:

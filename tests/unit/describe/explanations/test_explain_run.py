@@ -15,6 +15,7 @@ from everyscope.describe.explanations.config import EndpointConfig, ExplainConfi
 from everyscope.describe.explanations.passages import read_passages
 from everyscope.describe.explanations.table import SCHEMA, facts_of
 from everyscope.sites.names import Site
+from everyscope.suite.latents import UNLABELLED
 from everyscope.text.blocks import read_blocks
 from everyscope.text.tokenizer import load_tokenizer
 
@@ -74,6 +75,24 @@ def test_files_have_the_promised_columns(explained: ExplainConfig):
                     assert 0 <= row["detection_low"] <= row["detection"] + 1e-6
                     assert row["detection"] - 1e-6 <= row["detection_high"] <= 1
                     assert row["num_scored"] >= 10
+
+
+def test_without_a_window_labels_are_tokens_and_one_line_says_so(explained: ExplainConfig, tmp_path: Path, capsys: Any):
+    """Blocks shorter than half a window: nothing can be checked or scored, and the stage ends well."""
+    text = explained.text.model_copy(update={"context": 8})
+    config = explained.model_copy(update={"out": tmp_path, "text": text, "window_tokens": 16})
+    assert explain.run(config).num_explained == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if "windows of 16 tokens" in line]
+    assert len(said) == 1
+    assert "0 to score labels on" in said[0]
+    assert "set window_tokens to 4 or less" in said[0]
+    rows = rows_of(config)
+    assert rows
+    for row in rows:
+        assert row["kind"] in UNLABELLED
+        assert row["label"]
+        assert row["detection"] is row["fuzzing"] is row["detection_null"] is None
+        assert row["num_scored"] == 0
 
 
 def test_nothing_is_explained_twice(explained: ExplainConfig, monkeypatch: pytest.MonkeyPatch):

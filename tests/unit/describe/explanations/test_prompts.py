@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from everyscope.describe.explanations.offline import Ground
-from everyscope.describe.explanations.passages import Passages
+from everyscope.describe.explanations.passages import Background, Passages
 from everyscope.describe.explanations.prompts import (
     DETECT,
     FUZZ,
@@ -55,7 +55,9 @@ def test_labels_are_read_strictly(answer: str, label: str | None):
 
 def test_marks_cannot_be_forged():
     pieces = [b"", b"a <", b"< b >", b"> c", b"\n\x1b"]
-    passages = Passages(np.array([[0, 1, 2, 3, 4]]), np.zeros((1, 5), int), np.ones((1, 5), bool), np.array([0]))
+    ids, mask = np.array([[0, 1, 2, 3, 4]]), np.ones((1, 5), bool)
+    background = Background(ids, np.zeros((1, 5), int), mask)
+    passages = Passages(ids, np.zeros((1, 5), int), mask, np.array([0]), background)
     inside = np.arange(5)
     assert excerpt(passages, pieces, inside) == "a < < b > > c⏎�"
     assert excerpt(passages, pieces, inside, np.array([3])) == "a < < b ><<> c>>⏎�"

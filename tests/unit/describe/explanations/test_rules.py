@@ -1,14 +1,16 @@
 """Planted latents: what fires on a token set, an n-gram or a class of syntax is named and found again, and noise is not."""
 
+import re
 from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
+import pytest
 
 from everyscope.describe.explanations.firings import Firings
 from everyscope.describe.explanations.offline import Ground, learn_labels, score_labels
 from everyscope.describe.explanations.passages import LEARN
-from everyscope.describe.explanations.rules import VALUE_PRICE, OneOf, Rule
+from everyscope.describe.explanations.rules import VALUE_PRICE, OneOf, Rule, least_share, price_of
 
 PLANTED = {
     "token": ("token", "`:`"),
@@ -20,6 +22,10 @@ PLANTED = {
     "both": ("mixed", "`(` in a line that begins with `def`"),
 }
 """What is planted: its kind, and what its label says; where two rules are equal on any text, either."""
+
+
+TOKENS = r"`[^`]+` (<1|\d+) %(, `[^`]+` (<1|\d+) %)*"
+"""What heads a latent without a rule: tokens with the shares of their occurrences on which it fires."""
 
 
 def planted_where(ground: Ground, what: str) -> np.ndarray:
@@ -62,7 +68,7 @@ def test_planted_latents_get_their_labels_and_score_one_and_noise_does_not(groun
         other = found[latent]
         assert other.detection is not None
         assert other.kind == "none"
-        assert other.label.startswith("no simple rule found; most on ")
+        assert re.fullmatch(TOKENS, other.label), other.label
         assert other.detection.low < 0.6
     nulls = [one.detection_null for one in found.values() if one.detection_null is not None]
     assert abs(np.mean(nulls) - 0.5) < 0.1
@@ -91,14 +97,33 @@ def test_the_set_is_the_best_of_all_sets(ground: Ground):
 
     def gain(chosen: tuple[int, ...]) -> float:
         passed = np.isin(values[learn], chosen)
-        return (passed & fires).sum() / fires.sum() - cost * (passed & ~fires).sum() / (~fires).sum()
+        gained = (passed & fires).sum() / fires.sum() - cost * (passed & ~fires).sum() / (~fires).sum()
+        return gained - VALUE_PRICE * (len(chosen) - 1)
 
     sets = [one for size in range(1, 6) for one in combinations(common.tolist(), size)]
-    best = max(sets, key=lambda one: gain(one) - VALUE_PRICE * (len(one) - 1))
+    found = ground.search.best_set(learn[fires], np.ones(int(fires.sum())), "token")
+    assert found is not None
+    assert gain(found.values) >= max(map(gain, sets)) - 1e-9
+
+
+def test_a_rule_is_worth_its_detection_on_the_learning_windows(ground: Ground):
+    """Against a count window by window; and no single set of any family is worth more than what is found."""
+    learn = ground.passages.tokens_of(LEARN)
+    kinds = ground.traits.families["kind"]
+    fires = (kinds.values[learn] == kinds.keys.index("docstring")) & (np.random.default_rng(4).random(len(learn)) < 0.2)
     found = ground.search.best(learn[fires], np.ones(int(fires.sum())))
     assert found is not None
-    wanted = gain(best) - VALUE_PRICE * (len(best) - 1)
-    assert found.gain >= wanted - 1e-9
+
+    def worth(rule: Rule) -> float:
+        passed, fired = rule.holds(ground.traits, np.arange(ground.passages.input_ids.size)), np.zeros(kinds.values.size, bool)
+        fired[learn[fires]] = True
+        each = [(passed[at].any(), fired[at].any()) for at in map(ground.learn.tokens, range(len(ground.learn)))]
+        hits, false_alarms = ([said for said, is_so in each if is_so == wanted] for wanted in (True, False))
+        return float(np.mean(hits) - np.mean(false_alarms)) - price_of(rule)
+
+    assert found.gain == pytest.approx(worth(found.rule))
+    every = [ground.search.best_set(learn[fires], np.ones(int(fires.sum())), name) for name in ground.traits.families]
+    assert found.gain >= max(worth(Rule(((test,),))) for test in every if test) - 1e-9
 
 
 def test_a_rule_reads_nothing_but_text(ground: Ground):
@@ -118,7 +143,7 @@ def test_too_few_firings_are_called_rare(ground: Ground, plant: Callable[..., Fi
     fires[ground.passages.tokens_of(LEARN)[:3]] = True
     labels = learn_labels(ground, plant(fires), lambda _: None)
     assert labels[0].kind == "rare"
-    assert labels[0].label.startswith("too rare to explain: fires on 3 of")
+    assert re.fullmatch(r"rare: 3 of [\d,]+ tokens, `.+`", labels[0].label)
     assert score_labels(ground, plant(fires), labels)[0].detection is None
 
 
@@ -133,7 +158,25 @@ def test_a_latent_that_fires_on_nothing_twice_has_no_rule(ground: Ground, plant:
         fires[tokens] = True
         label = learn_labels(ground, plant(fires), lambda _: None)[0]
         assert label.kind == "none"
-        assert label.label.startswith("no simple rule found; most on `")
+        assert re.fullmatch(TOKENS, label.label), label.label
+
+
+def test_a_latent_without_a_rule_is_headed_by_the_tokens_it_owns(ground: Ground, plant: Callable[..., Firings]):
+    """Not by the commonest: of two tokens the one on all of whose occurrences it fires comes first, of rare ones none."""
+    learn = ground.passages.tokens_of(LEARN)
+    values = ground.traits.families["token"].values[learn]
+    counts = np.bincount(values)
+    common, owned = int(counts.argmax()), int(np.flatnonzero(counts == 8)[0])
+    fires = np.zeros(ground.passages.input_ids.size, bool)
+    fires[learn[values == common][: counts[common] // 3]] = True
+    fires[learn[values == owned]] = True
+    fires[learn[np.flatnonzero(values == np.flatnonzero(counts == 1)[0])]] = True
+    rule, shares = ground.search.distinctive(learn[fires[learn]])
+    assert rule.alternatives[0][0].values == (owned, common)
+    assert shares.tolist() == pytest.approx([1.0, counts[common] // 3 / counts[common]])
+    many, few = least_share(np.array([90, 9, 1]), np.array([100, 10, 1])), least_share(np.array([0]), np.array([5]))
+    assert (np.diff(many) < 0).all()
+    assert few[0] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_held_out_firings_change_no_label(ground: Ground, plant: Callable[..., Firings]):

@@ -228,7 +228,14 @@ def label_table(width: int) -> pyarrow.Table:
         f"{score}{suffix}": [0.75 for _ in latents] for score in ("detection", "fuzzing") for suffix in ("", "_low", "_high")
     }
     nulls = {f"{score}_null": [0.5 for _ in latents] for score in ("detection", "fuzzing")}
-    table = {"latent": latents, "label": labels, "method": ["offline statistics" for _ in latents], **scores, **nulls}
+    table = {
+        "latent": latents,
+        "label": labels,
+        "method": ["offline statistics" for _ in latents],
+        "kind": ["token" for _ in latents],
+        **scores,
+        **nulls,
+    }
     return pyarrow.table(table)
 
 
