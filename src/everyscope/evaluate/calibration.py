@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.base.ids import content_id
 from everyscope.base.progress import meter, say
-from everyscope.base.tensors import write_tensors
+from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.shards.reader import Shards
 from everyscope.sites.capture import capture
@@ -119,7 +118,7 @@ def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel
         made, passes = _of_text(config, missing, language) if missing else ({}, 0)
     for site, calibration in made.items():
         tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
-        write_tensors(_path(config, site), tensors, {"source": source_of(config, site)})
+        write_tensors(_path(config, site), tensors, {"source": source_of(config, site)}, is_sealed=True)
     found |= made
     for site, calibration in found.items():
         if (want := language.anatomy.width(site)) != (got := len(calibration.mean)):
@@ -137,12 +136,12 @@ def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
     if not path.exists():
         return None
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with opened_tensors(path) as file:
             if (file.metadata() or {}).get("source") != source_of(config, site):
                 return None
             return Calibration(**{field.name: file.get_tensor(field.name) for field in fields(Calibration)})
-    except safetensors.SafetensorError:
-        say(f"{path} is damaged and is made anew")
+    except DataError:
+        say(f"{path} is damaged and is made again")
         return None
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
+from everyscope.base.errors import DataError
 from everyscope.base.progress import say
-from everyscope.base.tensors import write_tensors
+from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.cost import Cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.uniformity import UniformitySums
@@ -51,7 +51,7 @@ class State:
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file, whole or not at all."""
         header = {"text": self.text, "batches": self.batches, "cost": asdict(self.cost), "parts": sorted(self.parts)}
-        write_tensors(path, _named(self.parts), {"progress": json.dumps(header)})
+        write_tensors(path, _named(self.parts), {"progress": json.dumps(header)}, is_sealed=True)
 
     def restore(self, path: Path) -> None:
         """Take up the sums saved in `path`, if they are there and hold every part of ours; else stay as we are, and say so."""
@@ -59,11 +59,11 @@ class State:
             return
         ours = _named(self.parts)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with opened_tensors(path) as file:
                 header = json.loads((file.metadata() or {})["progress"])
                 is_ours = header["text"] == self.text and set(self.parts) <= set(header["parts"])
                 saved = {name: file.get_tensor(name) for name in ours} if is_ours else {}
-        except (safetensors.SafetensorError, KeyError, ValueError):
+        except (DataError, KeyError, ValueError):
             say(f"{path} is damaged; the evaluation starts over")
             return
         if not is_ours:
@@ -95,7 +95,7 @@ class SaeState:
 
 def save_part(path: Path, part: Any, source: str) -> None:
     """Keep a finished part in a file of its own, with what it was made from."""
-    write_tensors(path, _flat(part), {"source": source})
+    write_tensors(path, _flat(part), {"source": source}, is_sealed=True)
 
 
 def restore_part(path: Path, part: Any, source: str) -> bool:
@@ -103,13 +103,13 @@ def restore_part(path: Path, part: Any, source: str) -> bool:
     if not path.exists():
         return False
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with opened_tensors(path) as file:
             if (file.metadata() or {}).get("source") != source:
                 return False
             for name, tensor in _flat(part).items():
                 tensor.copy_(file.get_tensor(name))
-    except safetensors.SafetensorError:
-        say(f"{path} is damaged and is made anew")
+    except DataError:
+        say(f"{path} is damaged and is measured again")
         return False
     return True
 
