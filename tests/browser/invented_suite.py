@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from everyscope.base.files import sha256, write_json
+from everyscope.base.files import sha256, write_json, write_sealed
 from everyscope.sites.names import Site
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, sae_folder
-from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex
+from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex, write_index
 
 TEXT = """
 def return self import class if else for in not None True False print len range str int list dict open read write line
@@ -112,7 +112,7 @@ def write_invented_suite(folder: Path, shape: Shape = Shape(), seed: int = 0) ->
     index = SuiteIndex(
         version="0", title="Invented scope", model="tiny", measured=measured, inputs="0", saes=tuple(records), files={}
     )
-    write_json(folder / "suite.json", index.as_json())
+    write_index(folder, index)
     return folder
 
 
@@ -172,7 +172,7 @@ def write_sae(
     if shape.is_explained:
         pyarrow.parquet.write_table(explanations(is_dead, pieces, random), home / "explanations.parquet", compression="zstd")
     metrics = invented_metrics(site, width, l0, columns, random)
-    write_json(home / METRICS_FILE, metrics)
+    write_sealed(home / METRICS_FILE, metrics)
     return SaeRecord(
         folder=home.relative_to(folder).as_posix(),
         name=f"width_{width}_l0_{round(l0)}_seed_0",

@@ -4,7 +4,6 @@ import hashlib
 import json
 from typing import Any
 
-
 IDENTITY = "identity"
 """The key under which a JSON object holds the `content_id` of all else that it holds."""
 

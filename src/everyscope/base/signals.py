@@ -15,8 +15,8 @@ EXIT_CODE = 128 + signal.SIGTERM
 def termination() -> Iterator[Callable[[], bool]]:
     """Within the block SIGTERM and Ctrl-C no longer end the process; the function yielded tells whether one has come.
 
-    A second Ctrl-C ends it at once. Where Ctrl-C was pressed, SystemExit leaves the block as KeyboardInterrupt. Only a main thread
-    hears signals: in any other the function stays False and nothing changes.
+    A second Ctrl-C ends it at once. Where Ctrl-C was pressed, SystemExit leaves the block as KeyboardInterrupt. Only a main
+    thread hears signals: in any other the function stays False and nothing changes.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

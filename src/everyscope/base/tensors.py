@@ -88,7 +88,7 @@ def write_tensors(
 def opened_tensors(
     path: Path, framework: str = "pt", *, is_checked: bool = True, remedy: str = "delete it and run the same command again"
 ) -> Iterator[Any]:
-    """A sealed file as `safetensors.safe_open` gives it, once its bytes agree with its checksum, unless another process does that.
+    """A sealed file as `safetensors.safe_open` gives it, once its bytes agree with its checksum (or unchecked).
 
     DamagedData, which names the file and ends with `remedy`, where they do not, or where what is asked of the file within the
     block is not in it; DataError where it is missing.

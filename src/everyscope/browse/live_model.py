@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everyscope.base.errors import ConfigError, DataError, TextError
-from everyscope.browse.live import MAX_TEXT, Continuations, Push, TokenReading
+from everyscope.browse.live import MAX_TEXT, Continuations, Push, Stop, Stopped, TokenReading
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
@@ -61,14 +61,19 @@ class SuiteModel:
             readings.append(TokenReading(token, self._pieces[token], is_special, top))
         return readings
 
-    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
-        """Continue `prompt` by `num_tokens` with and without `pushes`, from the same seed; temperature 0 takes the likeliest."""
+    def steer(
+        self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int, stop: Stop = lambda: False
+    ) -> Continuations:
+        """Continue `prompt` by `num_tokens` with and without `pushes`, from the same seed; temperature 0 takes the likeliest.
+
+        Stopped as soon as `stop` says so.
+        """
         input_ids = self._encoded(prompt)
         num_tokens = min(num_tokens, self._longest - input_ids.shape[1])
         edits = self._edits(pushes)
-        plain = self._continue(input_ids, num_tokens, temperature, seed)
+        plain = self._continue(input_ids, num_tokens, temperature, seed, stop)
         with splice(self._model, edits):
-            steered = self._continue(input_ids, num_tokens, temperature, seed)
+            steered = self._continue(input_ids, num_tokens, temperature, seed, stop)
         return Continuations(self._bytes(plain), self._bytes(steered))
 
     def _encoded(self, text: str) -> Int[Tensor, "1 ctx"]:
@@ -108,12 +113,14 @@ class SuiteModel:
         }
 
     @torch.no_grad()
-    def _continue(self, input_ids: Int[Tensor, "1 ctx"], num_tokens: int, temperature: float, seed: int) -> list[int]:
+    def _continue(self, input_ids: Int[Tensor, "1 ctx"], num_tokens: int, temperature: float, seed: int, stop: Stop) -> list[int]:
         """Up to `num_tokens` more tokens, drawn from a generator of our own; ends before EOS."""
         generator = torch.Generator().manual_seed(seed)
         continued: list[int] = []
         cache, fed = None, input_ids
         for _ in range(num_tokens):
+            if stop():
+                raise Stopped(f"{num_tokens} tokens took too long, or nobody waits for them any more; ask for fewer")
             output = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits[0, -1].float()
             if temperature:

@@ -47,7 +47,7 @@ def parser(table: Mapping[str, Command]) -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in table.items():
         has_fields = command.config is not None or command.takes.startswith("RECIPE")
-        sub = commands.add_parser(name, help=command.help, description=command.help, add_help=not has_fields)
+        sub = commands.add_parser(name, help=command.help, description=command.help, add_help=not has_fields, allow_abbrev=False)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if has_fields:
             sub.add_argument("--help", "-h", action="store_true", help="show this and all fields")

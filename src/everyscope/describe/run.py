@@ -16,7 +16,7 @@ import pyarrow
 import torch
 
 from everyscope.base.errors import ShapeMismatch
-from everyscope.base.files import make_folder, require_free_space, write_json
+from everyscope.base.files import make_folder, require_free_space, write_sealed
 from everyscope.base.progress import meter
 from everyscope.describe.codes import FIRING_BYTES, CodesFolder, collect, unfinished_group
 from everyscope.describe.config import DescribeConfig
@@ -225,7 +225,7 @@ def _write_text(config: DescribeConfig, model: LanguageModel, tokenizer: Any, se
     head: Any = model.model
     norm = final_norm(model.model, model.anatomy)
     kind = "LayerNorm" if gain_of(norm, model.anatomy.d_model).is_centring else "RMSNorm"
-    write_json(
+    write_sealed(
         folder / MODEL_FILE,
         {
             "model": config.model.name,

@@ -19,7 +19,7 @@ from everyscope.base.progress import meter
 from everyscope.evaluate.baselines import Baseline, Edit, edit_of
 from everyscope.evaluate.calibration import Calibration, source_of
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.cost import Cost
+from everyscope.evaluate.cost import keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of
 from everyscope.evaluate.losses import next_token_losses
@@ -92,7 +92,6 @@ class Measured:
 
     sites: dict[Site, SiteBaselines]
     sizes: dict[tuple[Site, Baseline], BaselineSums]
-    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def measure_baselines(
     sources = _sources(config, held_out, [*wanted], [*parts])
     missing = [name for name, part in parts.items() if not restore_part(_file(config, name), part, sources[name])]
     if not missing:
-        return Measured(sites, sizes, Cost())
+        return Measured(sites, sizes)
     pending = {key: part for key, part in sizes.items() if _name(*key) in missing}
     sweep = _Sweep(
         model,
@@ -145,10 +144,11 @@ def measure_baselines(
     )
     state = State({name: parts[name] for name in missing}, held_out.identity)
     _run(config, held_out, sweep, state)
+    keep_cost(config.out, f"baselines {content_id(sources)}", state.cost)
     for name in missing:
         save_part(_file(config, name), parts[name], sources[name])
     (config.out / PROGRESS_FILE).unlink(missing_ok=True)
-    return Measured(sites, sizes, state.cost)
+    return Measured(sites, sizes)
 
 
 def _name(site: Site, baseline: Baseline | None = None) -> str:

@@ -4,6 +4,7 @@ It comes from the shards that the SAEs were trained on, or, for SAEs made elsewh
 the text. Never from held-out rows: the baselines are fitted and tested as the SAEs are.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -19,6 +20,7 @@ from everyscope.base.ids import content_id
 from everyscope.base.progress import meter, say
 from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.shards.reader import Shards
 from everyscope.sites.capture import capture
 from everyscope.sites.model import LanguageModel
@@ -104,18 +106,21 @@ def source_of(config: EvaluateConfig, site: Site) -> str:
     return f"text {content_id(decides)} {site.folder}"
 
 
-def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
-    """The calibrations of `sites`, and the forward passes that they took.
+def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> dict[Site, Calibration]:
+    """The calibrations of `sites`; what forward passes they take goes into the scores' cost.
 
     Each is kept in the scores folder and made once. ShapeMismatch where the shards are of another model.
     """
     found = {site: kept for site in sites if (kept := _kept(config, site)) is not None}
     missing = [site for site in sites if site not in found]
-    passes = 0
+    began = time.monotonic()
     if config.shards is not None:
         made = {site: _of_shards(Shards(config.shards / site.folder), config.pca_rows) for site in missing}
     else:
         made, passes = _of_text(config, missing, language) if missing else ({}, 0)
+        if passes:
+            cost = Cost(calibration=passes, seconds=time.monotonic() - began)
+            keep_cost(config.out, f"calibration {content_id([source_of(config, site) for site in sites])}", cost)
     for site, calibration in made.items():
         tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
         write_tensors(_path(config, site), tensors, {"source": source_of(config, site)}, is_sealed=True)
@@ -123,7 +128,7 @@ def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel
     for site, calibration in found.items():
         if (want := language.anatomy.width(site)) != (got := len(calibration.mean)):
             raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; are they of another model?")
-    return found, passes
+    return found
 
 
 def _path(config: EvaluateConfig, site: Site) -> Path:

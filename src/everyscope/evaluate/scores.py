@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import whole_file, write_json
+from everyscope.base.files import write_sealed
+from everyscope.base.tables import write_table
 from everyscope.evaluate.baseline_sweep import Measured, SiteBaselines
 from everyscope.evaluate.baselines import baselines_of
 from everyscope.evaluate.breakdowns import by_position, by_segment, firing, high_norm, ratio
@@ -21,6 +21,7 @@ from everyscope.evaluate.intervals import SiteResamples, intervals_of, segment_i
 from everyscope.evaluate.segments import SEGMENTS
 from everyscope.evaluate.sums import SaeState, SaeSums
 from everyscope.evaluate.targets import Target
+from everyscope.sae.files import WEIGHTS
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
 from everyscope.text.config import TextConfig
@@ -69,6 +70,7 @@ def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
         "data": describe_text(config.text),
         "mask": "BOS, EOS, padding and prefix excluded",
         "evaluation": target.identity,
+        WEIGHTS: target.digest,
     }
 
 
@@ -152,9 +154,8 @@ def describe_text(text: TextConfig) -> str:
 
 def write_scores(folder: Path, metrics: dict[str, Any], sums: ReconstructionSums) -> None:
     """Write latents.parquet, then metrics.json: a folder with metrics is whole."""
-    with whole_file(folder / LATENTS_FILE) as partial:
-        pyarrow.parquet.write_table(latent_table(sums), partial, compression="zstd")
-    write_json(folder / METRICS_FILE, metrics)
+    write_table(folder / LATENTS_FILE, latent_table(sums), compression="zstd")
+    write_sealed(folder / METRICS_FILE, metrics)
 
 
 def latent_table(sums: ReconstructionSums) -> pyarrow.Table:

@@ -5,10 +5,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from everyscope.base.files import read_json
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import load_targets
 from everyscope.suite.layout import METRICS_FILE
+from everyscope.suite.scores import read_metrics
 
 COLUMNS = {"width": "d", "l0": ".1f", "fvu": ".4f", "delta_loss": ".4f", "loss_recovered": ".4f", "dead_fraction": ".1%"}
 """Numbers shown, and how."""
@@ -20,7 +20,7 @@ def score_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
     """The numbers of every SAE that was evaluated, by its folder, with the bounds of its intervals."""
     rows = []
     for target in load_targets(config):
-        metrics = read_json(target.scores / METRICS_FILE)
+        metrics = read_metrics(target.scores / METRICS_FILE)
         rows.append({"sae": target.place, **{name: metrics[name] for name in COLUMNS}, "intervals": metrics["intervals"]})
     return rows
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from everyscope.base.errors import ConfigError, DataError
-from everyscope.base.files import read_json, sha256
+from everyscope.base.files import sha256
 from everyscope.base.ids import content_id
 from everyscope.evaluate.calibration import source_of
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.files import TENSOR_FILE, trained_folders
+from everyscope.sae.files import TENSOR_FILE, trained_folders, weights_digest
 from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site, SiteKind, parse_folder
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, NPZ_FILE
 from everyscope.suite.reader import load_sae
+from everyscope.suite.scores import read_metrics
 
 DECIDING_FIELDS = {
     "model",
@@ -51,6 +52,8 @@ class Target:
     """The file that holds its tensors."""
     scores: Path
     """Where its scores go."""
+    digest: str
+    """SHA-256 of that file, by which scores know the weights they are of."""
     identity: str
     """Hash of all that decides the scores: SAE, model, text, sizes, calibration."""
 
@@ -63,7 +66,7 @@ class Target:
     def is_scored(self) -> bool:
         """True where the scores of exactly this evaluation are there; metrics.json is written last."""
         path = self.scores / METRICS_FILE
-        return path.exists() and (self.scores / LATENTS_FILE).exists() and read_json(path).get("evaluation") == self.identity
+        return path.exists() and (self.scores / LATENTS_FILE).exists() and read_metrics(path).get("evaluation") == self.identity
 
     def sae(self) -> Sae:
         """Its tensors, float32 on the CPU; raises as `load_sae` does."""
@@ -76,6 +79,7 @@ class _Found:
     name: str
     folder: Path
     weights: Path
+    digest: str
 
 
 def load_targets(config: EvaluateConfig) -> list[Target]:
@@ -108,7 +112,7 @@ def load_targets(config: EvaluateConfig) -> list[Target]:
 def _of_training(config: EvaluateConfig) -> Iterator[_Found]:
     for folder in trained_folders(config.trained):
         site = parse_folder(folder.parent.relative_to(config.trained).as_posix())
-        yield _Found(site, folder.name, folder, folder / TENSOR_FILE)
+        yield _Found(site, folder.name, folder, folder / TENSOR_FILE, weights_digest(folder))
 
 
 def _of_release(config: EvaluateConfig) -> Iterator[_Found]:
@@ -127,7 +131,7 @@ def _of_release(config: EvaluateConfig) -> Iterator[_Found]:
         if at is None:
             raise ConfigError(f"{weights}: its path tells no layer; expected a folder like layer_12 above it")
         layer = 0 if kind == "embed" else int(parts[at].removeprefix("layer_"))
-        yield _Found(Site(kind, layer), "/".join(parts[at + 1 :]) or "sae", weights.parent, weights)
+        yield _Found(Site(kind, layer), "/".join(parts[at + 1 :]) or "sae", weights.parent, weights, sha256(weights))
 
 
 def _kind(parts: tuple[str, ...]) -> SiteKind | None:
@@ -150,7 +154,7 @@ def _target(config: EvaluateConfig, sae: _Found, source: str) -> Target:
         "site": sae.site.folder,
         "name": sae.name,
         "calibration": source,
-        "sae": sha256(sae.weights),
+        "sae": sae.digest,
     }
     scores = config.out / sae.site.folder / sae.name
-    return Target(sae.site, sae.name, sae.folder, sae.weights, scores, content_id(decides))
+    return Target(sae.site, sae.name, sae.folder, sae.weights, scores, sae.digest, content_id(decides))

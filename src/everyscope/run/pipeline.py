@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from everyscope.base.bundled import model_location
+from everyscope.base.bundled import NO_CODE, model_location
 from everyscope.base.errors import ConfigError, ModelError, first_line
 from everyscope.base.files import make_folder, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
@@ -98,7 +98,8 @@ def check_shape(config: RunConfig) -> None:
     """ConfigError where the recipe's sizes are not those of the model: its plan, and what it calls all layers, would be wrong."""
     name = config.model.name
     try:
-        described = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision).get_text_config()
+        found = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision, **NO_CODE)
+        described = found.get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(f"no model {name!r}: {first_line(error)}; give a bundled model, a local folder or a hub id") from error
     head_dim = getattr(described, "head_dim", None) or described.hidden_size // described.num_attention_heads
@@ -202,10 +203,10 @@ def run_explanation(config: RunConfig, out: Path, engine: Engine = THIS_HOST) ->
     run_titled([Job(explain, config.explain_config(out), "explain", resources)], "explain", engine)
 
 
-def run_publication(config: RunConfig, out: Path) -> PublishResult:
-    """SAEs, scores and descriptions to the suite."""
+def run_publication(config: RunConfig, out: Path, *, by_bytes: bool = True) -> PublishResult:
+    """SAEs, scores and descriptions to the suite; see `publish.run.run` for `by_bytes`."""
     heading("publish")
-    return publish(config.publish_config(out))
+    return publish(config.publish_config(out), by_bytes=by_bytes)
 
 
 def run_recipe(
@@ -218,4 +219,4 @@ def run_recipe(
         run_evaluation(config, out, opened)
         run_description(config, out, opened)
         run_explanation(config, out, opened)
-        return run_publication(config, out)
+        return run_publication(config, out, by_bytes=False)  # else a finished run would read every byte of its suite

@@ -29,13 +29,16 @@ class Sae:
 
     def __post_init__(self) -> None:
         """ShapeMismatch where the five tensors do not fit together, NonFinite where one holds NaN or infinity."""
+        if self.w_enc.ndim != 2 or 0 in self.w_enc.shape:
+            raise ShapeMismatch(f"W_enc has shape {tuple(self.w_enc.shape)}, expected [d_in, d_sae] with at least one of each")
         d_in, d_sae = self.w_enc.shape
         want = {"w_enc": (d_in, d_sae), "w_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
         for name, shape in want.items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ShapeMismatch(
-                    f"{PARAMETERS[name]} has shape {tuple(tensor.shape)}, W_enc asks for {shape}; the file is damaged"
+                    f"{PARAMETERS[name]} has shape {tuple(tensor.shape)}, expected {shape} beside W_enc of {(d_in, d_sae)}; "
+                    "is a tensor transposed, or of another SAE?"
                 )
             if not torch.isfinite(tensor).all():
                 raise NonFinite(f"{PARAMETERS[name]} holds NaN or infinity; the SAE is damaged or its training diverged")

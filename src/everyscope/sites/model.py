@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from everyscope.base.bundled import BUNDLED_MODELS, model_location
-from everyscope.base.errors import ModelError
+from everyscope.base.bundled import BUNDLED_MODELS, NO_CODE, model_location
+from everyscope.base.errors import EveryscopeError, ModelError
 from everyscope.base.extras import import_extra
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.identity import check_residual_identity
@@ -42,7 +41,9 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     device, spread = _device(config.device), spreading(config)
     try:
         model = _untrained(config) if config.weights == "random" else _trained(config, spread)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except EveryscopeError:
+        raise
+    except Exception as error:  # a damaged config.json or index makes transformers raise whatever it meets first
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"model {config.name!r} cannot be loaded: {reason[:300]}; "
@@ -78,6 +79,8 @@ def _trained(config: ModelConfig, spread: dict[str, Any]) -> nn.Module:
         torch_dtype=getattr(torch, config.dtype),
         attn_implementation="eager",
         output_loading_info=True,
+        use_safetensors=True,  # a pickle may run code; torch refuses most, in words of its own
+        **NO_CODE,
         **spread,
     )
     model, report = loaded
@@ -93,10 +96,10 @@ def _untrained(config: ModelConfig) -> nn.Module:
 
     Drawn in float32 on the CPU and rounded then, so that the weights are the same ones in every format and on every device.
     """
-    described = AutoConfig.from_pretrained(model_location(config.name), revision=config.revision)
+    described = AutoConfig.from_pretrained(model_location(config.name), revision=config.revision, **NO_CODE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.weights_seed)
-        model = AutoModelForCausalLM.from_config(described, torch_dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(described, **NO_CODE, torch_dtype=torch.float32, attn_implementation="eager")
     return model.to(getattr(torch, config.dtype))
 
 

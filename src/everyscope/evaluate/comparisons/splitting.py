@@ -23,9 +23,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import whole_file
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter
+from everyscope.base.progress import meter, say
+from everyscope.base.tables import check_table, write_table
 from everyscope.evaluate.codes import Codes, codes_of
 from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import SplittingConfig
@@ -54,6 +54,11 @@ class Pair:
     def is_made(self) -> bool:
         """True where the table is there and of these inputs."""
         if not self.table.exists():
+            return False
+        try:
+            check_table(self.table, "it is measured again")
+        except DataError as error:
+            say(f"  {error}")
             return False
         metadata = pyarrow.parquet.read_schema(self.table).metadata or {}
         return metadata.get(INPUTS.encode()) == self.inputs.encode()
@@ -197,8 +202,7 @@ def _write_table(pair: Pair, kin: Kinship, firings: Firings) -> None:
             "relation": pyarrow.array(kin.relation),
         }
     ).replace_schema_metadata({INPUTS: pair.inputs, "summary": json.dumps(summary)})
-    with whole_file(pair.table) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd")
+    write_table(pair.table, table, compression="zstd")
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> pyarrow.Array:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from everyscope.base.files import read_json
 from everyscope.evaluate.comparisons.scored import Scored
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.run import run as evaluate
 from everyscope.suite.layout import METRICS_FILE
+from everyscope.suite.scores import read_metrics
 
 
 def evaluate_again(base: EvaluateConfig, chosen: Iterable[Scored], out: Path, **changes: Any) -> dict[str, dict[str, Any]]:
@@ -22,7 +22,7 @@ def evaluate_again(base: EvaluateConfig, chosen: Iterable[Scored], out: Path, **
         changes = {"shards": None} | changes
     cheap = {"baseline_sequences": 0, "uniformity_sequences": 0, "saes": tuple(one.name for one in chosen), "out": out}
     evaluate(base.model_copy(update=cheap | changes))
-    return {one.name: read_json(out / one.name / METRICS_FILE) for one in chosen}
+    return {one.name: read_metrics(out / one.name / METRICS_FILE) for one in chosen}
 
 
 def row_of(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
