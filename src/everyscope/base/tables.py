@@ -59,6 +59,11 @@ def check_table(path: Path, remedy: str) -> None:
         raise DamagedData(f"{path}: its checksum is {got[:12]}…, expected {want[:12].decode('ascii', 'replace')}…; {remedy}")
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a Parquet file that can be read says that it holds its own checksum."""
+    return CHECKSUM.encode() in (pyarrow.parquet.read_metadata(path).metadata or {})
+
+
 def _digest(path: Path, held: bytes) -> tuple[str, int | None]:
     """The checksum of a file in whose last bytes `held` counts as UNSEALED, and where that stands."""
     digest, size = xxhash.xxh3_128(), path.stat().st_size
@@ -77,6 +82,8 @@ def opened_table(path: Path, remedy: str) -> pyarrow.parquet.ParquetFile:
     """An open Parquet file that is worth its memory; DamagedData where it cannot be read, or says that it unpacks to too much."""
     require_file(path)
     try:
+        if is_sealed(path):  # a file of ours, and damage that unpacks to other numbers would not be seen otherwise
+            check_table(path, remedy)
         file = pyarrow.parquet.ParquetFile(path)
         metadata = file.metadata
         for number in range(metadata.num_row_groups):

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 
 from everyscope.base.errors import DamagedData, DataError
-from everyscope.base.files import read_object, read_sealed
+from everyscope.base.files import read_sealed
 from everyscope.base.progress import say
 from everyscope.browse.latent_rows import EXPLANATIONS, flat, open_latents, read_columns
 from everyscope.browse.postings import Matches, Postings
@@ -57,7 +57,7 @@ def build_index(path: Path, suite: Path, index: SuiteIndex, advance: Advance) ->
         database.executemany("INSERT INTO slices VALUES (?, ?)", read_slices(suite))
         facts = {"index": json.dumps(index.model_copy(update={"saes": (), "files": {}}).as_json())}
         if (suite / MODEL_FILE).is_file():
-            facts["model"] = json.dumps(read_object(suite / MODEL_FILE))
+            facts["model"] = json.dumps(read_sealed(suite / MODEL_FILE))
         database.executemany("INSERT INTO suite VALUES (?, ?)", facts.items())
         database.executescript(INDEXES)
         database.commit()

@@ -25,6 +25,7 @@ from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.serve.config import ServeConfig
+from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextSource
 
 if TYPE_CHECKING:
@@ -235,7 +236,8 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
         from everyscope.run.pipeline import quiet_transformers
 
         quiet_transformers()
-        return SuiteModel(suite_folder(config.suite))
+        model = None if config.model is None else ModelConfig(name=config.model)
+        return SuiteModel(suite_folder(config.suite), model)
 
     run(config, live)
 

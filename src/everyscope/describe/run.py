@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import torch
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import ShapeMismatch
 from everyscope.base.files import make_folder, require_free_space, write_sealed
 from everyscope.base.progress import meter
@@ -228,7 +229,7 @@ def _write_text(config: DescribeConfig, model: LanguageModel, tokenizer: Any, se
     write_sealed(
         folder / MODEL_FILE,
         {
-            "model": config.model.name,
+            "model": public_name(config.model.name),
             "revision": config.model.revision,
             "tokenizer": type(tokenizer).__name__,
             "num_layers": model.anatomy.num_layers,

@@ -186,7 +186,7 @@ def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State)
             state.cost.baselines += passes[state.batches]
             state.cost.seconds += time.monotonic() - began
             state.batches += 1
-            if state.batches % config.checkpoint_batches == 0:
+            if state.batches % config.checkpoint_batches == 0 or state.is_due:
                 state.save(progress)
 
 

@@ -160,7 +160,7 @@ def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) ->
                 seconds=time.monotonic() - began,
                 tokens=batch.input_ids.numel(),
             )
-            if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges):
+            if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges) or sweep.is_due:
                 sweep.save(progress)
     return state, sweep.cost
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import DataError
 from everyscope.base.files import write_sealed
 from everyscope.base.tables import write_table
@@ -65,7 +66,7 @@ def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
         "num_documents": held_out.num_documents,
         "num_sequences": held_out.num_sequences,
         "context": config.text.context,
-        "model": config.model.name,
+        "model": public_name(config.model.name),
         "precision": {"sae": config.sae_dtype, "model": config.model.dtype},
         "data": describe_text(config.text),
         "mask": "BOS, EOS, padding and prefix excluded",

@@ -4,6 +4,7 @@ A file holds float64 and int64 tensors bit by bit, so a resumed evaluation ends 
 """
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.uniformity import UniformitySums
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
+
+SAVE_SECONDS, SAVE_SHARE = 1.0, 20.0
+"""Sums are saved after so long [s], and so many times what the last saving took [1], whatever the batches."""
 
 
 @dataclass
@@ -47,11 +51,21 @@ class State:
     """Batches done."""
     cost: Cost = field(default_factory=Cost)
     """What they took."""
+    _saved: float = field(default_factory=time.monotonic)
+    _took: float = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether saving costs little by now: so that a process that is killed every few seconds still gets on."""
+        return time.monotonic() > self._saved + max(SAVE_SECONDS, SAVE_SHARE * self._took)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file, whole or not at all."""
+        began = time.monotonic()
         header = {"text": self.text, "batches": self.batches, "cost": asdict(self.cost), "parts": sorted(self.parts)}
         write_tensors(path, _named(self.parts), {"progress": json.dumps(header)}, is_sealed=True)
+        self._saved = time.monotonic()
+        self._took = self._saved - began
 
     def restore(self, path: Path) -> None:
         """Take up the sums saved in `path`, if they are there and hold every part of ours; else stay as we are, and say so."""

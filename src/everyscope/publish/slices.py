@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import make_folder, read_sealed, sha256, storage_errors, whole_file, write_json, write_sealed
+from everyscope.base.files import make_folder, read_sealed, sha256, storage_errors, whole_file, write_sealed
 from everyscope.base.tables import check_table
 from everyscope.suite.layout import COST_FILE, SLICES_FOLDER
 
@@ -20,7 +20,7 @@ SOURCES = ("base", "tuned")
 def slice_files(scores: Path) -> list[Path]:
     """Every file of the slices below `scores`, JSON and Parquet, in order of path."""
     folder = scores / SLICES_FOLDER
-    return sorted(path for pattern in ("*.json", "**/*.parquet") for path in folder.glob(pattern) if path.is_file())
+    return sorted(path for pattern in ("*.json", "**/*.parquet") for path in folder.glob(pattern))
 
 
 def publish_slices(scores: Path, suite: Path, folders: Mapping[str, str]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def publish_slices(scores: Path, suite: Path, folders: Mapping[str, str]) -> dic
         target = suite / SLICES_FOLDER / path.relative_to(scores / SLICES_FOLDER)
         if path.suffix == ".json":
             slices[path.stem] = _renamed(read_sealed(path, REMEDY), folders, path)
-            write_json(target, slices[path.stem])
+            write_sealed(target, slices[path.stem])
         else:
             check_table(path, REMEDY)
             with whole_file(target) as partial, storage_errors(target):
@@ -48,7 +48,7 @@ def publish_slices(scores: Path, suite: Path, folders: Mapping[str, str]) -> dic
 
 def read_cost(scores: Path) -> dict[str, Any] | None:
     """What the evaluation has cost; None where nothing tells it, DamagedData where it was changed since."""
-    if not (scores / COST_FILE).is_file():
+    if not (scores / COST_FILE).exists():
         return None
     return {name: value for name, value in read_sealed(scores / COST_FILE, REMEDY).items() if name != "entries"}
 

@@ -79,7 +79,7 @@ def _read(archive: zipfile.ZipFile, name: str, budget: int, refused: Callable[[s
         if done < num_bytes or file.read(1):  # the read behind the end also makes zipfile compare its checksum
             raise refused(f"has not the {num_bytes} bytes that its shape {shape} needs; download or publish it again")
     values = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
-    return np.ascontiguousarray(values, np.float32), num_bytes
+    return np.asarray(values, np.float32, order="C"), num_bytes
 
 
 def _header(file: IO[bytes], refused: Callable[[str], DataError]) -> tuple[tuple[int, ...], bool, np.dtype]:

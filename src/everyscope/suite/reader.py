@@ -5,6 +5,7 @@ One function per format; `load_sae` only decides which of them it has before it.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
@@ -23,7 +24,10 @@ from everyscope.sites.names import Site
 from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE
 from everyscope.suite.npz import array_names, read_arrays
 from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
+from everyscope.suite.verify import checksums, verify_file
 
+SUITE_DEPTH = 4
+"""How far above an SAE's folder its suite lies: site, layer, width, L0."""
 UNFOLDED = ("scal", "norm", "skip")
 """Parts of names of arrays beside the five that change what an SAE computes, unless they are 1 everywhere (0 for a skip)."""
 
@@ -43,6 +47,7 @@ def _read_local(path: Path) -> Sae:
     if path.is_file() and path.suffix == ".npz":
         return read_npz(path)
     if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        _verify_in_suite(path)
         return read_saelens(path)
     if (path / NPZ_FILE).is_file():
         return read_npz(path / NPZ_FILE)
@@ -51,6 +56,28 @@ def _read_local(path: Path) -> Sae:
     if (path / INDEX_FILE).is_file():
         raise DataError(f"{path}: is a whole suite; use load_suite, or give the folder of one SAE below it")
     raise DataError(f"{path}: holds no SAE; expected {NPZ_FILE}, or {CONFIG_FILE} with {WEIGHTS_FILE}")
+
+
+def _verify_in_suite(folder: Path) -> None:
+    """Where `folder` lies in a suite that lists it: DamagedData unless its weights are those that were published.
+
+    safetensors has no checksum of its own; npz has.
+    """
+    parents = folder.resolve().parents
+    if len(parents) < SUITE_DEPTH or not (parents[SUITE_DEPTH - 1] / INDEX_FILE).is_file():
+        return
+    suite = parents[SUITE_DEPTH - 1]
+    known = _known_files(suite, (suite / INDEX_FILE).stat().st_mtime_ns)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        checksum = known.get(f"{folder.resolve().relative_to(suite).as_posix()}/{name}")
+        if checksum is not None:
+            verify_file(folder / name, checksum)
+
+
+@lru_cache(maxsize=4)
+def _known_files(suite: Path, time: int) -> dict[str, str]:
+    """SHA-256 of a suite's files by path, as of the `time` at which suite.json was written."""
+    return checksums(read_index(suite))
 
 
 def read_npz(path: Path) -> Sae:

@@ -27,6 +27,13 @@ def read_slice(path: Path) -> dict[str, Any]:
     return read_sealed(path, "it is measured again")
 
 
+def left_out(path: Path, reason: str) -> Path:
+    """Say why a slice cannot be made of these SAEs, and take an earlier one away: a run goes on without it."""
+    say(f"  left out: {reason}")
+    path.unlink(missing_ok=True)
+    return path
+
+
 def write_slice(path: Path, inputs: str, content: dict[str, Any]) -> None:
     """Write a slice with the hash of its inputs. No dates: equal inputs give equal bytes."""
     write_sealed(path, content | {INPUTS: inputs})

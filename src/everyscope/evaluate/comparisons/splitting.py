@@ -31,7 +31,7 @@ from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import SplittingConfig
 from everyscope.evaluate.comparisons.dictionaries import nearest, null_nearest, p_values, relations, shares, unit_rows
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
-from everyscope.evaluate.comparisons.slices import INPUTS, is_current, write_slice
+from everyscope.evaluate.comparisons.slices import INPUTS, is_current, left_out, write_slice
 
 SLICE, FOLDER = "splitting.json", "splitting"
 VERSION = 1
@@ -88,12 +88,11 @@ class Firings:
 def run(config: SplittingConfig) -> Path:
     """Write slices/splitting.json and a table for each pair below slices/splitting/; return the path of the JSON.
 
-    DataError where no site has SAEs of two widths. Pairs whose table is there are not computed again.
+    Where no site has SAEs of two widths, it is left out. Pairs whose table is there are not computed again.
     """
-    pairs = pairs_of(config)
+    pairs, path = pairs_of(config), config.slices / SLICE
     if not pairs:
-        raise DataError(f"{config.evaluate.trained}: no site has SAEs of two widths; train more widths to see how latents split")
-    path = config.slices / SLICE
+        return left_out(path, "no site has SAEs of two widths; train more widths to see how latents split")
     inputs = content_id([pair.inputs for pair in pairs])
     if is_current(path, inputs) and all(pair.is_made for pair in pairs):
         return path
