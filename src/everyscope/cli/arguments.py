@@ -42,7 +42,8 @@ def parser(table: Mapping[str, Command]) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="everyscope",
         description="Sparse autoencoders on every layer and sub-layer of a language model.",
-        epilog=f"RECIPE is one of {', '.join(RECIPES)}, or the path of a .py file. `everyscope run RECIPE --help` lists fields.",
+        epilog=f"RECIPE is one of {', '.join(RECIPES)}, or the path of a .py file, which runs as your own program: read a "
+        "stranger's first. `everyscope run RECIPE --help` lists fields.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in table.items():
