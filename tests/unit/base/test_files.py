@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import DamagedData, DataError, StorageError
 from everyscope.base.files import (
     human_bytes,
@@ -209,3 +210,20 @@ def test_every_change_of_a_sealed_object_is_seen(tmp_path):
     write_json(path, value)
     with pytest.raises(DamagedData, match="its identity is 'None'"):
         read_sealed(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("tiny", "tiny"),
+        ("google/gemma-2-2b", "google/gemma-2-2b"),
+        ("/home/me/models/gemma", "gemma"),
+        ("~/models/gemma/", "gemma"),
+        ("./gemma", "gemma"),
+        ("../a/gemma", "gemma"),
+        ("shared/models/gemma", "gemma"),
+        ("C:\\models\\gemma", "gemma"),
+    ],
+)
+def test_published_files_do_not_say_where_a_model_lies(name, published):
+    assert public_name(name) == published
