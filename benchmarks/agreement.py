@@ -83,7 +83,7 @@ def compare(folder: Path, blocks: int, batch: int, cache: Path, work: Path) -> d
         out=work / "scores",
         num_sequences=blocks,
         batch_blocks=batch,
-        baseline_sequences=0,
+        baseline_sequences=blocks,
         uniformity_sequences=0,
     )
     targets = chosen(load_targets(config))

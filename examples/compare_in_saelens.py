@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sae_lens import SAE
+from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 
 TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest activation of a site; rounding of float32 explains 1e-6."""

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from everyscope import ModelConfig, capture, load_language_model, load_suite
-from everyscope.text.tokenizer import load_tokenizer
+from everyscope import capture, load_language_model, load_suite
 
 TEXT = "def first(items):\n    for item in items:\n        return item\n    raise ValueError('no items')\n"
 
@@ -20,10 +18,7 @@ TEXT = "def first(items):\n    for item in items:\n        return item\n    rais
 def main(suite_folder: Path, out: Path) -> None:
     """For every SAE of the suite: `<folder>/x` [tokens, d_in] and `<folder>/x_hat`, of one snippet of Python."""
     suite = load_suite(suite_folder)
-    tokenizer = load_tokenizer("tiny")
-    model = load_language_model(ModelConfig(name="tiny")).model
-    input_ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])
-    activations = capture(model, {entry.site for entry in suite}, input_ids)
+    activations = capture(load_language_model(suite.index.model), {entry.site for entry in suite}, TEXT)
     arrays = {}
     for entry in suite:
         x = activations[entry.site][0, 1:]

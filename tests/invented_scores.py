@@ -12,7 +12,7 @@ from everyscope.base.files import write_sealed
 from everyscope.base.tables import write_table
 from everyscope.evaluate.scores import write_scores
 from everyscope.publish.config import PublishConfig
-from everyscope.sae.files import save_sae, weights_digest
+from everyscope.sae.files import weights_digest, write_sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
 
@@ -35,8 +35,10 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
         "width": width,
         "l0": sums.l0,
         "fvu": sums.fvu,
+        "fvu_usual": sums.fvu,
         "fvu_uncentred": sums.fvu,
         "fvu_pca": BASELINES["pca"],
+        "fvu_pca_usual": BASELINES["pca"],
         "mse": 6 * sums.fvu,
         "cosine": sums.cosine,
         "l2_ratio": 0.97,
@@ -46,7 +48,7 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
         "intervals": _intervals(sums.l0, sums.fvu, sums.cosine),
         "interval_level": 0.95,
         "baselines": {
-            kind: {"fvu": fvu, "l0": None if kind in ("zero", "mean") else sums.l0, "delta_loss": 0.2 * fvu}
+            kind: {"fvu": fvu, "fvu_usual": fvu, "l0": None if kind in ("zero", "mean") else sums.l0, "delta_loss": 0.2 * fvu}
             for kind, fvu in BASELINES.items()
         },
         "baseline_sequences": 8,
@@ -54,11 +56,20 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
         "by_segment": None,
         "firing": _firing(sums),
         "uniformity": {"r_l0": 0.6, "entropy": 1.1, "effective": 0.6 * sums.l0, "num_positions": 90},
-        "high_norm": {"share_of_variance": 0.01, "fvu_without": sums.fvu, "num_tokens": 1, "norm_threshold": 5.0},
+        "massive": {
+            "max_norm": 8.0,
+            "norm_limit": 50.0,
+            "num_tokens": 0,
+            "share_of_tokens": 0.0,
+            "share_of_squares": 0.0,
+            "share_of_variance": 0.0,
+            "l0": None,
+        },
         "precision": {"sae": "float32", "model": "float32"},
         "dead_fraction": sums.dead_fraction,
         "dense_fraction": sums.dense_fraction,
         "num_tokens": 400,
+        "num_usual_tokens": 400,
         "num_loss_tokens": 380,
         "num_documents": 12,
         "num_sequences": 20,
@@ -68,7 +79,7 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
         "mask": "BOS, EOS, padding and prefix excluded",
         "evaluation": "0",
     }
-    save_sae(config.trained / site.folder / name, sae, {"num_tokens": 1000, "config": {"sparsity_coefficient": 0.1}})
+    write_sae(config.trained / site.folder / name, sae, {"num_tokens": 1000, "config": {"sparsity_coefficient": 0.1}})
     metrics["weights_sha256"] = weights_digest(config.trained / site.folder / name)
     write_scores(config.scores / site.folder / name, metrics, sums)
     return metrics
@@ -81,7 +92,9 @@ def _losses(fvu: float) -> dict[str, float]:
         "delta_loss_mean": 1.0,
         "delta_loss_zero": 2.0,
         "loss_recovered": 1 - delta,
+        "loss_recovered_reason": None,
         "loss_recovered_zero": 1 - delta / 2,
+        "loss_recovered_zero_reason": None,
         "loss_clean": 2.5,
         "loss_spliced": 2.5 + delta,
         "loss_mean_ablated": 3.5,
@@ -93,9 +106,12 @@ def _intervals(l0: float, fvu: float, cosine: float) -> dict[str, list[float] | 
     return {
         "l0": [0.97 * l0, 1.04 * l0],
         "fvu": [0.9 * fvu, 1.1 * fvu],
+        "fvu_usual": [0.9 * fvu, 1.1 * fvu],
         "delta_loss": [0.08 * fvu, 0.12 * fvu],
         "kl": [0.07 * fvu, 0.09 * fvu],
         "loss_recovered": None,
+        "delta_loss_zero": [1.9, 2.1],
+        "delta_loss_mean": [0.9, 1.1],
         "cosine": [cosine - 0.01, cosine],
     }
 
@@ -129,8 +145,8 @@ def _firing(sums: ReconstructionSums) -> dict[str, Any]:
 def add_slices(config: PublishConfig, site: Site, narrow: str, wide: str) -> None:
     """Every slice, about two SAEs of one site, called by their names there; and what it has all cost."""
     names = [f"{site.folder}/{name}" for name in (narrow, wide)]
-    numbers = {"l0": 9.0, "fvu": 0.2, "delta_loss": 0.02}
-    ends = {"intervals": {"fvu": [0.1, 0.3], "delta_loss": [0.01, 0.03]}}
+    numbers = {"l0": 9.0, "fvu": 0.2, "fvu_usual": 0.2, "delta_loss": 0.02}
+    ends = {"intervals": {"fvu_usual": [0.1, 0.3], "delta_loss": [0.01, 0.03]}}
     rows = [{"site": site.folder, "sae": name, **numbers, **ends} for name in names]
     shares = {"matched": 0.3, "split": 0.5, "new": 0.2}
     table = f"splitting/{site.folder}/{narrow}__{wide}.parquet"
@@ -159,7 +175,7 @@ def add_slices(config: PublishConfig, site: Site, narrow: str, wide: str) -> Non
             ]
         },
         "probing": {"tasks": ["comment"], "seeds": 3, "num_tokens": 99, "rows": _probes(rows)},
-        "random_model": {"rows": [{**rows[0], "width": 512, "fvu_pca": 0.5}], "note": "random"},
+        "random_model": {"rows": [{**rows[0], "width": 512, "fvu_pca_usual": 0.5}], "note": "random"},
     }
     for name, content in slices.items():
         _write(config.scores / "slices" / f"{name}.json", content | {"inputs": "0"})
@@ -171,7 +187,7 @@ def add_slices(config: PublishConfig, site: Site, narrow: str, wide: str) -> Non
 
 def _points(names: list[str]) -> list[dict[str, Any]]:
     return [
-        {"width": width, "sae": name, "l0": 9.0, "fvu": 0.2, "delta_loss": 0.02, "fvu_at_l0": fvu, "delta_loss_at_l0": None}
+        {"width": width, "sae": name, "l0": 9.0, "fvu": 0.2, "delta_loss": 0.02, "fvu_usual_at_l0": fvu, "delta_loss_at_l0": None}
         for width, name, fvu in zip((512, 1024), names, (0.2, 0.15), strict=True)
     ]
 
@@ -183,7 +199,7 @@ def _transfer(name: str, site: Site) -> list[dict[str, Any]]:
         "width": 512,
         "target": None,
         "l0": 9.0,
-        "fvu": 0.2,
+        "fvu_usual": 0.2,
         "num_tokens": 50,
         "intervals": {},
     }

@@ -9,7 +9,7 @@ import torch
 
 from everyscope.base.files import write_json
 from everyscope.describe.config import DescribeConfig
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
@@ -59,7 +59,7 @@ def build_description(root: Path, model_folder: Path, sites: tuple[Site, ...] = 
             for number, quantile in enumerate((0.8, 0.95)):
                 name = f"w{width}_{number}"
                 sae = random_sae(rows, width, quantile, seed=width + number)
-                save_sae(root / "train" / site.folder / name, sae, {"site": site.kind, "layer": site.layer, "width": width})
+                write_sae(root / "train" / site.folder / name, sae, {"site": site.kind, "layer": site.layer, "width": width})
                 write_scores(root / "scores" / site.folder / name, width, width * (1 - quantile))
     return DescribeConfig(
         model=model,

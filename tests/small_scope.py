@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
 from everyscope.shards.manifest import seal_folder, shard_path
 from everyscope.shards.writer import new_activation_shard
@@ -117,7 +117,7 @@ def build_scope(root: Path, sites: tuple[Site, ...] = SITES, num_documents: int 
                 "num_tokens": 1000,
                 "config": {"sparsity_coefficient": 0.1},
             }
-            save_sae(root / "train" / site.folder / f"w32_{number}", sae, record)
+            write_sae(root / "train" / site.folder / f"w32_{number}", sae, record)
     return EvaluateConfig(
         model=ModelConfig(name=str(root / "model")),
         text=text,

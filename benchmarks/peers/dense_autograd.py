@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
+from everyscope.sae.schedules import learning_rate_share, sparsity_weight
 from everyscope.sae.trainable import new_sae
 from peers.worker import Rows, Settings, serve, threshold_for
 
@@ -90,7 +90,7 @@ class DenseAutograd:
         pre = self._pre(rows)
         x_hat = JumpRelu.apply(pre, p["threshold"], bandwidth) @ p["w_dec"] + p["b_dec"]
         l0 = Step.apply(pre, p["threshold"], bandwidth).sum(1).mean()
-        loss = (rows - x_hat).square().sum(1).mean() + sparsity_coefficient(self._config, self._done) * l0
+        loss = (rows - x_hat).square().sum(1).mean() + sparsity_weight(self._config, self._done) * l0
         self._optimiser.zero_grad()
         loss.backward()
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import TARGET_WEIGHT, SaeConfig, SaeRecipe
 from everyscope.sae.functional import pre_activations
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
@@ -13,11 +13,11 @@ from peers.worker import Rows, Settings, serve, threshold_for
 
 
 def config_of(settings: Settings, d_in: int) -> SaeConfig:
-    """The SAE to train, by the recipe `fast`; knobs are `target_l0`, `coefficient` and the fields of SaeRecipe."""
+    """The SAE to train, by the recipe `fast`; knobs are `target_l0`, `target_weight` and the fields of SaeRecipe."""
     knobs = dict(settings.knobs)
-    target, coefficient = knobs.pop("target_l0", settings.l0), knobs.pop("coefficient", 4.0)
+    target = {"target_l0": knobs.pop("target_l0", settings.l0), "target_weight": knobs.pop("target_weight", TARGET_WEIGHT)}
     recipe = SaeRecipe.model_validate(fast(d_in).model_dump() | knobs)
-    return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, target_l0=target, seed=settings.seed, recipe=recipe)
+    return SaeConfig(width=settings.width, seed=settings.seed, recipe=recipe, **target)
 
 
 class Everyscope:

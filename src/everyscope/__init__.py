@@ -1,31 +1,65 @@
 """everyscope: sparse autoencoders on every layer and sub-layer of any Hugging Face language model.
 
-The public names are listed here, once, and imported when first used, so that `import everyscope` is quick.
+The public names are listed here, once for running and once for type checkers, and imported when first used, so that
+`import everyscope` is quick.
 """
 
+import difflib
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everyscope.base.errors import EveryscopeError
+    from everyscope.run.config import RunConfig
+    from everyscope.run.find import find_recipe
+    from everyscope.run.pipeline import run_recipe
+    from everyscope.sae.config import SaeConfig, SaeRecipe
+    from everyscope.sae.folded import Sae, save_sae
+    from everyscope.sae.metadata import SaeMetadata
+    from everyscope.sae.presets import fast, gemma_scope, gemma_scope_2
+    from everyscope.shards.reader import open_shards
+    from everyscope.sites.capture import capture, capturing
+    from everyscope.sites.config import ModelConfig
+    from everyscope.sites.inputs import Tokens, tokenize
+    from everyscope.sites.model import LanguageModel, load_language_model
+    from everyscope.sites.names import Site
+    from everyscope.sites.splice import Spliced, splice
+    from everyscope.stream.flight import FlightSource
+    from everyscope.stream.local import ArraySource, LocalSource
+    from everyscope.suite.reader import Suite, load_sae, load_suite
+    from everyscope.train.arrays import TrainedSaes, train_saes
 
 _HOMES = {
     "ArraySource": "everyscope.stream.local",
     "EveryscopeError": "everyscope.base.errors",
     "FlightSource": "everyscope.stream.flight",
+    "LanguageModel": "everyscope.sites.model",
     "LocalSource": "everyscope.stream.local",
     "ModelConfig": "everyscope.sites.config",
     "RunConfig": "everyscope.run.config",
     "Sae": "everyscope.sae.folded",
     "SaeConfig": "everyscope.sae.config",
+    "SaeMetadata": "everyscope.sae.metadata",
     "SaeRecipe": "everyscope.sae.config",
     "Site": "everyscope.sites.names",
+    "Spliced": "everyscope.sites.splice",
     "Suite": "everyscope.suite.reader",
+    "Tokens": "everyscope.sites.inputs",
+    "TrainedSaes": "everyscope.train.arrays",
     "capture": "everyscope.sites.capture",
+    "capturing": "everyscope.sites.capture",
+    "fast": "everyscope.sae.presets",
     "find_recipe": "everyscope.run.find",
+    "gemma_scope": "everyscope.sae.presets",
+    "gemma_scope_2": "everyscope.sae.presets",
     "load_language_model": "everyscope.sites.model",
     "load_sae": "everyscope.suite.reader",
     "load_suite": "everyscope.suite.reader",
     "open_shards": "everyscope.shards.reader",
     "run_recipe": "everyscope.run.pipeline",
+    "save_sae": "everyscope.sae.folded",
     "splice": "everyscope.sites.splice",
+    "tokenize": "everyscope.sites.inputs",
     "train_saes": "everyscope.train.arrays",
 }
 
@@ -35,7 +69,9 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     """The public name `name`, imported from its home; AttributeError for any other."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'everyscope' has no attribute {name!r}; it has {', '.join(__all__)}")
+        close = difflib.get_close_matches(name, __all__, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(__all__)}"
+        raise AttributeError(f"module 'everyscope' has no attribute {name!r}; {hint}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -19,11 +19,11 @@ ROWS, D_IN, BATCH, STEPS, SCALE = 640, 16, 64, int(os.environ.get("EVERYSCOPE_TE
 CHECKPOINT_STEPS = 25
 FIXED = {"learning_rate": 2e-3, "learning_rate_warmup_steps": 3, "sparsity_warmup_steps": 10}
 SAES = (
-    SaeConfig(width=61, sparsity_coefficient=4, target_l0=5, recipe=fast(D_IN)),
+    SaeConfig(width=61, target_l0=5, recipe=fast(D_IN)),
     SaeConfig(
         width=62,
-        sparsity_coefficient=1,
         target_l0=8,
+        target_weight=1,
         recipe=SaeRecipe(bandwidth=0.1, initial_threshold=0.4, frequency_limit=0.1, prefix_shares=(1 / 16, 1 / 4, 1.0), **FIXED),
     ),
 )

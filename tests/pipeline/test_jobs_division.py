@@ -18,6 +18,7 @@ from everyscope.jobs.schedule import Schedule
 from everyscope.run.activation_servers import served
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.run.jobs import bank_jobs, evaluation_jobs, gather_scores, harvest_jobs
+from everyscope.run.placement import Devices
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.presets import fast
 from everyscope.sites.names import Site
@@ -99,13 +100,15 @@ def test_banks_share_a_device_by_their_memory_and_longer_ones_begin_first(tmp_pa
     on_gpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
     banks = on_gpu.train_configs(tmp_path)
     shares = {}
-    for gib in (16, 80, 141):
-        jobs = bank_jobs(banks, lambda bank: config.shape.d_in(bank.site), EngineConfig(engine="ray", device_bytes=gib << 30))
+    for gib in (300, 500, 1000):  # none has to be cut
+        devices = Devices(gib << 30, 8)
+        engine = EngineConfig(engine="ray", device_bytes=devices.memory_bytes)
+        jobs = bank_jobs(banks, lambda bank: config.shape.d_in(bank.site), engine, devices)
         assert len({job.name for job in jobs}) == len(banks)
         shares[gib] = [job.resources.gpus for job in jobs]
         assert all(0 < share <= 0.5 or share == 1 for share in shares[gib])
-    assert all(small >= large for small, large in zip(shares[16], shares[141], strict=True))
-    assert min(shares[141]) <= 0.5
+    assert all(small >= large for small, large in zip(shares[300], shares[1000], strict=True))
+    assert min(shares[1000]) <= 0.5
     widest = max(jobs, key=lambda job: job.cost)
     assert max(sae.width for sae in widest.config.saes) == max(sae.width for bank in banks for sae in bank.saes)
 
@@ -115,7 +118,7 @@ def test_banks_find_their_server_and_train_to_the_same_bits(tmp_path):
     build_scope(tmp_path / "scope")
     sites = (Site("resid_post", 0), Site("mlp_out", 1))
     settings = BankSettings(batch_rows=16, checkpoint_steps=50, log_steps=50)
-    saes = (SaeConfig(width=24, sparsity_coefficient=4.0, target_l0=4, recipe=fast(d_in=16)),)
+    saes = (SaeConfig(width=24, target_l0=4, recipe=fast(d_in=16)),)
 
     def banks(out: Path) -> list[TrainConfig]:
         shards = tmp_path / "scope/shards"

@@ -35,7 +35,7 @@ def recipe():
         text=TextConfig(source="files", paths=({text!r},), context=32, held_out_fraction=0.3),
         groups=(
             SaeGroup(
-                sites=("mlp_out", "attn_out"), layers=(1,), widths=(48,), sparsity_coefficients=(4.0,), target_l0s=(8,),
+                sites=("mlp_out", "attn_out"), layers=(1,), widths=(48,), target_l0s=(8,),
                 num_tokens=196608,
             ),
         ),

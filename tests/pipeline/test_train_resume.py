@@ -254,7 +254,7 @@ def test_the_records_hold_what_is_needed_to_make_the_sae_again(shards, tmp_path)
 def test_saes_of_another_recipe_are_not_taken_for_ours(shards, tmp_path):
     run(bank(shards, tmp_path))
     other = SaeConfig(width=32, sparsity_coefficient=1e-3, recipe=SaeRecipe(learning_rate=1e-4))
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ConfigError, match="other settings"):
         run(bank(shards, tmp_path, saes=(other,)))
 
 

@@ -34,7 +34,7 @@ def recipe():
         text=TextConfig(source="files", paths=({text!r},), context=32, held_out_fraction=0.3),
         groups=(
             SaeGroup(
-                sites=SUBLAYERS, widths=(48, 64), sparsity_coefficients=(4.0,), target_l0s=(4, 8), num_tokens=4096
+                sites=SUBLAYERS, widths=(48, 64), target_l0s=(4, 8), num_tokens=4096
             ),
         ),
         harvest=HarvestSettings(bucket_rows=1024, dtype="bfloat16", batch_blocks=8),
@@ -48,7 +48,7 @@ def recipe():
             model=ModelConfig(name={model!r}, weights="random"),
             groups=(
                 SaeGroup(
-                    sites=("mlp_out",), layers=(1,), widths=(48,), sparsity_coefficients=(4.0,), target_l0s=(8,), num_tokens=2048
+                    sites=("mlp_out",), layers=(1,), widths=(48,), target_l0s=(8,), num_tokens=2048
                 ),
             ),
         ),
@@ -214,7 +214,7 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, capsys):
     with run_folder(config, tmp_path / "run"), pytest.raises(SystemExit) as caught:
         main(["run", str(recipe), "--out", str(tmp_path / "run")])
     assert caught.value.code == 1
-    assert "another run is at work" in capsys.readouterr().err
+    assert "in use by another run" in capsys.readouterr().err
 
 
 def test_no_published_file_says_where_the_model_or_the_run_lies(finished, tiny_random_model_folder):

@@ -100,7 +100,8 @@ def test_prefixes_reconstruct_each_by_itself(prefixes):
 def test_penalties_are_the_derivatives_of_the_costs_they_name(target, limit):
     x, p = problem(200, 6, 12, seed=12)
     recipe = SaeRecipe(frequency_limit=limit, frequency_coefficient=0.7)
-    config = SaeConfig(width=12, sparsity_coefficient=0.4, target_l0=target, recipe=recipe)
+    sparsity = {"sparsity_coefficient": 0.4} if target is None else {"target_l0": target, "target_weight": 0.4}
+    config = SaeConfig(width=12, recipe=recipe, **sparsity)
 
     def cost(rates):
         l0 = rates.sum()

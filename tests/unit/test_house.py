@@ -43,7 +43,8 @@ def functions(path: Path) -> Iterator[Function]:
 def public_definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | Function]:
     """Public classes and functions of a module, and public methods and classes inside public classes."""
     for node in body:
-        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+        is_overload = isinstance(node, Function) and any(ast.unparse(one) == "overload" for one in node.decorator_list)
+        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_") and not is_overload:
             yield node
             if isinstance(node, ast.ClassDef):
                 yield from public_definitions(node.body)
@@ -147,11 +148,20 @@ def test_public_names_resolve_and_are_documented():
     assert not silent
 
 
+def test_type_checkers_see_the_public_names_in_their_homes():
+    """The root lists names twice: by home for running, as imports for type checkers."""
+    imports = [node for node in ast.walk(TREES[ROOT / "src/everyscope/__init__.py"]) if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: node.module for node in imports for alias in node.names if (node.module or "").startswith("everyscope")}
+    assert homes == everyscope._HOMES
+
+
 def test_public_names_are_those_of_the_lazy_table():
     assert everyscope.__all__ == sorted(everyscope._HOMES) == dir(everyscope)
     assert {"Site", "capture", "load_sae", "load_suite", "splice", "train_saes"} <= set(everyscope.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         everyscope.no_such_name  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'load_sae'"):
+        everyscope.load_SAE  # noqa: B018
 
 
 def test_every_module_stands_on_a_floor():

@@ -41,7 +41,8 @@ class Meter:
         if not console.is_terminal and (now >= self._next_line or self._done >= self._total):
             self._next_line = now + LOG_SECONDS
             share = f"{human_count(self._done)}/{human_count(self._total)} {self._unit}"
-            print(f"  {self._title}: {share}, {human_count(rate)} {self._unit}/s", file=sys.stderr, flush=True)
+            left = f", {human_time((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+            print(f"  {self._title}: {share}, {human_count(rate)} {self._unit}/s{left}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -76,6 +77,13 @@ def say(message: str) -> None:
 def heading(title: str) -> None:
     """The title of what follows, such as a stage of a run, on standard error."""
     console.print(printable(title), style="bold", markup=False)
+
+
+def human_time(seconds: float) -> str:
+    """As in 40 s, 12 min or 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def human_count(count: float) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+LONGEST_SHOWN = 80
+"""A wrong value is repeated in its error up to this length [characters]."""
+
 
 class Schema(BaseModel):
     """A frozen pydantic model that refuses unknown fields and takes each field's docstring as its description."""
@@ -19,8 +22,12 @@ class Schema(BaseModel):
 
 
 def one_line(error: ValidationError) -> str:
-    """What pydantic found wrong, in one line: field, problem, what was given."""
+    """What pydantic found wrong, in one line: field, problem, and what was given where that is short."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or error.title
+    message = first["msg"].removeprefix("Value error, ")
+    field = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{field}: {first['msg']}, got {first['input']!r}{more}"
+    given = first["input"]
+    if not isinstance(given, dict | BaseModel) and len(repr(given)) <= LONGEST_SHOWN:  # a cross-field rule gets the whole config
+        message += f", got {given!r}"
+    return f"{field}: {message}{more}" if field else message + more

@@ -26,9 +26,9 @@ from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 from everyscope.sites.splice import Edit, splice
 from everyscope.suite.reader import SuiteEntry, load_suite
-from everyscope.text.blocks import markers_of
+from everyscope.text.markers import markers_of
 from everyscope.text.pieces import special_tokens, token_pieces
-from everyscope.text.tokenizer import load_tokenizer
+from everyscope.text.tokenizer import load_tokenizer, readable_ids, unreadable_tokens
 
 KEPT_SAES = 8
 """SAEs kept in memory [SAEs]."""
@@ -99,7 +99,8 @@ class SuiteModel:
         tokens = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(tokens) + 1 > self._longest:
             raise TextError(f"the text has {len(tokens)} tokens, the model reads {self._longest - 1}; shorten it")
-        return torch.tensor([[self._markers.bos, *tokens]])
+        ids, _ = readable_ids(self._tokenizer, tokens, "the text", unreadable_tokens())
+        return torch.tensor([[self._markers.bos, *ids.tolist()]])
 
     def _entry(self, sae_id: str) -> SuiteEntry:
         if sae_id not in self._entries:

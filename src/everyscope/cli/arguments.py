@@ -1,9 +1,12 @@
-"""The command line's arguments: what each command takes besides the fields of a recipe or config. Torch-free."""
+"""The command line's own flags: what each command takes besides the fields of a recipe or config. The one place for argparse."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, get_args
 
 from pydantic import ValidationError
 
@@ -11,25 +14,32 @@ from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema, one_line
 from everyscope.jobs.config import HERE, EngineConfig
 from everyscope.run.find import RECIPES
+from everyscope.text.config import TextSource
 
-DIVIDED = ("run", "harvest", "train", "evaluate", "describe", "explain")
-"""Commands whose work consists of jobs."""
+JOB_COMMANDS = ("run", "harvest", "train", "evaluate", "describe", "explain")
+"""Commands whose work is divided into jobs."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does in a line, the function that does it, and what it is given first."""
+    """A subcommand: what it does in a line, the function that does it, and its first argument."""
 
     help: str
     function: Callable[[argparse.Namespace, list[str]], None]
     takes: str = "RECIPE"
     config: type[Schema] | None = None
-    """Whose fields the flags are, where there is no recipe; None takes no flags beyond ours."""
+    """Whose fields are flags, where there is no recipe; None takes no flags beyond ours."""
+
+    @property
+    def takes_recipe(self) -> bool:
+        """Whether a recipe's fields are flags too."""
+        return self.takes.startswith("RECIPE")
 
 
+RECIPE_WORDS = f"{', '.join(RECIPES)}, or the path of a .py file"
 WHAT_IT_IS = {
-    "RECIPE": f"{', '.join(RECIPES)}, or the path of a .py file",
-    "RECIPE|SUITE": f"{', '.join(RECIPES)}, the path of a .py file, or a folder of SAEs",
+    "RECIPE": RECIPE_WORDS,
+    "RECIPE|SUITE": f"{RECIPE_WORDS}, or a folder of SAEs",
     "SUITE": "the folder of a suite, or of the run that holds it",
     "SHARDS": "the folder `shards` of a run, or that of one site",
     "ARRAY": "a .npy or .safetensors file, or a folder of SAELens' cached activations",
@@ -37,117 +47,161 @@ WHAT_IT_IS = {
 }
 
 
-def parser(table: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """The parser of everything but a recipe's or config's own fields, which tyro reads; `table` has commands by name."""
-    top = argparse.ArgumentParser(
-        prog="everyscope",
-        description="Sparse autoencoders on every layer and sub-layer of a language model.",
-        epilog=f"RECIPE is one of {', '.join(RECIPES)}, or the path of a .py file, which runs as your own program: read a "
-        "stranger's first. `everyscope run RECIPE --help` lists fields.",
-    )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in table.items():
-        has_fields = command.config is not None or command.takes.startswith("RECIPE")
-        sub = commands.add_parser(name, help=command.help, description=command.help, add_help=not has_fields, allow_abbrev=False)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if has_fields:
-            sub.add_argument("--help", "-h", action="store_true", help="show this and all fields")
-        if not command.takes.startswith("RECIPE"):
-            sub.add_argument("path", type=Path, metavar=command.takes, nargs="?" if has_fields else None)
-        else:
-            add_recipe_arguments(sub, name, command.takes)
-        if name == "serve":
-            add_serve_arguments(sub)
-        if name == "export":
-            sub.add_argument(
-                "--format", choices=["pages", "neuronpedia"], default="pages", help="for web hosts, or for Neuronpedia"
-            )
-    return top
+class OneLineParser(argparse.ArgumentParser):
+    """Takes flags by their full names alone, and raises ConfigError, in one line, for what it does not take."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        """Without argparse's own --help."""
+        super().__init__(prog=prog, description=description, allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        """In place of argparse's usage and exit."""
+        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
+
+    def flags(self) -> set[str]:
+        """All flags, with their dashes."""
+        return set(re.findall(r"--[a-z][a-z-]*", self.format_usage()))
 
 
-def add_recipe_arguments(sub: argparse.ArgumentParser, name: str, takes: str) -> None:
+def overview(table: Mapping[str, Command]) -> str:
+    """What `everyscope --help` prints."""
+    width = max(map(len, table)) + 2
+    lines = ["usage: everyscope COMMAND ...", "", "Sparse autoencoders on every layer and sub-layer of a language model.", ""]
+    lines += [f"  {name:<{width}}{command.help}" for name, command in table.items()]
+    lines += ["", f"RECIPE is one of {RECIPE_WORDS}. A .py file runs as your own program: read a stranger's first."]
+    lines += ["`everyscope COMMAND --help` lists the flags of a command."]
+    return "\n".join(lines)
+
+
+def command_named(name: str, table: Mapping[str, Command]) -> Command:
+    """The command of that name; ConfigError, with the nearest, for any other."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown command {name!r}; {hint}`everyscope --help` lists the commands")
+
+
+def parser_of(name: str, command: Command) -> OneLineParser:
+    """The parser of one command; fields of its recipe or config are left over for `cli.flags`."""
+    parser = OneLineParser(f"everyscope {name}", command.help)
+    add = parser.add_argument
+    if command.takes_recipe:
+        add("recipe", metavar=command.takes, nargs="?", help=WHAT_IT_IS[command.takes])
+        add_recipe_arguments(parser, name)
+    else:
+        add("path", metavar=command.takes, type=Path, nargs="?", help=WHAT_IT_IS[command.takes])
+    if name == "serve":
+        add_serve_arguments(parser)
+    if name == "export":
+        add("--format", choices=["pages", "neuronpedia"], default="pages", help="for web hosts, or for Neuronpedia")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--help", "-h", action="store_true", help="show this")
+    if command.takes_recipe:
+        add("--help-all", action="store_true", help="show every field of the recipe, each of which is a flag")
+    return parser
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """What commands take that work from a recipe."""
-    sub.add_argument("recipe", metavar=takes, nargs="?", help=f"{', '.join(RECIPES)}, or the path of a .py file")
-    sub.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
-    sub.add_argument(
-        "--json",
-        action="store_true",
-        help="results as JSON on standard output; with --engine ray, events of jobs before them",
-    )
-    if name in DIVIDED:
-        add_engine_arguments(sub, name)
+    add = parser.add_argument
+    add("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
+    add("--json", action="store_true", help="print results as JSON; with --engine ray, events of jobs before them")
+    if name == "run":
+        add("--dry-run", action="store_true", help="check everything and show every stage, then stop")
+    if name in JOB_COMMANDS:
+        add_engine_arguments(parser, name)
     if name == "train":
-        sub.add_argument("--source", help="where activations come from instead of the run's shards, as flight://HOST:PORT")
-        sub.add_argument(
-            "--order", choices=["fixed", "any"], default="fixed", help="of servers' chunks: the shards', or as they come"
-        )
+        add("--source", help="read activations from servers in place of the run's shards: flight://HOST:PORT")
+        order = "order of the servers' chunks: fixed is deterministic, any takes the first available"
+        add("--order", choices=["fixed", "any"], default="fixed", help=order)
     if name == "harvest":
-        sub.add_argument("--partition", metavar="I/N", help="write every N-th bucket from I on; other processes write the others")
-        sub.add_argument("--heal", action="store_true", help="read all that is there first, and write damaged shards anew")
+        add("--partition", metavar="I/N", help="write every N-th bucket from I on; other processes write the rest")
+        add("--heal", action="store_true", help="verify all shards first and rewrite damaged ones")
     if name == "plan":
-        sub.add_argument("--teraflops", type=float, help="sustained rate to reckon with [10^12/s] (default: measured here)")
-        sub.add_argument("--disk-gbps", type=float, help="rate of the disk [GB/s] (default: measured in --out)")
-        sub.add_argument("--model-tokens-per-second", type=float, help="rate of the model (default: by --teraflops)")
-        sub.add_argument("--gpus", type=int, help="place the banks on so many devices of a cluster, simulated")
-        sub.add_argument("--gpu", help="with --gpus, their kind: h100, h200, a100, tpuv3, or a .json file of measured rates")
-        sub.add_argument("--mfu", type=float, help="with --gpus, measured FLOP utilisation of a step (default: a roofline)")
-        sub.add_argument("--curve", action="store_true", help="with --gpus, speed-up and bottleneck for fewer devices as well")
+        add_plan_arguments(parser)
     if name == "evaluate":
-        sub.add_argument("--model", help="for a folder of SAEs: their language model, a bundled one, a folder or a hub id")
-        sub.add_argument("--text", help="for a folder of SAEs: a source of ours, a file or folder, or a dataset on the hub")
+        add("--model", help="for a folder of SAEs: their language model, a bundled one, a folder or a hub id")
+        add("--text", help="for a folder of SAEs: a built-in source, a file or folder, or a dataset on the hub")
 
 
-def add_serve_arguments(sub: argparse.ArgumentParser) -> None:
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Rates and machines that `plan` assumes."""
+    add = parser.add_argument
+    add("--teraflops", type=float, help="assumed sustained throughput [10^12/s] (default: measured here)")
+    add("--disk-gbps", type=float, help="throughput of the disk [GB/s] (default: measured in --out)")
+    add("--model-tokens-per-second", type=float, help="throughput of the model (default: by --teraflops)")
+    add("--gpus", type=int, help="simulate training on this many GPUs of a cluster")
+    add("--gpu", help="with --gpus, their kind: h100, h200, a100, tpuv3, or a .json file of measured rates")
+    add("--mfu", type=float, help="with --gpus, measured FLOP utilisation of a step (default: a roofline)")
+    add("--curve", action="store_true", help="with --gpus, also show speed-up and bottleneck for fewer GPUs")
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """What `serve` takes beyond the server's fields."""
-    sub.add_argument("--live", action="store_true", help="SHARDS is a RECIPE, whose model makes activations as trainers ask")
-    sub.add_argument("--out", type=Path, help="with --live, the run's folder (default: runs/<recipe>)")
-    sub.add_argument("--watch", action="store_true", help="look at running servers: SHARDS is then HOST:PORT[,HOST:PORT]")
-    sub.add_argument("--once", action="store_true", help="with --watch, look once")
-    sub.add_argument("--token-file", type=Path, help="a file with the token (default: EVERYSCOPE_TOKEN)")
-    sub.add_argument("--tls-roots", type=Path, help="with --watch, the certificates to trust, PEM")
+    add = parser.add_argument
+    add("--live", action="store_true", help="SHARDS is a RECIPE, whose model makes activations as trainers ask")
+    add("--out", type=Path, help="with --live, the run's folder (default: runs/<recipe>)")
+    add("--watch", action="store_true", help="show live status of running servers: SHARDS is then HOST:PORT[,HOST:PORT]")
+    add("--once", action="store_true", help="with --watch, show it once")
+    add("--token-file", type=Path, help="a file with the token (default: EVERYSCOPE_TOKEN)")
+    add("--tls-roots", type=Path, help="with --watch, the certificates to trust, PEM")
 
 
-def add_engine_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Where the jobs of a command run."""
-    sub.add_argument("--engine", choices=["local", "ray"], default="local", help="where jobs run: this host, or a Ray cluster")
-    sub.add_argument(
-        "--address",
-        default=HERE,
-        help=f"of the Ray cluster, HOST:PORT (default: {HERE}, one that ends with the command)",
-    )
+    add = parser.add_argument_group("jobs and where they run").add_argument
+    add("--engine", choices=["local", "ray"], default="local", help="where jobs run: this host, or a Ray cluster")
+    add("--address", default=HERE, help=f"of the Ray cluster, HOST:PORT (default: {HERE}, one that ends with the command)")
     if name in ("run", "train"):
-        sub.add_argument("--workers", type=int, help="banks trained side by side (default: one a core, on GPUs as fit)")
-        sub.add_argument("--serve", action="store_true", help="banks read from activation servers, which are jobs beside them")
-        sub.add_argument("--tls-certificate", type=Path, help="with --serve, the servers' certificate chain, PEM")
-        sub.add_argument("--tls-key", type=Path, help="with --serve, its private key, PEM")
-        sub.add_argument("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
-        sub.add_argument("--device-gib", type=float, help="memory of one GPU, which banks share [GiB] (default: this host's)")
+        add("--workers", type=int, help="training groups side by side (default: one per core, on GPUs as many as fit)")
+        add("--device-gib", type=float, help="memory of one GPU, which training groups share [GiB] (default: this host's)")
+        add("--gpus", type=int, help="with --engine ray, GPUs of the cluster, to divide training groups evenly")
+        add("--gpus-per-host", type=int, help="with --engine ray, GPUs of each host, to shard SAEs (default: this host's, or 8)")
+        add("--serve", action="store_true", help="with --engine ray, read activations from servers started beside training")
+        add("--tls-certificate", type=Path, help="with --serve, the servers' certificate chain, PEM")
+        add("--tls-key", type=Path, help="with --serve, its private key, PEM")
+        add("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
     if name in ("run", "evaluate"):
-        sub.add_argument("--evaluate-jobs", type=int, default=1, help="jobs among which SAEs are divided for their scores")
-    sub.add_argument("--job-cpus", type=int, help="cores and threads of each job (default: as without engine)")
-    sub.add_argument("--model-gpus", type=int, default=1, help="GPUs of each job that runs the language model (default: 1)")
-    sub.add_argument("--tries", type=int, default=5, help="attempts of a job that bring it no further before the run gives up")
-    sub.add_argument("--patience", type=float, default=600, help="how long a cluster may be away [s]")
+        add("--evaluate-jobs", type=int, default=1, help="jobs among which SAEs are divided for their scores")
+    add("--job-cpus", type=int, help="CPU cores and threads of each job")
+    add("--model-gpus", type=int, default=1, help="GPUs of each job that runs the language model (default: 1)")
+    add("--tries", type=int, default=5, help="retries without progress before a job fails (default: 5)")
+    add("--patience", type=float, default=600, help="timeout while the cluster is unreachable [s] (default: 600)")
 
 
 def engine_of(options: argparse.Namespace) -> EngineConfig:
     """The engine that a command line asks for; ConfigError, in one line, where its flags do not go together."""
-    gib = getattr(options, "device_gib", None)
+    own = ("engine", "address", "workers", "gpus", "gpus_per_host", "serve", "tls_certificate", "tls_key", "tls_roots")
+    own += ("evaluate_jobs", "job_cpus", "model_gpus", "tries")
+    given = {name: getattr(options, name) for name in own if hasattr(options, name)}
+    if getattr(options, "device_gib", None) is not None:
+        given["device_bytes"] = int(options.device_gib * 2**30)
     try:
-        return EngineConfig(
-            engine=options.engine,
-            address=options.address,
-            workers=getattr(options, "workers", None),
-            job_cpus=options.job_cpus,
-            model_gpus=options.model_gpus,
-            evaluate_jobs=getattr(options, "evaluate_jobs", 1),
-            device_bytes=None if gib is None else int(gib * 2**30),
-            serve=getattr(options, "serve", False),
-            tls_certificate=getattr(options, "tls_certificate", None),
-            tls_key=getattr(options, "tls_key", None),
-            tls_roots=getattr(options, "tls_roots", None),
-            tries=options.tries,
-            patience_seconds=options.patience,
-        )
+        return EngineConfig(**given, patience_seconds=options.patience)
     except ValidationError as error:
         raise ConfigError(one_line(error)) from error
+
+
+def wants_cluster(options: argparse.Namespace) -> bool:
+    """Whether the flags of `everyscope plan` ask for a cluster; ConfigError for flags that do not go together."""
+    of_cluster = {"--gpu": options.gpu, "--mfu": options.mfu, "--curve": options.curve or None}
+    of_machine = {"--teraflops": options.teraflops, "--model-tokens-per-second": options.model_tokens_per_second}
+    given = next((flag for flag, value in of_cluster.items() if value is not None), None)
+    if options.gpus is None and given is not None:
+        raise ConfigError(f"{given} is about a cluster: say how many GPUs it has with --gpus N")
+    if options.gpus is not None and options.gpu is None:
+        raise ConfigError(f"--gpus {options.gpus}: of what kind? add --gpu with h100, h200, a100, tpuv3 or a .json file of rates")
+    given = next((flag for flag, value in of_machine.items() if value is not None), None)
+    if options.gpus is not None and given is not None:
+        raise ConfigError(f"{given} is about this machine, not about --gpus {options.gpus}; leave it out, or give --mfu")
+    return options.gpus is not None
+
+
+def text_fields(text: str) -> list[str]:
+    """The flags of a text that is named in one word: one of our sources, local files, or a Hugging Face dataset."""
+    if text in get_args(TextSource):
+        return ["--text.source", text]
+    if Path(text).exists():
+        return ["--text.source", "files", "--text.paths", text]
+    return ["--text.source", "dataset", "--text.dataset", text]

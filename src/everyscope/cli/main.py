@@ -7,30 +7,44 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from rich.console import Console
 
+from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError, EveryscopeError, first_line
 from everyscope.base.progress import printable
 from everyscope.base.schema import one_line
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
 from everyscope.browse.config import BrowseConfig, ExportConfig
-from everyscope.cli.arguments import WHAT_IT_IS, Command, engine_of, parser
-from everyscope.cli.flags import Config, divided, parse_fields
+from everyscope.cli.arguments import (
+    WHAT_IT_IS,
+    Command,
+    OneLineParser,
+    command_named,
+    engine_of,
+    overview,
+    parser_of,
+    text_fields,
+    wants_cluster,
+)
+from everyscope.cli.flags import Config, divided, flags_of, parse_fields
+from everyscope.cli.stages import show_stages
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
+from everyscope.jobs.config import EngineConfig
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES, find_recipe
+from everyscope.run.stages import Servers, stages_of
 from everyscope.serve.config import ServeConfig
 from everyscope.sites.config import ModelConfig
-from everyscope.text.config import TextSource
 
 if TYPE_CHECKING:
     from everyscope.browse.live import Live
     from everyscope.jobs.schedule import Watch
+    from everyscope.run.placement import Devices
 
 ERROR_EXIT = 1
 INTERRUPTED_EXIT = 130
@@ -40,7 +54,7 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
     """The recipe with the fields that flags override, and the run's folder."""
     default = find_recipe(options.recipe)
     prog = f"everyscope {options.command} {options.recipe}"
-    config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default)
+    config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default, options.flags)
     return config, options.out or Path("runs") / config.name
 
 
@@ -48,14 +62,21 @@ def run_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Every stage, then the suite's table and what to type next."""
     config, out = resolve(options, fields)
     engine = engine_of(options)
-    from everyscope.run.pipeline import run_recipe
+    from everyscope.run import pipeline
+    from everyscope.run.checks import check, found_devices
 
-    result = run_recipe(config, out, engine, watches(options))
+    pipeline.quiet_transformers()
+    stages = stages_of(config, out, found_devices(engine))
+    check(stages, engine)
+    if options.dry_run:
+        show_stages(stages, options.json)
+        return
+    result = pipeline.run_stages(stages, engine, watches(options))
     show_suite(result.suite, options.json, is_line=engine.engine == "ray")
 
 
 def watches(options: argparse.Namespace) -> "list[Watch]":
-    """Who is told of jobs besides the person at the terminal: a program that reads standard output."""
+    """Who hears of jobs besides the person at the terminal: a program that reads standard output."""
     from everyscope.jobs.watch import printed
 
     return [printed] if options.json and options.engine == "ray" else []
@@ -64,44 +85,42 @@ def watches(options: argparse.Namespace) -> "list[Watch]":
 def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
     """One stage alone, in a run's folder."""
     config, out = resolve(options, fields)
-    from everyscope.run import pipeline as run
+    settings = engine_of(options) if hasattr(options, "engine") else EngineConfig()
+    partition = partition_of(options, settings)
+    from everyscope.run import pipeline
+    from everyscope.run.checks import check, found_devices
 
-    stages = {
-        "train": run.run_training,
-        "evaluate": run.run_evaluation,
-        "describe": run.run_description,
-        "explain": run.run_explanation,
+    source = getattr(options, "source", None)
+    servers = None if source is None else Servers(source, options.order, options.tls_roots)
+    devices = found_devices(settings) if options.command == "train" else None
+    stages = stages_of(config, out, devices, servers=servers, harvests=options.command == "harvest")
+    check(stages, settings, (options.command,))
+    runs = {
+        "train": pipeline.run_training,
+        "evaluate": pipeline.run_evaluation,
+        "describe": pipeline.run_description,
+        "explain": pipeline.run_explanation,
     }
-    if options.command == "publish":
-        with run.run_folder(config, out):
-            show_suite(run.run_publication(config, out).suite, options.json)
-    elif options.command == "harvest":
-        harvest_stage(config, out, options)
-    else:
-        with run.run_folder(config, out), run.opened_engine(engine_of(options), out, watches(options)) as engine:
-            if options.command == "train" and options.source is not None:
-                banks = config.train_configs(out, options.source, options.order, options.tls_roots)
-                run.train_banks(config, banks, engine)
+    with pipeline.run_folder(config, out, is_shared=partition[1] > 1):
+        if options.command == "publish":
+            show_suite(pipeline.run_publication(stages).suite, options.json)
+            return
+        with pipeline.opened_engine(settings, out, watches(options)) as engine:
+            if options.command == "harvest":
+                pipeline.run_harvest(stages, engine, partition, options.heal)
             else:
-                stages[options.command](config, out, engine)
+                runs[options.command](stages, engine)
 
 
-def harvest_stage(config: RunConfig, out: Path, options: argparse.Namespace) -> None:
-    """Shards; one of several processes, which share the run's folder, writes a partition of them."""
-    from everyscope.run import pipeline as run
-
-    index, slash, count = (options.partition or "0/1").partition("/")
+def partition_of(options: argparse.Namespace, settings: EngineConfig) -> tuple[int, int]:
+    """Which of how many partitions of the harvest this process writes."""
+    given = getattr(options, "partition", None) or "0/1"
+    index, slash, count = given.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ConfigError(f"--partition {options.partition}: expected I/N with 0 <= I < N, as in 0/2 and 1/2")
-    partition = (int(index), int(count))
-    settings = engine_of(options)
-    if partition != (0, 1) and settings.engine == "ray":
-        raise ConfigError(f"--partition {options.partition} with --engine ray: the engine divides the harvest; leave one out")
-    with (
-        run.run_folder(config, out, is_shared=partition[1] > 1),
-        run.opened_engine(settings, out, watches(options)) as engine,
-    ):
-        run.run_harvest(config, out, engine, partition, options.heal)
+        raise ConfigError(f"--partition {given}: expected I/N with 0 <= I < N, as in 0/2 and 1/2")
+    if given != "0/1" and settings.engine == "ray":
+        raise ConfigError(f"--partition {given} with --engine ray: the engine divides the harvest; leave one out")
+    return int(index), int(count)
 
 
 def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -119,6 +138,12 @@ def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
     if options.text:
         fields += text_fields(options.text)
     config = parse_fields(EvaluateConfig, f"everyscope evaluate {suite}", fields, "Evaluation of SAEs that lie in a folder.")
+    has_text = options.text or any(field.startswith("--text.") for field in fields)
+    if not has_text and config.model.name not in BUNDLED_MODELS:
+        raise ConfigError(
+            f"evaluate {suite}: no text for model {config.model.name!r}; give text like that it was trained on with --text: a "
+            "file, a folder or a Hugging Face dataset, or standard_library for Python sources"
+        )
     from everyscope.evaluate.run import run
     from everyscope.evaluate.table import score_rows, score_table
     from everyscope.run.pipeline import quiet_transformers
@@ -133,34 +158,33 @@ def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
         print(f"\nScores  {out}")
 
 
-def text_fields(text: str) -> list[str]:
-    """The flags of a text that is named in one word: one of our sources, local files, or a Hugging Face dataset."""
-    if text in get_args(TextSource):
-        return ["--text.source", text]
-    if Path(text).exists():
-        return ["--text.source", "files", "--text.paths", text]
-    return ["--text.source", "dataset", "--text.dataset", text]
-
-
 def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Print what a recipe costs; spends nothing."""
     config, out = resolve(options, fields)
-    from everyscope.cost.cluster_report import cluster_report, wants_cluster
+    from everyscope.cost.cluster_report import cluster_report
     from everyscope.cost.machine import plan, plan_json, plan_tables
 
     if wants_cluster(options):
         rates = {"mfu": options.mfu, "disk_gbps": options.disk_gbps}
-        report = cluster_report(config, options.gpus, options.gpu, **rates, with_curve=options.curve)
-        found, tables = report.as_json(), report.tables()
+        found, tables = cluster_report(config, options.gpus, options.gpu, **rates, with_curve=options.curve)
     else:
         rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}
-        price = plan(config, options.teraflops, out=out, **rates)
+        price = plan(stages_of(config, out, devices_here(config)), options.teraflops, **rates)
         found, tables = plan_json(price), plan_tables(price)
     if options.json:
         print(json.dumps(found, indent=2))
         return
     for table in tables:
         Console().print(table)
+
+
+def devices_here(config: RunConfig) -> "Devices | None":
+    """The GPUs of this host, which only torch knows; a recipe that trains on the CPU does without torch."""
+    if not config.train.device.startswith("cuda"):
+        return None
+    from everyscope.run.checks import found_devices
+
+    return found_devices(EngineConfig())
 
 
 def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -178,7 +202,7 @@ def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
         found = {path: verify_suite if (path / "suite.json").exists() else verify_shards}
     for folder, check in found.items():
         check(folder)
-        print(f"{folder}: whole, every checksum agrees")
+        print(f"{folder}: OK: all checksums match")
 
 
 def import_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -286,13 +310,13 @@ def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
 
 
 COMMANDS = {
-    "run": Command("every stage from text to suite; resumes what is there", run_command),
+    "run": Command("run the full pipeline (resumes if interrupted)", run_command),
     "plan": Command("every SAE, its tokens, bytes, operations and hours, before anything is spent", plan_command),
     "harvest": Command("text and model to shards of activations", stage_command),
     "train": Command("shards to SAEs", stage_command),
     "evaluate": Command("SAEs and held-out text to scores", evaluate_command, "RECIPE|SUITE"),
-    "describe": Command("what each latent fires on and writes", stage_command),
-    "explain": Command("a label for each latent, and how well it predicts", stage_command),
+    "describe": Command("top activating examples and logit effects of each latent", stage_command),
+    "explain": Command("auto-interp labels and detection scores", stage_command),
     "publish": Command("SAEs, scores and descriptions to the suite", stage_command),
     "browse": Command("the suite's pages in a web browser, on this machine alone", browse_command, "SUITE", BrowseConfig),
     "export": Command(
@@ -302,6 +326,12 @@ COMMANDS = {
     "import": Command("activations from elsewhere to shards", import_command, "ARRAY", ImportConfig),
     "verify": Command("check shards or a suite against their checksums", verify_command, "PATH"),
 }
+MAIN_FIELDS = (
+    "--model.name", "--model.device", "--model.dtype", "--text.source", "--text.paths", "--text.dataset", "--text.context",
+    "--groups.0.sites", "--groups.0.layers", "--groups.0.widths", "--groups.0.target-l0s", "--groups.0.num-tokens",
+    "--train.device", "--train.batch-rows", "--harvest.dtype", "--evaluate.num-sequences", "--seed",
+)  # fmt: skip
+"""Fields of a recipe that --help shows; --help-all shows every one."""
 
 
 def complain(message: str) -> None:
@@ -316,27 +346,51 @@ def dispatch(arguments: Sequence[str]) -> None:
             "--token: a secret on a command line shows in lists of processes and in the shell's history; "
             "set EVERYSCOPE_TOKEN, or give --token-file FILE"
         )
-    top = parser(COMMANDS)
-    options, fields = top.parse_known_args(arguments)
-    command = COMMANDS[options.command]
-    sub = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices[options.command]
-    first = options.recipe if command.takes.startswith("RECIPE") else options.path
-    if command.config is None and not command.takes.startswith("RECIPE") and fields:
-        top.error(f"unrecognized arguments: {' '.join(fields)}")
-    if getattr(options, "help", False) or first is None:
-        sub.print_help()
-        if first is None and not options.help:
-            raise ConfigError(f"everyscope {options.command} needs a {command.takes}: {WHAT_IT_IS[command.takes]}")
-        if first is None and command.config is None:
-            return
-        fields = [*fields, "--help"]
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(overview(COMMANDS))
+        if not arguments:
+            raise ConfigError("no command given; `everyscope run tiny` makes a first scope")
+        return
+    name = arguments[0]
+    command = command_named(name, COMMANDS)
+    parser = parser_of(name, command)
+    options, fields = parser.parse_known_args(arguments[1:])
+    options.command, options.flags = name, parser.flags()
+    first = options.recipe if command.takes_recipe else options.path
+    if command.config is None and not command.takes_recipe and fields:
+        raise ConfigError(f"unknown argument {fields[0]}; `everyscope {name} --help` lists the flags")
+    if options.help or getattr(options, "help_all", False):
+        show_help(parser, command, options, fields)
+        return
+    if first is None:
+        raise ConfigError(f"everyscope {name} needs a {command.takes}: {WHAT_IT_IS[command.takes]}")
     if getattr(options, "workers", None) is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: expected 1 or more")
     command.function(options, fields)
 
 
+def show_help(parser: OneLineParser, command: Command, options: argparse.Namespace, fields: list[str]) -> None:
+    """A command's flags, and the fields of its recipe or config: the main ones, or with --help-all every one."""
+    if command.takes_recipe and options.help_all:
+        recipe = options.recipe or next(iter(RECIPES))
+        resolve(argparse.Namespace(**vars(options) | {"recipe": recipe}), [*fields, "--help"])
+        return
+    parser.print_help()
+    if command.config is not None:
+        print()
+        parse_fields(command.config, parser.prog, ["--help"])
+    elif command.takes_recipe:
+        recipe = options.recipe or next(iter(RECIPES))
+        known = flags_of(find_recipe(recipe))
+        print(f"\nmain fields of {recipe}:")
+        for flag in MAIN_FIELDS:
+            if flag in known:
+                print(f"  {flag:<29} {known[flag].replace(chr(10), ' ').split('. ')[0].split('; ')[0].rstrip('.')}")
+        print(f"\n`everyscope {options.command} {recipe} --help-all` lists every field.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: exit code 0, or non-zero with one line that says what is wrong and how to mend it."""
+    """The entry point: exit code 0, or non-zero with one line that says what is wrong and what to do."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if arguments is None:  # else this process, its signals and streams, are somebody else's
         leave_on_termination()
@@ -354,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it leaves
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:
-        print("everyscope: stopped; the same command goes on from here", file=sys.stderr)
+        print("everyscope: interrupted; run the same command to resume", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
     except Exception as error:
         if "--debug" in given:
@@ -364,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(ERROR_EXIT)
     except SystemExit as leaving:
         if leaving.code == EXIT_CODE:
-            print("everyscope: asked to stop; the same command goes on from here", file=sys.stderr)
+            print("everyscope: asked to stop; run the same command to resume", file=sys.stderr)
         raise
 
 

@@ -1,9 +1,11 @@
-"""What a recipe takes on a cluster: its banks placed, hours, bytes over each link and what holds it up. Torch-free.
+"""What a run takes on a cluster of GPUs: its training groups as a run cuts them, hours, and what holds it up. Torch-free.
 
-Everything is simulated from the makers' figures, or from rates that somebody measured and gives. The disk is no limit unless its
-rate is given; without one the plan says which rate training needs.
+Groups are cut by the function that a run cuts them by (`run.placement`), so this is what a run does. Hours are a roofline's, from
+the makers' figures or from measured rates. The disk is no limit unless its rate is given; without one the plan says which rate
+training needs.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +17,76 @@ from everyscope.base.errors import ConfigError
 from everyscope.base.files import human_bytes
 from everyscope.cost.devices import Device, device_of
 from everyscope.cost.machine import FLOP_PER_MODEL_PARAMETER, NUMBER_BYTES
-from everyscope.cost.pieces import Bank, Piece, PlannedCode
-from everyscope.cost.place import Placement, place
+from everyscope.cost.step import Load, StepTime, all_reduce_seconds, compute_time, copy_seconds, summed_bytes
 from everyscope.run.config import RunConfig
+from everyscope.run.placement import Devices
+from everyscope.run.stages import stages_of
+from everyscope.train.config import TrainConfig
+from everyscope.train.memory import bytes_of
 
 CAUSES = ("products", "device memory", "latent sums", "gradient sums", "host to device")
-"""What a piece's time goes to; the last is waiting for a copy that takes longer than the step."""
+"""What a group's time goes to; the last is waiting for a copy that takes longer than the step."""
 CURVE = tuple(1 << power for power in range(11))
 """Numbers of devices of the simulated curve, 1 to 1,024."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A training group on one kind of device, and when it starts."""
+
+    group: TrainConfig
+    d_in: int
+    l0: float
+    """Of SAEs that aim at none [latents]."""
+    row_bytes: int
+    """One row on disk [bytes]."""
+    device: Device
+    start: float = 0.0
+    """[s]."""
+
+    @property
+    def devices(self) -> int:
+        """Devices that it takes, all at once."""
+        return self.group.settings.ranks
+
+    @cached_property
+    def memory(self) -> int:
+        """On each device [bytes]."""
+        return bytes_of(self.group, self.d_in)
+
+    @cached_property
+    def step(self) -> StepTime:
+        """One step of all its SAEs."""
+        settings = self.group.settings
+        total, latents, gradients = StepTime(), 0, 0
+        for sae in self.group.saes:
+            load = Load.of(
+                self.d_in, sae.width, sae.target_l0 or self.l0, settings.batch_rows, settings.shards, settings.replicas,
+                len(sae.prefixes),
+            )  # fmt: skip
+            total += compute_time(load, self.device)
+            sums = summed_bytes(load, settings.shards, settings.replicas, "pairs_gpu" if load.goes_by_pairs else "dense")
+            latents, gradients = latents + sums[0], gradients + sums[1]
+        rate = self.device.interconnect_bandwidth * self.device.link_share  # a group lies on one host
+        return total + StepTime(
+            latents=all_reduce_seconds(latents, settings.shards, rate),
+            gradients=all_reduce_seconds(gradients, settings.replicas, rate),
+        )
+
+    @cached_property
+    def copy(self) -> float:
+        """A batch's rows to one device, while the step before is computed [s]."""
+        return copy_seconds(self.group.settings.batch_rows // self.group.settings.replicas, self.d_in, self.device)
+
+    @cached_property
+    def seconds(self) -> float:
+        """From its first step to its last [s]."""
+        return self.group.steps * max(self.step.total, self.copy)
+
+    @property
+    def read_bytes(self) -> int:
+        """Off the disk: shards and replicas on one host share what is in its memory [bytes]."""
+        return self.group.num_tokens * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -49,35 +113,35 @@ class HarvestPlan:
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """A recipe on a cluster."""
+    """A run on a cluster."""
 
     name: str
     device: Device
-    placement: Placement
+    devices: int
+    placed: tuple[Placed, ...]
     harvest: HarvestPlan
     disk_rate: float | None
     """Of the storage that all hosts share [bytes/s]; None is no limit."""
 
-    @property
-    def devices(self) -> int:
-        """How many there are."""
-        return self.placement.devices
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """What is placed."""
-        return [placed.piece for placed in self.placement.placed]
+    @cached_property
+    def busy(self) -> float:
+        """Devices' time that groups take [device s]."""
+        return sum(placed.seconds * placed.devices for placed in self.placed)
 
     @cached_property
-    def shared_read_bytes(self) -> int:
-        """Off the disk while SAEs train, where all pieces of a bank share each read, as from a server [bytes]."""
-        banks = {(piece.bank.site, piece.bank.num_tokens): piece.bank for piece in self.pieces}
-        return sum(bank.num_tokens * bank.row_bytes for bank in banks.values())
+    def compute_seconds(self) -> float:
+        """Until the last group ends, on a disk without limit [s]."""
+        return max(placed.start + placed.seconds for placed in self.placed)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Off the disk for all groups, each by itself [bytes]."""
+        return sum(placed.read_bytes for placed in self.placed)
 
     @property
     def train_seconds(self) -> float:
-        """The placement's time, or the disk's where it takes longer [s]."""
-        return self.placement.seconds_from(self.disk_rate)
+        """Training all groups, or the disk's time where it takes longer [s]."""
+        return max(self.compute_seconds, self.read_bytes / self.disk_rate if self.disk_rate else 0.0)
 
     @property
     def seconds(self) -> float:
@@ -88,14 +152,13 @@ class ClusterPlan:
     def shares(self) -> dict[str, float]:
         """Where the devices' time goes while SAEs train; adds up to 1."""
         causes: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
-        for piece in self.pieces:
-            times, weight = piece.step, piece.bank.steps * piece.devices
-            waited = max(0.0, piece.copy - times.total)
-            parts = (times.products, times.traffic, times.latents, times.gradients, waited)
-            for cause, part in zip(CAUSES, parts, strict=True):
+        for placed in self.placed:
+            times, weight = placed.step, placed.group.steps * placed.devices
+            waited = max(0.0, placed.copy - times.total)
+            for cause, part in zip(CAUSES, (*times.parts, waited), strict=True):
                 causes[cause] += part * weight
-        causes["disk"] = (self.train_seconds - self.placement.seconds) * self.devices
-        causes["idle"] = self.placement.seconds * self.devices - self.placement.busy
+        causes["disk"] = (self.train_seconds - self.compute_seconds) * self.devices
+        causes["idle"] = self.compute_seconds * self.devices - self.busy
         total = sum(causes.values())
         return {cause: part / total for cause, part in causes.items()}
 
@@ -104,28 +167,16 @@ class ClusterPlan:
         """What takes the largest share of the devices' time while SAEs train."""
         return max(self.shares, key=lambda cause: self.shares[cause])
 
-    @cached_property
-    def links(self) -> dict[str, int]:
-        """What goes over each kind of link in all [bytes]; sums count their payload once for each group that sums."""
-        summed = [piece.summed_bytes for piece in self.pieces]
-        return {
-            "disk written": self.harvest.written_bytes,
-            "disk read": self.placement.read_bytes,
-            "host to device": sum(piece.host_bytes for piece in self.pieces),
-            "latent sums": sum(latents for latents, _ in summed),
-            "gradient sums": sum(gradients for _, gradients in summed),
-        }
-
     @property
     def needed_disk_rate(self) -> float:
         """What the disk must give so that no device waits for it, on average over the training [bytes/s]."""
-        return self.placement.read_bytes / self.placement.seconds
+        return self.read_bytes / self.compute_seconds
 
 
 def cluster_plan(
     config: RunConfig, devices: int, gpu: str, *, utilisation: float | None = None, disk_gbps: float | None = None
 ) -> ClusterPlan:
-    """Place the recipe's banks on `devices` devices of the kind `gpu`: a name, or a JSON file of rates.
+    """The run on `devices` devices of the kind `gpu`: a name, or a JSON file of rates.
 
     `utilisation` is a measured model FLOP utilisation [1], `disk_gbps` the rate of the shared storage [10^9 bytes/s]. ConfigError
     for a kind that is not known, numbers out of range, and an SAE that does not fit.
@@ -140,23 +191,38 @@ def cluster_plan(
     if utilisation is not None:
         device = device.model_copy(update={"utilisation": utilisation})
     disk_rate = None if disk_gbps is None else disk_gbps * 1e9
+    config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
+    found = Devices(device.memory_bytes, min(devices, device.devices_per_host), devices, device.name)
+    stages = stages_of(config, Path(), found)
+    l0, size = config.canonical_l0, NUMBER_BYTES[config.harvest.dtype]
+    groups = [Placed(group, stages.d_in(group), l0, size * stages.d_in(group), device) for group in stages.parts[0].train]
     harvest = _harvest_plan(config, device, devices, disk_rate)
-    return ClusterPlan(config.name, device, place(banks_of(config), device, devices, disk_rate), harvest, disk_rate)
+    return ClusterPlan(config.name, device, devices, tuple(scheduled(groups, devices)), harvest, disk_rate)
 
 
-def banks_of(config: RunConfig) -> list[Bank]:
-    """The recipe's banks as numbers; an SAE that aims at no L0 is taken to end at the recipe's canonical one."""
-    return [
-        Bank(
-            site=bank.site.folder,
-            d_in=config.shape.d_in(bank.site),
-            saes=tuple(PlannedCode(sae.width, sae.target_l0 or config.canonical_l0, len(sae.prefixes)) for sae in bank.saes),
-            num_tokens=bank.num_tokens,
-            batch_rows=bank.settings.batch_rows,
-            row_bytes=config.shape.d_in(bank.site) * NUMBER_BYTES[config.harvest.dtype],
-        )
-        for bank in config.train_configs(Path())
-    ]
+def scheduled(groups: Sequence[Placed], devices: int) -> list[Placed]:
+    """When each group starts: longest first, whenever a host has devices enough that are free."""
+    per_host = groups[0].device.devices_per_host
+    free = [min(per_host, devices - first) for first in range(0, devices, per_host)]
+    running: list[tuple[float, int, int]] = []
+    waiting, placed, now = sorted(groups, key=lambda group: -group.seconds), [], 0.0
+    while waiting:
+        left = []
+        for group in waiting:
+            host = min((number for number, count in enumerate(free) if count >= group.devices), key=lambda n: free[n], default=-1)
+            if host < 0:
+                left.append(group)
+                continue
+            free[host] -= group.devices
+            placed.append(Placed(group.group, group.d_in, group.l0, group.row_bytes, group.device, now))
+            heapq.heappush(running, (now + group.seconds, host, group.devices))
+        waiting = left
+        if waiting:
+            now = running[0][0]
+            while running and running[0][0] <= now:
+                _, host, count = heapq.heappop(running)
+                free[host] += count
+    return placed
 
 
 def _harvest_plan(config: RunConfig, device: Device, devices: int, disk_rate: float | None) -> HarvestPlan:
@@ -207,8 +273,8 @@ def curve(config: RunConfig, gpu: str, counts: Sequence[int] = CURVE, **rates: f
                 "bottleneck": plan.bottleneck,
                 "shares": plan.shares,
                 "needed_disk_bytes_per_second": plan.needed_disk_rate,
-                "pieces": len(plan.pieces),
-                "widest_piece_devices": max(piece.devices for piece in plan.pieces),
+                "groups": len(plan.placed),
+                "most_shards": max(placed.group.settings.shards for placed in plan.placed),
             }
         )
     return lines

@@ -33,8 +33,6 @@ class Device(Schema):
     """From the host's memory to the device [bytes/s]."""
     interconnect_bandwidth: float = Field(gt=0)
     """To other devices of the same host [bytes/s]."""
-    network_bandwidth: float = Field(gt=0)
-    """To devices of other hosts, this device's share of the host's network [bytes/s]."""
     devices_per_host: int = Field(default=8, ge=1)
     """Devices that share a host [devices]."""
     product_share: float = Field(default=0.6, gt=0, le=1)
@@ -44,7 +42,7 @@ class Device(Schema):
     link_share: float = Field(default=0.8, gt=0, le=1)
     """Share of the links' bandwidths that large transfers reach; assumed [1]."""
     usable_memory: float = Field(default=0.9, gt=0, le=1)
-    """Share of the memory that a bank may take; the rest is the driver's, the allocator's and the compiler's; assumed [1]."""
+    """Share of the memory that a language model may take; assumed [1]."""
     utilisation: float | None = Field(default=None, gt=0, le=1)
     """Model FLOP utilisation of a training step, if one was measured: 12 operations per row, input and latent, against the peak
     in bfloat16. None predicts steps from the other fields [1]."""
@@ -69,11 +67,6 @@ class Device(Schema):
         """What copies from the host are expected to reach [bytes/s]."""
         return self.host_bandwidth * self.link_share
 
-    def link_rate(self, devices: int) -> float:
-        """What an all-reduce among so many devices is expected to move through each; between hosts where one holds too few."""
-        is_local = devices <= self.devices_per_host
-        return (self.interconnect_bandwidth if is_local else self.network_bandwidth) * self.link_share
-
 
 NVIDIA = (
     "the maker's data sheets: products without sparsity, half of the links' two-way figures, one 400 (A100: 200) Gbit/s port each"
@@ -87,7 +80,6 @@ H100 = Device(
     memory_bandwidth=3.35e12,
     host_bandwidth=64e9,
     interconnect_bandwidth=450e9,
-    network_bandwidth=50e9,
 )
 DEVICES = {
     "h100": H100,
@@ -108,7 +100,6 @@ DEVICES = {
         memory_bandwidth=2.039e12,
         host_bandwidth=32e9,
         interconnect_bandwidth=300e9,
-        network_bandwidth=25e9,
     ),
     "tpuv3": Device(
         name="tpuv3",
@@ -123,7 +114,6 @@ DEVICES = {
         memory_bandwidth=900e9,
         host_bandwidth=15.75e9 / 4,
         interconnect_bandwidth=340e12 / 1024,
-        network_bandwidth=340e12 / 1024,
         devices_per_host=4,
         utilisation=0.508,
     ),

@@ -7,7 +7,6 @@ which is an upper bound; on the CPU two, for there a step by pairs takes about a
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from rich.table import Table
 from everyscope.base.files import human_bytes
 from everyscope.base.progress import human_count
 from everyscope.cost.storage import Rate, SiteDemand, StoragePlan, storage_plan
-from everyscope.run.config import RunConfig
+from everyscope.run.stages import Stages
 from everyscope.sites.names import Site
 from everyscope.suite.layout import width_label
 
@@ -33,7 +32,7 @@ class PlannedSae:
 
     site: Site
     width: int
-    sparsity_coefficient: float
+    sparsity_coefficient: float | None
     target_l0: float | None
     seed: int
     num_tokens: int
@@ -81,19 +80,18 @@ class Plan:
 
 
 def plan(
-    config: RunConfig,
+    stages: Stages,
     teraflops: float | None = None,
     *,
-    out: Path = Path(),
     disk_gbps: float | None = None,
     model_tokens_per_second: float | None = None,
 ) -> Plan:
-    """Price a recipe whose run's folder is `out`.
+    """Price a run.
 
     Rates to reckon with: `teraflops` [10^12 operations/s], None measures this machine's product; `disk_gbps` [10^9 bytes/s],
-    None measures the disk of `out`; `model_tokens_per_second` [tokens/s], None divides operations by teraflops.
+    None measures the disk of the run's folder; `model_tokens_per_second` [tokens/s], None divides operations by teraflops.
     """
-    size = NUMBER_BYTES[config.harvest.dtype]
+    config, size = stages.config, NUMBER_BYTES[stages.config.harvest.dtype]
     is_by_pairs = config.train.device == "cpu" and config.train.engine != "dense"
     flop_per_row = FLOP_BY_PAIRS if is_by_pairs else FLOP_DENSE
     most = max(config.tokens_of(site) for site in config.all_sites)  # one pass of the model writes every site
@@ -136,7 +134,7 @@ def plan(
         harvest_flop=flop_per_token * max(tokens.values()),
         flop_per_second=rate,
         rate_origin=origin,
-        storage=storage_plan(demands, sum(sae.flop for sae in saes) / rate, model, out, disk_gbps),
+        storage=storage_plan(demands, sum(sae.flop for sae in saes) / rate, model, stages.out, disk_gbps),
     )
 
 

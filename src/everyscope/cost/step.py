@@ -1,9 +1,8 @@
-"""What one training step of one SAE takes of a device: bytes that stay, bytes that pass, operations, seconds. Torch-free.
+"""What one training step of one SAE takes of a device in time: bytes that pass, operations, seconds. Torch-free.
 
-Bytes that stay are counted off the engine (sae/trainable.py, sae/pairs_gpu.py) and hold to the byte; tests compare them with
-its tensors. Seconds are a roofline: a step's kernels follow one another on one stream, so the times of its products, of what
-streams through memory and of what is summed over links add up. How sparse a code is, and how its latents' rates differ, nobody
-knows before training: the constants below are assumed, and printed beside every plan.
+Seconds are a roofline: a step's kernels follow one another on one stream, so the times of its products, of what streams through
+memory and of what is summed over links add up. How sparse a code is, and how its latents' rates differ, nobody knows before
+training: the constants below are assumed, and printed beside every plan. Memory is training's own matter (train/memory.py).
 """
 
 import functools
@@ -13,11 +12,9 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 from everyscope.cost.devices import Device
+from everyscope.sae.gpu_limits import PAIRS_SHARE
+from everyscope.train.memory import Part
 
-DENSE_SHARE, PAIRS_SHARE = 0.004, 0.003
-"""Of all (row, latent): the GPU engine's limits for dense steps and for steps by pairs (sae/pairs_gpu.py)."""
-ROOM, LEAST_ROOM, SEGMENT = 4, 4096, 512
-"""Its lists' room in times the dense limit, their least room and a latent's segment [1], [pairs], [pairs]."""
 MODEL_FLOP, DENSE_FLOP, SCREEN_FLOP = 12, 10, 2
 """Operations per row, input and latent: by the usual count (six a parameter), of a dense step, of the screen's one product."""
 DENSE_PASSES, STATE_PASSES = 12, 10
@@ -48,66 +45,22 @@ Way = Literal["dense", "pairs_cpu", "pairs_gpu"]
 
 @dataclass(frozen=True)
 class Load:
-    """One device's part of one SAE: all of it, or some latents (shards) on some rows of each batch (replicas)."""
+    """One device's part of one SAE, and how sparse its code becomes."""
 
-    rows: int
-    """Of a batch, on this device [rows]."""
-    d_in: int
-    width: int
-    """Latents on this device [latents]."""
+    part: Part
     pairs: float
     """Of one row, on this device: latents that are active or near their threshold [pairs]."""
-    groups: int = 1
-    """Matryoshka prefixes that reconstruct alone."""
 
     @classmethod
-    def of(cls, d_in: int, width: int, l0: float, batch: int, shards: int = 1, replicas: int = 1, groups: int = 1) -> "Load":
+    def of(cls, d_in: int, width: int, l0: float, batch: int, shards: int = 1, replicas: int = 1, prefixes: int = 1) -> "Load":
         """The largest part where an SAE's latents and a batch's rows are dealt out evenly."""
-        latents = math.ceil(width / shards)
-        return cls(math.ceil(batch / replicas), d_in, latents, l0 * PAIRS_PER_ACTIVE * latents / width, groups)
+        part = Part.of(d_in, width, batch, shards, replicas, prefixes)
+        return cls(part, l0 * PAIRS_PER_ACTIVE * part.width / width)
 
     @property
     def goes_by_pairs(self) -> bool:
         """What the GPU engine would choose, once the code is as sparse as it becomes."""
-        return self.pairs < PAIRS_SHARE * self.width
-
-
-def state_bytes(d_in: int, width: int) -> int:
-    """An SAE in training: five float32 parameters and their mean squares, `touched` and `last_fired` [bytes]."""
-    return 2 * 4 * (2 * d_in * width + 2 * width + d_in) + 2 * 4 * width
-
-
-def screen_bytes(d_in: int, width: int) -> int:
-    """What the GPU engine keeps of each SAE besides: W_enc in bfloat16, with two bounds for each latent [bytes]."""
-    return 2 * d_in * width + 2 * 4 * width
-
-
-def pairs_bytes(load: Load) -> int:
-    """Memory for one step by pairs, shared by SAEs of equal shapes: `Buffers` of sae/pairs_gpu.py [bytes]."""
-    rows, d_in, width, groups = load.rows, load.d_in, load.width, load.groups
-    room = max(LEAST_ROOM, int(ROOM * DENSE_SHARE * rows * width))
-    centred = rows * (4 * d_in + 2 * d_in + 8)
-    marks = 4 * (rows * math.ceil(width / 32) + width * math.ceil(rows / 32))
-    lists = 8 * (rows + 1) + 8 * (width + 1) + room * 7 * 4
-    return centred + marks + lists + 4 * groups * rows * d_in + 8 * groups + math.ceil(room / SEGMENT) * 2 * d_in * 4
-
-
-def dense_bytes(load: Load, is_shared: bool = False) -> int:
-    """Memory for one dense step, freed behind it: at most what gradients and Adam hold at once, uncompiled [bytes].
-
-    While gradients are made: five arrays [rows, latents] and a weight's gradient, or four and both; ranks that share the SAE hold
-    five and both; beside them the reconstruction's errors, which ranks hold once more to sum them. While Adam moves W_dec: four
-    arrays of a weight's size.
-    """
-    numbers, weight = load.rows * load.width, load.d_in * load.width
-    gradients = 5 * numbers + 2 * weight if is_shared else max(5 * numbers + weight, 4 * numbers + 2 * weight)
-    errors = (3 + 2 * load.groups) * load.rows * load.d_in
-    return 4 * (max(gradients + errors, 4 * weight) + 16 * (load.width + load.d_in))
-
-
-def batch_bytes(rows: int, d_in: int) -> int:
-    """The batch in use as it came and normalised, and the next one, float32 [bytes]."""
-    return 3 * 4 * rows * d_in
+        return self.pairs < PAIRS_SHARE * self.part.width
 
 
 @functools.cache
@@ -131,10 +84,11 @@ def pairs_traffic(load: Load, touched: float, pairs: float, listed: float, cache
     four rows read and written, W_dec's again for its norm, and the rounded copy; gathers: a row of x for what is listed, and at a
     pair W_dec, the error twice, and x.
     """
-    bits = 6 * load.width * load.rows / 8
-    rows = touched * load.d_in * (3 * 4 + 10 * 4 + 2)
-    gathers = 4 * load.d_in * (listed + 4 * pairs)
-    return 2 * load.width * load.d_in + bits + rows + (1 - cache_share) * gathers
+    part = load.part
+    bits = 6 * part.width * part.rows / 8
+    rows = touched * part.d_in * (3 * 4 + 10 * 4 + 2)
+    gathers = 4 * part.d_in * (listed + 4 * pairs)
+    return 2 * part.width * part.d_in + bits + rows + (1 - cache_share) * gathers
 
 
 @dataclass(frozen=True)
@@ -155,6 +109,11 @@ class StepTime:
         """The whole step [s]."""
         return self.products + self.traffic + self.latents + self.gradients
 
+    @property
+    def parts(self) -> tuple[float, float, float, float]:
+        """Products, traffic, and sums over latents and gradients [s]."""
+        return self.products, self.traffic, self.latents, self.gradients
+
     def __add__(self, other: "StepTime") -> "StepTime":
         return StepTime(
             self.products + other.products,
@@ -170,7 +129,7 @@ class StepTime:
 
 def compute_time(load: Load, device: Device) -> StepTime:
     """A device's own part of a step, on average over a run: nothing that goes over links."""
-    rows, d_in, width = load.rows, load.d_in, load.width
+    rows, d_in, width = load.part.rows, load.part.d_in, load.part.width
     if device.utilisation is not None:
         return StepTime(MODEL_FLOP * rows * d_in * width / (device.bfloat16_flops * device.utilisation))
     passes = 4 * (DENSE_PASSES * rows * width + STATE_PASSES * 2 * d_in * width)
@@ -190,7 +149,7 @@ def summed_bytes(load: Load, shards: int, replicas: int, way: Way, moving: int =
     Over shards the partial reconstruction of every prefix, what latents send to b_dec's gradient, and a few counts. Over replicas
     counts by latent, in float64, and gradients: of all latents, or on a CPU by pairs only of the `moving` ones.
     """
-    rows, d_in, width, ranks = load.rows, load.d_in, load.width, shards * replicas
+    rows, d_in, width, ranks = load.part.rows, load.part.d_in, load.part.width, shards * replicas
     kinds, numbers = {"dense": (2, ranks), "pairs_cpu": (2, 1), "pairs_gpu": (6, 1)}[way]
     gradients = {
         "dense": 2 * d_in * width + 2 * width,
@@ -198,7 +157,7 @@ def summed_bytes(load: Load, shards: int, replicas: int, way: Way, moving: int =
         "pairs_gpu": 2 * d_in * width,
     }[way]
     misfits = 4 if way == "pairs_cpu" else 0
-    over_shards = 4 * load.groups * rows * d_in + misfits + 4 * d_in + 8 * (kinds + numbers)
+    over_shards = 4 * load.part.prefixes * rows * d_in + misfits + 4 * d_in + 8 * (kinds + numbers)
     over_replicas = 4 * (gradients + d_in) + 8 * (kinds * width + 1 + numbers)
     return over_shards * (shards > 1), over_replicas * (replicas > 1)
 

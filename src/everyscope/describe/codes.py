@@ -23,6 +23,7 @@ from everyscope.describe.kernels import append_latents
 from everyscope.describe.sequences import Sequences
 from everyscope.describe.targets import Target
 from everyscope.sae.folded import Sae
+from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
 
 CHUNK_ACTIVATIONS = 1 << 24
@@ -112,13 +113,19 @@ class CodesFolder:
 
     def read(self, identity: str) -> Codes:
         """All codes of one SAE, in memory; DamagedData where a file is not what was written."""
+        return joined([Codes(*fields) for fields in self._tensors(identity, "starts", "places", "values")])
+
+    def massive(self, identity: str) -> Int32[np.ndarray, " tokens"]:
+        """The places whose activation is massive at the SAE's site, ascending; raises as `read`."""
+        return np.concatenate([places for (places,) in self._tensors(identity, "massive")])
+
+    def _tensors(self, identity: str, *fields: str) -> Iterator[list[np.ndarray]]:
+        """What each portion holds of one SAE."""
         name = self.group.index(identity)
-        parts = []
         for number in range(self.num_portions):
             path = self.portion(number)
             with opened_tensors(path, "np", remedy=REMEDY) as file:
-                parts.append(Codes(*(file.get_tensor(f"{name}.{field}") for field in ("starts", "places", "values"))))
-        return joined(parts)
+                yield [file.get_tensor(f"{name}.{field}") for field in fields]
 
 
 def unfinished_group(path: Path) -> tuple[str, ...]:
@@ -146,14 +153,20 @@ def collect(
             passed(num_tokens, True)
             continue
         parts: list[list[Codes]] = [[] for _ in saes]
+        massive: list[list[np.ndarray]] = [[] for _ in saes]
         for rows in _batches(config, model, sequences, blocks, [target for target, _ in saes]):
-            for part, (target, sae) in zip(parts, saes, strict=True):
-                part.append(encoded(sae, rows.activations[target.site.folder], rows.places))
+            for part, places, (target, sae) in zip(parts, massive, saes, strict=True):
+                activations = rows.activations[target.site.folder]
+                is_large = is_massive(activations, target.norm_limit)
+                usual = ~is_large.cpu().numpy()
+                part.append(encoded(sae, activations[~is_large], rows.places[usual]))
+                places.append(rows.places[~usual].astype(np.int32))
             passed(len(rows.places), False)
         tensors = {}
-        for name, part in enumerate(parts):
+        for name, (part, places) in enumerate(zip(parts, massive, strict=True)):
             codes = joined(part)
             tensors |= {f"{name}.{field}": torch.from_numpy(getattr(codes, field)) for field in ("starts", "places", "values")}
+            tensors[f"{name}.massive"] = torch.from_numpy(np.concatenate(places))
         write_tensors(folder.portion(number), tensors, is_sealed=True)
 
 

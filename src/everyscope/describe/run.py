@@ -168,7 +168,11 @@ def _describe_sae(
     config: DescribeConfig, subject: _Subject, target: Target, targets: Sequence[Target], codes: CodesFolder
 ) -> None:
     """Everything about one SAE, from its codes and its decoder."""
-    measures = Measures(config, codes.read(target.identity), subject.facts)
+    massive = codes.massive(target.identity)
+    facts = subject.facts
+    if len(massive):
+        facts = facts_of(subject.sequences.without(massive), facts.occurrences.shape[1], config.seed)
+    measures = Measures(config, codes.read(target.identity), facts)
     path = logit_path(subject.model.model, target.site)
     w_dec = read_sae(target.folder)[0].w_dec.to(path.unembedding.device)
     surroundings = _surroundings(config, target, targets)
@@ -177,7 +181,8 @@ def _describe_sae(
         logits = logit_columns(path, w_dec[first:last], subject.num_known)
         return {**measures.columns(first, last), **logits, **surroundings(first, last)}
 
-    write_latents(target.out, target.width, _facts(config, subject.sequences, path, target), columns)
+    about = {**_facts(config, facts.sequences, path, target), "num_massive_tokens": len(massive)}
+    write_latents(target.out, target.width, about, columns)
 
 
 def _facts(config: DescribeConfig, sequences: Sequences, path: LogitPath, target: Target) -> dict[str, Any]:

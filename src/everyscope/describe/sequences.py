@@ -6,7 +6,7 @@ A place is block * ctx + position: one number for a token, whatever batches the 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,11 @@ from everyscope.base.progress import say
 from everyscope.base.tables import write_table
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.targets import METADATA_KEY
-from everyscope.text.blocks import NO_DOCUMENT, Block, Cursor, Markers, markers_of, pack
+from everyscope.text.blocks import NO_DOCUMENT, Block, Cursor, pack
 from everyscope.text.config import Split
-from everyscope.text.corpora import Document, read_documents
+from everyscope.text.corpora import read_documents
+from everyscope.text.documents import Document
+from everyscope.text.markers import Markers, markers_of
 
 NO_HALF = -1
 """Stands where a token is in no half: it does not count."""
@@ -57,6 +59,12 @@ class Sequences:
         """Positions that count [tokens]."""
         return int(self.mask.sum())
 
+    def without(self, places: Int32[np.ndarray, " tokens"]) -> "Sequences":
+        """The same with these places masked too."""
+        mask = self.mask.copy()
+        mask.ravel()[places] = False
+        return replace(self, mask=mask)
+
     def halves(self, seed: int) -> Int8[np.ndarray, " places"]:
         """0 or 1 for each place: in an order drawn by seed, each document goes to the half with fewer tokens; -1 if masked."""
         counted = np.where(self.mask, self.document, NO_DOCUMENT)
@@ -76,7 +84,7 @@ class Sequences:
         """
         num_places = self.input_ids.size
         places = np.arange(num_places).reshape(self.input_ids.shape)
-        is_bos = self.input_ids == self.markers.bos
+        is_bos = (self.input_ids == self.markers.bos) & ~self.mask  # as the marker of a turn it is text
         start, stop = places[:, :1], places[:, :1] + self.context
         first = np.maximum.accumulate(np.where(is_bos, places + 1, start), axis=1)
         to_the_right = np.concatenate([np.where(is_bos, places, stop)[:, 1:], stop], axis=1)

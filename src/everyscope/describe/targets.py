@@ -5,6 +5,7 @@ surrounds it (its neighbours' decoders, its evaluation) changes whenever another
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ MEASURED_FIELDS = TEXT_FIELDS | {
     "seed",
 }
 """Fields of the config on which what is measured depends."""
-VERSION = 1
+VERSION = 2
 """Part of every identity; raised when the same inputs would give another description."""
 METADATA_KEY = "everyscope"
 """Under which latents.parquet and sequences.parquet say, as JSON, what they are."""
@@ -61,6 +62,8 @@ class Target:
     l0: float
     sae: str
     """Hash of its tensors."""
+    norm_limit: float
+    """Tokens whose activation has a larger norm are massive: they count for this SAE as little as BOS does. Infinite for none."""
     relatives: tuple[tuple[int, int], ...]
     """Whom it is compared with: (relation, number)."""
     identity: str
@@ -105,7 +108,8 @@ def find_targets(config: DescribeConfig) -> tuple[Target, ...]:
     targets = []
     for number, its in enumerate(found):
         relatives = _relatives(number, found)
-        identity = content_id({"version": VERSION, "site": its.site.folder, "sae": its.sae, **decides})
+        limit = None if math.isinf(its.norm_limit) else its.norm_limit
+        identity = content_id({"version": VERSION, "site": its.site.folder, "sae": its.sae, "norm_limit": limit, **decides})
         seen = [[relation, other, found[other].sae] for relation, other in relatives]
         surroundings = content_id({"saes": seen, "count": config.neighbours, "scores": sha256(its.scores)})
         out = config.out / its.site.folder / its.name / LATENTS_FILE
@@ -120,6 +124,7 @@ def find_targets(config: DescribeConfig) -> tuple[Target, ...]:
                 its.width,
                 its.l0,
                 its.sae,
+                its.norm_limit,
                 relatives,
                 identity,
                 surroundings,
@@ -137,6 +142,7 @@ class _Found:
     width: int
     l0: float
     sae: str
+    norm_limit: float
 
 
 def _found(config: DescribeConfig, folder: Path) -> _Found:
@@ -147,10 +153,12 @@ def _found(config: DescribeConfig, folder: Path) -> _Found:
     metrics = read_metrics(scores / METRICS_FILE)
     try:
         width, l0 = int(metrics["width"]), float(metrics["l0"])
+        limit = (metrics.get("massive") or {}).get("norm_limit")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{scores / METRICS_FILE}: has no width or no l0; run `everyscope evaluate` again") from error
     site = parse_folder(place.parent.as_posix())
-    return _Found(site, folder.name, folder, scores / LATENTS_FILE, width, l0, weights_digest(folder))
+    norm_limit = math.inf if limit is None else float(limit)
+    return _Found(site, folder.name, folder, scores / LATENTS_FILE, width, l0, weights_digest(folder), norm_limit)
 
 
 def _relatives(number: int, saes: Sequence[_Found]) -> tuple[tuple[int, int], ...]:

@@ -7,6 +7,7 @@ errors of any number of components or coordinates follow from one vector per sit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter
 from everyscope.evaluate.baselines import Baseline, Edit, edit_of
 from everyscope.evaluate.calibration import Calibration, source_of
 from everyscope.evaluate.config import EvaluateConfig
@@ -23,8 +23,9 @@ from everyscope.evaluate.cost import keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of
 from everyscope.evaluate.losses import next_token_losses
-from everyscope.evaluate.passes import captured, clean_pass, spliced_logits
+from everyscope.evaluate.passes import SiteRows, captured, clean_pass, site_rows, spliced_logits
 from everyscope.evaluate.sums import State, restore_part, save_part
+from everyscope.evaluate.work import Counter
 from everyscope.sites.capture import Activations, capture
 from everyscope.sites.names import Site
 
@@ -32,7 +33,7 @@ BASELINE_FOLDER = "baselines"
 """Below each site of the scores."""
 PROGRESS_FILE = "progress_baselines.safetensors"
 """The saved sums of an unfinished sweep, in the scores folder."""
-BASELINE_VERSION = 1
+BASELINE_VERSION = 2
 """Part of what a kept file says that it was made from."""
 
 
@@ -41,21 +42,24 @@ class SiteBaselines:
     """What is summed once per site, whatever SAEs it has."""
 
     ablated: Tables
-    """Loss with the site's activations replaced by zeros, and by the training mean, by document."""
-    pca: Float[Tensor, " d_in"]
-    """Squares of held-out rows, about the training mean, along each principal component."""
-    neurons: Float[Tensor, " d_in"]
+    """Loss with the site's activations replaced by zeros, and by the training mean, by document, over `baseline_blocks`."""
+    pca: Float[Tensor, "2 d_in"]
+    """Squares of held-out rows, about the training mean, along each principal component: of usual rows, then of massive ones."""
+    neurons: Float[Tensor, "2 d_in"]
     """The same of coordinates, the largest of each row first."""
 
     @classmethod
     def start(cls, d_in: int, num_units: int, device: torch.device) -> Self:
         """Empty sums."""
-        zeros = torch.zeros(d_in, dtype=torch.float64, device=device)
+        zeros = torch.zeros(2, d_in, dtype=torch.float64, device=device)
         return cls(Tables.start({"document": num_units}, 2, device), zeros, zeros.clone())
 
-    def error(self, baseline: Baseline) -> float:
-        """Sum of squared errors of so many components or coordinates: the squares along those left out, where nothing cancels."""
-        return float((self.pca if baseline.kind == "pca" else self.neurons)[baseline.size :].sum())
+    def errors(self, baseline: Baseline) -> tuple[float, float]:
+        """Sums of squared errors of so many components or coordinates, over usual and over massive rows: the squares along those
+        left out, where nothing cancels.
+        """
+        squares = self.pca if baseline.kind == "pca" else self.neurons
+        return float(squares[0, baseline.size :].sum()), float(squares[1, baseline.size :].sum())
 
 
 @dataclass
@@ -63,13 +67,15 @@ class BaselineSums:
     """What is summed for one baseline of one size."""
 
     errors: Float[Tensor, ""]
-    """sum ||x - x_hat||^2 over all rows, of a random dictionary."""
+    """sum ||x - x_hat||^2 over usual rows, of a random dictionary."""
+    massive_errors: Float[Tensor, ""]
+    """The same over massive rows."""
     firings: Float[Tensor, ""]
-    """Its directions that fire, over all rows [latents]."""
+    """Its directions that fire, over usual rows [latents]."""
     rows: Float[Tensor, ""]
-    """Rows [tokens]."""
+    """Usual rows [tokens]."""
     spliced: Float[Tensor, ""]
-    """Loss with the reconstruction in the activations' place, over the first `baseline_sequences` blocks [nats]."""
+    """Loss with the reconstruction in the activations' place, over the first `baseline_blocks` [nats]."""
     clean: Float[Tensor, ""]
     """Loss of the untouched model over the same [nats]."""
     positions: Float[Tensor, ""]
@@ -104,7 +110,7 @@ class _Sweep:
     sizes: dict[tuple[Site, Baseline], BaselineSums]
     edits: dict[tuple[Site, Baseline], Edit]
     head: int
-    """Blocks with which sized baselines are spliced in [blocks]."""
+    """Blocks in which ablations and sized baselines are spliced [blocks]."""
 
     def sized(self, start: int) -> list[tuple[Site, Baseline]]:
         """The sized baselines that need the rows of a batch that starts at block `start`: dictionaries need all."""
@@ -113,7 +119,7 @@ class _Sweep:
     def passes(self, start: int) -> int:
         """Forward passes that the batch which starts there takes."""
         sized = self.sized(start)
-        return bool(self.sites or sized) + 2 * len(self.sites) + (len(sized) if start < self.head else 0)
+        return bool(self.sites or sized) + (2 * len(self.sites) + len(sized) if start < self.head else 0)
 
 
 def measure_baselines(
@@ -122,8 +128,13 @@ def measure_baselines(
     held_out: HeldOut,
     calibrations: dict[Site, Calibration],
     wanted: dict[Site, set[Baseline]],
+    work: Counter,
 ) -> Measured:
-    """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are."""
+    """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are.
+
+    `work` counts the blocks of each pass. What the passes have cost stays in PROGRESS_FILE: the caller deletes it when
+    that is written elsewhere.
+    """
     device = torch.device(config.model.device)
     sites = {site: SiteBaselines.start(len(calibrations[site].mean), held_out.sizes["document"], device) for site in wanted}
     sizes = {(site, baseline): BaselineSums.start() for site, found in sorted(wanted.items()) for baseline in sorted(found)}
@@ -140,10 +151,10 @@ def measure_baselines(
         {site: part for site, part in sites.items() if _name(site) in missing},
         pending,
         {(site, baseline): edit_of(baseline, calibrations[site], config.seed) for site, baseline in pending},
-        config.baseline_sequences,
+        config.baseline_blocks,
     )
     state = State({name: parts[name] for name in missing}, held_out.identity)
-    _run(config, held_out, sweep, state)
+    _run(config, held_out, sweep, state, work)
     keep_cost(config.out, f"baselines {content_id(sources)}", state.cost)
     for name in missing:
         save_part(_file(config, name), parts[name], sources[name])
@@ -162,32 +173,31 @@ def _file(config: EvaluateConfig, name: str) -> Path:
 
 def _sources(config: EvaluateConfig, held_out: HeldOut, sites: list[Site], names: list[str]) -> dict[str, str]:
     """What each part is made from, by name: a part on disk that was made from something else is made anew."""
-    decides = config.model_dump(mode="json", include={"model", "batch_blocks", "baseline_sequences", "seed"})
-    decides |= {"text": held_out.identity, "version": BASELINE_VERSION}
+    decides = config.model_dump(mode="json", include={"model", "batch_blocks", "seed"})
+    decides |= {"text": held_out.identity, "version": BASELINE_VERSION, "head": config.baseline_blocks}
     calibrations = {site.folder: source_of(config, site) for site in sites}
     folder = {name: name.partition(f"/{BASELINE_FOLDER}/")[0] for name in names}
     return {name: content_id(decides | {"name": name, "calibration": calibrations[folder[name]]}) for name in names}
 
 
-def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State) -> None:
-    """Sweep over the batches that are still to do, saving now and then."""
+def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State, work: Counter) -> None:
+    """Sweep over the batches that are still to do, saving now and then and at the end."""
     progress = config.out / PROGRESS_FILE
     state.restore(progress)
     size = config.batch_blocks
-    ranges = ranges_of(held_out.num_sequences, (config.baseline_sequences, size), (held_out.num_sequences, size))
+    ranges = ranges_of(held_out.num_sequences, (config.baseline_blocks, size), (held_out.num_sequences, size))
     passes = [sweep.passes(blocks.start) for blocks in ranges]
-    with meter("baselines", sum(passes), "passes") as progress_meter:
-        if state.batches:
-            progress_meter.advance(sum(passes[: state.batches]), is_resumed=True)
-        for batch in held_out.batches(ranges[state.batches :], torch.device(config.model.device)):
-            began = time.monotonic()
-            if sweep.passes(batch.start):
-                _measure(sweep, batch, progress_meter.advance)
-            state.cost.baselines += passes[state.batches]
-            state.cost.seconds += time.monotonic() - began
-            state.batches += 1
-            if state.batches % config.checkpoint_batches == 0 or state.is_due:
-                state.save(progress)
+    done = zip(ranges[: state.batches], passes, strict=False)
+    work.advance(sum(len(blocks) * count for blocks, count in done), is_resumed=True)
+    for batch in held_out.batches(ranges[state.batches :], torch.device(config.model.device)):
+        began = time.monotonic()
+        if sweep.passes(batch.start):
+            _measure(sweep, batch, partial(work.advance, len(batch.input_ids)))
+        state.cost.baselines += passes[state.batches]
+        state.cost.seconds += time.monotonic() - began
+        state.batches += 1
+        if state.batches % config.checkpoint_batches == 0 or state.batches == len(ranges) or state.is_due:
+            state.save(progress)
 
 
 @torch.no_grad()
@@ -196,7 +206,7 @@ def _measure(sweep: _Sweep, batch: Batch, passed: Callable[[], None]) -> None:
     is_head, sized = batch.start < sweep.head, sweep.sized(batch.start)
     sites = sorted({*sweep.sites, *(site for site, _ in sized)})
     losses = torch.zeros(0)
-    if is_head and sized:
+    if is_head:
         clean = clean_pass(sweep.model, sites, batch)
         activations, losses = clean.activations, next_token_losses(clean.logits, batch.input_ids, batch.mask)
         del clean
@@ -204,37 +214,51 @@ def _measure(sweep: _Sweep, batch: Batch, passed: Callable[[], None]) -> None:
         activations = capture(sweep.model, captured(sites), batch.input_ids)
     passed()
     for site in sites:
-        rows = activations[site][batch.mask]
+        here = site_rows(activations[site], batch, float(sweep.calibrations[site].norm_limit))
         if site in sweep.sites:
-            _ablate(sweep, batch, site, rows, activations)
-            passed()
-            passed()
-        for key in (key for key in sized if key[0] == site):
-            sums, (x_hat, firings) = sweep.sizes[key], sweep.edits[key](rows)
-            if key[1].kind == "random_dictionary":
-                sums.errors += (rows.double() - x_hat.double()).square().sum().cpu()
-                sums.firings += firings.sum(dtype=torch.float64).cpu()
-                sums.rows += len(rows)
+            _square(sweep, site, here)
             if is_head:
-                sums.spliced += _spliced(sweep, batch, site, x_hat, activations).sum(dtype=torch.float64).cpu()
+                _ablate(sweep, batch, site, here, activations)
+                passed()
+                passed()
+        for key in (key for key in sized if key[0] == site):
+            sums, edit = sweep.sizes[key], sweep.edits[key]
+            x_hat, firings = edit(here.usual)
+            if key[1].kind == "random_dictionary":
+                sums.errors += _squared(here.usual, x_hat)
+                sums.massive_errors += _squared(here.massive, edit(here.massive)[0]) if len(here.massive) else 0
+                sums.firings += firings.sum(dtype=torch.float64).cpu()
+                sums.rows += len(here.usual)
+            if is_head:
+                sums.spliced += _spliced(sweep, batch, site, x_hat, here, activations).sum(dtype=torch.float64).cpu()
                 sums.clean += losses.sum(dtype=torch.float64).cpu()
                 sums.positions += len(losses)
                 passed()
 
 
-def _ablate(sweep: _Sweep, batch: Batch, site: Site, rows: Float[Tensor, "n d_in"], activations: Activations) -> None:
-    """Add what a site needs once: two ablations and the squares along components and coordinates."""
+def _squared(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> Float[Tensor, ""]:
+    return (x.double() - x_hat.double()).square().sum().cpu()
+
+
+def _square(sweep: _Sweep, site: Site, here: SiteRows) -> None:
+    """Add the squares along components and coordinates, from which the errors of any number of them follow."""
     sums, calibration = sweep.sites[site], sweep.calibrations[site]
-    zero = _spliced(sweep, batch, site, torch.zeros_like(rows), activations)
-    mean = _spliced(sweep, batch, site, calibration.mean.to(rows.dtype).expand_as(rows), activations)
-    sums.ablated.add(batch.loss_groups, torch.stack([zero, mean], dim=1))
-    centred = rows.double() - calibration.mean
-    sums.pca += (centred @ calibration.components).square().sum(0)
-    sums.neurons += centred.square().sort(dim=1, descending=True).values.sum(0)
+    for place, rows in enumerate((here.usual, here.massive)):
+        centred = rows.double() - calibration.mean
+        sums.pca[place] += (centred @ calibration.components).square().sum(0)
+        sums.neurons[place] += centred.square().sort(dim=1, descending=True).values.sum(0)
+
+
+def _ablate(sweep: _Sweep, batch: Batch, site: Site, here: SiteRows, activations: Activations) -> None:
+    """Add the losses with zeros and with the training mean in the activations' place."""
+    rows, mean = here.usual, sweep.calibrations[site].mean.to(here.usual.dtype)
+    replacements = (torch.zeros_like(rows), mean.expand_as(rows))
+    losses = [_spliced(sweep, batch, site, replaced, here, activations) for replaced in replacements]
+    sweep.sites[site].ablated.add(batch.loss_groups, torch.stack(losses, dim=1))
 
 
 def _spliced(
-    sweep: _Sweep, batch: Batch, site: Site, rows: Float[Tensor, "n d_in"], activations: Activations
+    sweep: _Sweep, batch: Batch, site: Site, rows: Float[Tensor, "n d_in"], here: SiteRows, activations: Activations
 ) -> Float[Tensor, " m"]:
-    logits = spliced_logits(sweep.model, batch.input_ids, site, rows, batch.mask, activations)
+    logits = spliced_logits(sweep.model, batch.input_ids, site, rows, here.mask, activations)
     return next_token_losses(logits, batch.input_ids, batch.mask, f"a baseline spliced in at {site}")

@@ -1,8 +1,10 @@
-"""One SAE's numbers taken apart: by position, by who speaks, by norm, by how often latents fire. Plain JSON values.
+"""One SAE's numbers taken apart: by position, by who speaks, by how often latents fire; and what massive rows hold. Plain JSON
+values.
 
 The FVU of a part is that part's own: its errors over its variance about its own mean, as if it were the whole data set.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 from everyscope.evaluate.groups import Tables, variance
 from everyscope.evaluate.segments import SEGMENTS
 from everyscope.evaluate.sums import SaeSums
-from everyscope.sae.metrics import ReconstructionSums, centred_squares
+from everyscope.sae.metrics import ReconstructionSums
 
 FIRING_EDGES = tuple(step / 4 for step in range(-32, 1))
 """Edges of the histogram of latents' frequencies [log10 of the share of tokens]."""
@@ -54,7 +56,7 @@ def by_segment(sae: SaeSums, site: Tables, clean: Tables) -> dict[str, dict[str,
     losses, before = sae.losses.axes["segment"].cpu(), clean.axes["segment"].cpu()
     return {
         name: {
-            "fvu": part_fvu(float(rows[at, 0]), moments[at]),
+            "fvu_usual": part_fvu(float(rows[at, 0]), moments[at]),
             "delta_loss": ratio(float(losses[at, 0] - before[at, 1]), float(before[at, 0])),
             "l0": ratio(float(rows[at, 2]), float(moments[at, 0])),
             "num_tokens": int(moments[at, 0]),
@@ -63,17 +65,19 @@ def by_segment(sae: SaeSums, site: Tables, clean: Tables) -> dict[str, dict[str,
     }
 
 
-def high_norm(sae: SaeSums, site: Tables, threshold: float) -> dict[str, Any]:
-    """What tokens of a norm above `threshold` hold of the variance, and the FVU of all others."""
-    moments, rows = site.axes["norm"].cpu(), sae.rows.axes["norm"].cpu()
-    whole, large = moments.sum(0), moments[1]
-    offset = whole[2:] / whole[0]
-    about_mean = large[1] - 2 * large[2:] @ offset + large[0] * offset.square().sum()
+def massive(sae: SaeSums, max_norm: float | None, norm_limit: float) -> dict[str, Any]:
+    """Tokens of a norm above `norm_limit`: their share of the sum of squares and of the variance, and latents that fire there."""
+    whole, rows = sae.reconstruction.merged(sae.massive), sae.massive
+    offset = whole.shifted_sum / whole.count
+    about_mean = rows.shifted_squares - 2 * rows.shifted_sum @ offset + rows.count * offset.square().sum()
     return {
-        "share_of_variance": ratio(float(about_mean), float(centred_squares(whole[0], whole[2:], whole[1]))),
-        "fvu_without": part_fvu(float(rows[0, 0]), moments[0]),
-        "num_tokens": int(large[0]),
-        "norm_threshold": threshold,
+        "max_norm": max_norm,
+        "norm_limit": norm_limit if math.isfinite(norm_limit) else None,
+        "num_tokens": int(rows.count),
+        "share_of_tokens": int(rows.count) / whole.num_tokens,
+        "share_of_squares": ratio(float(rows.squares), float(whole.squares)),
+        "share_of_variance": ratio(float(about_mean), whole.centred_squares),
+        "l0": ratio(float(rows.firings.sum()), float(rows.count)),
     }
 
 

@@ -1,11 +1,13 @@
-"""What the baselines must know of a site's training activations: mean, principal components, norms, and a few rows.
+"""What an evaluation must know of a site's training activations: which norms are massive, and of all other rows the mean, the
+principal components and a few rows.
 
 It comes from the shards that the SAEs were trained on, or, for SAEs made elsewhere, from a pass over training documents of
 the text. Never from held-out rows: the baselines are fitted and tested as the SAEs are.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -17,11 +19,13 @@ from torch import Tensor
 
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter, say
+from everyscope.base.progress import say
 from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
+from everyscope.sae.normalisation import is_massive
 from everyscope.shards.reader import Shards
+from everyscope.shards.statistics import Sums
 from everyscope.sites.capture import capture
 from everyscope.sites.model import LanguageModel
 from everyscope.sites.names import Site
@@ -29,24 +33,26 @@ from everyscope.text.blocks import Block, read_blocks
 from everyscope.text.tokenizer import load_tokenizer
 
 CALIBRATION_FILE = "calibration.safetensors"
+CALIBRATION_VERSION = 2
+"""Part of what a kept file says that it was made from."""
 CHUNK_ROWS = 1 << 14
 """Rows read from shards at once [rows]."""
 KEPT_ROWS = 2048
 """Training rows that are kept, on which thresholds of random dictionaries are set [rows]."""
-NORM_QUANTILE = 0.999
-"""Share of training rows with a smaller norm than `norm_threshold` [1]."""
+LIMIT_ROWS = 4096
+"""Where there are no shards, rows whose median norm decides which norms are massive, at least [rows]."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A site's training activations in short."""
+    """A site's training activations in short; massive rows are in none of its figures."""
 
     mean: Float[Tensor, " d_in"]
     """Mean of the training rows, float64."""
     components: Float[Tensor, "d_in d_in"]
     """Column k is principal component k, in order of falling variance, float64; its largest entry is positive."""
-    norm_threshold: Float[Tensor, ""]
-    """The norm that NORM_QUANTILE of the training rows stay below, float64."""
+    norm_limit: Float[Tensor, ""]
+    """Rows of a larger norm are massive, float64; infinite where none is."""
     rows: Float[Tensor, "rows d_in"]
     """The first KEPT_ROWS training rows, float32."""
 
@@ -58,15 +64,15 @@ class Calibration:
 class CalibrationSums:
     """What a calibration is made of, row by row."""
 
-    def __init__(self, mean: Float[Tensor, " d_in"] | None = None) -> None:
-        """`mean` is that of all training rows, where it is known; else that of the rows that come."""
-        self._known, self._shift = mean, mean
+    def __init__(self, norm_limit: float = math.inf, mean: Float[Tensor, " d_in"] | None = None) -> None:
+        """`mean` is that of all usual training rows, where it is known; else that of the rows that come."""
+        self._limit, self._known, self._shift = norm_limit, mean, mean
         self._count, self._total, self._outer = 0, torch.zeros(()), torch.zeros(())
-        self._norms: list[Tensor] = []
         self._rows: list[Tensor] = []
 
     def update(self, x: Float[Tensor, "rows d_in"]) -> None:
-        """Add unmasked training rows."""
+        """Add unmasked training rows, of which massive ones are left out."""
+        x = x[~is_massive(x, self._limit)]
         if not len(x):
             return
         exact = x.double()
@@ -80,7 +86,6 @@ class CalibrationSums:
         self._count += len(x)
         self._total += shifted.sum(0)
         self._outer += shifted.T @ shifted
-        self._norms.append(exact.norm(dim=1).float().cpu())
         self._rows.append(x[:kept].float().cpu())
 
     def finish(self) -> Calibration:
@@ -92,22 +97,65 @@ class CalibrationSums:
         components = components.flip(1)
         peaks = components.abs().argmax(0)
         components = components * components[peaks, torch.arange(len(peaks))].sign()
-        norms = torch.cat(self._norms).double()
-        threshold = norms.kthvalue(max(1, int(np.ceil(NORM_QUANTILE * len(norms))))).values
         mean = shift + offset if self._known is None else self._known
-        return Calibration(mean.double(), components.contiguous(), threshold, torch.cat(self._rows))
+        limit = torch.tensor(self._limit, dtype=torch.float64)
+        return Calibration(mean.double(), components.contiguous(), limit, torch.cat(self._rows))
+
+
+class _TextSums:
+    """The same from rows whose norms nobody knows yet: the first LIMIT_ROWS, or all where there are fewer, set the limit."""
+
+    def __init__(self, max_norm: float | None) -> None:
+        self._max_norm = max_norm
+        self._waiting: list[Tensor] = []
+        self._sums: CalibrationSums | None = None
+
+    def update(self, x: Float[Tensor, "rows d_in"]) -> None:
+        if self._sums is not None:
+            self._sums.update(x)
+            return
+        self._waiting.append(x)
+        if sum(map(len, self._waiting)) >= LIMIT_ROWS:
+            self._settle()
+
+    def finish(self) -> Calibration:
+        return (self._sums or self._settle()).finish()
+
+    def _settle(self) -> CalibrationSums:
+        """Set the limit by the rows that wait, and add them."""
+        self._sums = CalibrationSums(limit_of(self._waiting, self._max_norm))
+        for rows in self._waiting:
+            self._sums.update(rows)
+        self._waiting = []
+        return self._sums
+
+
+def limit_of(rows: Sequence[Float[Tensor, "rows d_in"]], max_norm: float | None) -> float:
+    """The norm above which rows are massive, by `rows` alone; infinite where there is none."""
+    count = sum(map(len, rows))
+    if max_norm is None or not count:
+        return math.inf
+    sums = Sums(rows[0].shape[1], context=1)
+    for some in rows:
+        sums.add(some.float().cpu().numpy(), np.zeros(len(some), np.int64))
+    return sums.statistics().norm_limit(max_norm)
 
 
 def source_of(config: EvaluateConfig, site: Site) -> str:
-    """What the calibration of `site` is made from: the shards' identity and rows, or model, text and blocks."""
+    """What the calibration of `site` is made from: the shards' identity and rows, or model, text and blocks; and which are left
+    out.
+    """
+    version = f"version {CALIBRATION_VERSION} max_norm {config.max_norm}"
     if config.shards is not None:
-        return f"shards {Shards(config.shards / site.folder).identity} {config.pca_rows}"
-    decides = config.model_dump(mode="json", include={"model", "text", "calibration_sequences", "batch_blocks"})
-    return f"text {content_id(decides)} {site.folder}"
+        return f"shards {Shards(config.shards / site.folder).identity} {config.pca_rows} {version}"
+    decides = config.model_dump(mode="json", include={"model", "text", "batch_blocks"})
+    return f"text {content_id(decides | {'blocks': config.calibration_blocks})} {site.folder} {version}"
 
 
-def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> dict[Site, Calibration]:
-    """The calibrations of `sites`; what forward passes they take goes into the scores' cost.
+def calibrate(
+    config: EvaluateConfig, sites: list[Site], language: LanguageModel, advance: Callable[[int], None] = lambda _: None
+) -> dict[Site, Calibration]:
+    """The calibrations of `sites`; what forward passes they take goes into the scores' cost, and `advance` gets their blocks.
 
     Each is kept in the scores folder and made once. ShapeMismatch where the shards are of another model.
     """
@@ -115,9 +163,9 @@ def calibrate(config: EvaluateConfig, sites: list[Site], language: LanguageModel
     missing = [site for site in sites if site not in found]
     began = time.monotonic()
     if config.shards is not None:
-        made = {site: _of_shards(Shards(config.shards / site.folder), config.pca_rows) for site in missing}
+        made = {site: _of_shards(Shards(config.shards / site.folder), config) for site in missing}
     else:
-        made, passes = _of_text(config, missing, language) if missing else ({}, 0)
+        made, passes = _of_text(config, missing, language, advance) if missing else ({}, 0)
         if passes:
             cost = Cost(calibration=passes, seconds=time.monotonic() - began)
             keep_cost(config.out, f"calibration {content_id([source_of(config, site) for site in sites])}", cost)
@@ -150,27 +198,29 @@ def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
         return None
 
 
-def _of_shards(shards: Shards, num_rows: int) -> Calibration:
-    sums = CalibrationSums(torch.as_tensor(shards.statistics.mean, dtype=torch.float64))
-    num_rows = min(num_rows, shards.num_rows)
+def _of_shards(shards: Shards, config: EvaluateConfig) -> Calibration:
+    usual = shards.statistics.usual(config.max_norm)
+    sums = CalibrationSums(usual.norm_limit, torch.as_tensor(usual.mean, dtype=torch.float64))
+    num_rows = min(config.pca_rows, shards.num_rows)
     for start in range(0, num_rows, CHUNK_ROWS):
         sums.update(shards.rows(start, min(start + CHUNK_ROWS, num_rows)))
     return sums.finish()
 
 
-def _of_text(config: EvaluateConfig, sites: list[Site], language: LanguageModel) -> tuple[dict[Site, Calibration], int]:
+def _of_text(
+    config: EvaluateConfig, sites: list[Site], language: LanguageModel, advance: Callable[[int], None]
+) -> tuple[dict[Site, Calibration], int]:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    blocks = islice(read_blocks(config.text, tokenizer, "train"), config.calibration_sequences)
-    sums = {site: CalibrationSums() for site in sites}
+    blocks = islice(read_blocks(config.text, tokenizer, "train"), config.calibration_blocks)
+    sums = {site: _TextSums(config.max_norm) for site in sites}
     passes = 0
-    with meter("calibrate", config.calibration_sequences, "blocks") as progress:
-        for batch in _batches(blocks, config.batch_blocks):
-            input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
-            mask = torch.from_numpy(np.stack([block.mask for block in batch]))
-            for site, activations in capture(language.model, sites, input_ids).items():
-                sums[site].update(activations[mask.to(activations.device)])
-            passes += 1
-            progress.advance(len(batch))
+    for batch in _batches(blocks, config.batch_blocks):
+        input_ids = torch.from_numpy(np.stack([block.input_ids for block in batch])).long()
+        mask = torch.from_numpy(np.stack([block.mask for block in batch]))
+        for site, activations in capture(language.model, sites, input_ids).items():
+            sums[site].update(activations[mask.to(activations.device)])
+        passes += 1
+        advance(len(batch))
     return {site: site_sums.finish() for site, site_sums in sums.items()}, passes
 
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from everyscope.evaluate.calibration import calibrate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.held_out import ranges_of, read_held_out
-from everyscope.evaluate.passes import CHUNK_ACTIVATIONS
+from everyscope.evaluate.passes import CHUNK_ACTIVATIONS, site_rows
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.targets import Target
 from everyscope.sae.folded import Sae
@@ -22,7 +23,7 @@ class Codes:
     """The firings of one SAE on the rows of one batch, by row and then latent; on the CPU."""
 
     num_rows: int
-    """Unmasked rows of the batch, firing or not; the same for all SAEs [tokens]."""
+    """Usual rows of the batch, firing or not; the same for all SAEs of a site [tokens]."""
     row: Int[Tensor, " firings"]
     """Row within the batch, int64."""
     latent: Int[Tensor, " firings"]
@@ -34,18 +35,21 @@ class Codes:
 def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: int) -> Iterator[dict[str, Codes]]:
     """The codes of `targets`, by identity, on the first `num_sequences` held-out blocks, a batch at a time.
 
-    Rows come in the same order for every SAE, so that codes of two can be joined. One batch is in memory at a time, beside the
-    SAEs. Raises as an evaluation does.
+    Rows come in the same order for every SAE of a site, so that codes of two can be joined; massive ones are left out. One batch
+    is in memory at a time, beside the SAEs. Raises as an evaluation does.
     """
     config = config.model_copy(update={"num_sequences": num_sequences})
     held_out, device = read_held_out(config), torch.device(config.model.device)
-    model = load_language_model(config.model).model
+    language = load_language_model(config.model)
+    model = language.model
     saes = {target.identity: rounded(target.sae().to(device), config.sae_dtype) for target in targets}
     sites = sorted({target.site for target in targets})
+    limits = {site: float(calibration.norm_limit) for site, calibration in calibrate(config, sites, language)[0].items()}
     ranges = ranges_of(held_out.num_sequences, (held_out.num_sequences, config.batch_blocks))
     for batch in held_out.batches(ranges, device):
         activations = capture(model, sites, batch.input_ids)
-        yield {target.identity: sparse_codes(saes[target.identity], activations[target.site][batch.mask]) for target in targets}
+        rows = {site: site_rows(found, batch, limits[site]).usual for site, found in activations.items()}
+        yield {target.identity: sparse_codes(saes[target.identity], rows[target.site]) for target in targets}
 
 
 @torch.no_grad()

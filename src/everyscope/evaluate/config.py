@@ -6,12 +6,19 @@ from typing import Literal
 from pydantic import Field
 
 from everyscope.base.schema import Schema
+from everyscope.shards.norms import MAX_NORM, TAIL
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
 
 SaeDtype = Literal["float32", "bfloat16", "int8"]
 """bfloat16: weights and arithmetic; int8: weights on 255 levels per latent, arithmetic in float32."""
+
+
+MOST_CALIBRATION_BLOCKS, LEAST_CALIBRATION_TOKENS = 64, 8192
+"""Without shards, by default [blocks], [tokens]."""
+SAE_BLOCKS_PER_BASELINE, LEAST_BASELINE_BLOCKS = 16, 2
+"""By default baselines, five for a site of one SAE, are spliced in one block of so many; but in so many at least [blocks]."""
 
 
 class EvaluateConfig(Schema):
@@ -34,6 +41,9 @@ class EvaluateConfig(Schema):
     """Evaluate only these SAEs, by their folder below `trained`, as in resid_post/layer_2/width_512_l0_25; None takes all."""
     site_kind: SiteKind | None = None
     """The kind of site of SAEs whose path does not tell it; the layer is always read from the path."""
+    max_norm: float | None = Field(default=MAX_NORM, ge=TAIL)
+    """Rows of a site with more than so many times its median norm are massive: they are not reconstructed, and left out of every
+    number but plain FVU. None reconstructs every row [1]."""
     num_sequences: int = Field(default=2048, gt=0)
     """Held-out blocks that are measured, from the first on; fewer where the text ends early [blocks]."""
     stride: int = Field(default=1, gt=0)
@@ -49,18 +59,33 @@ class EvaluateConfig(Schema):
     """Number format that the SAEs are rounded to before they are evaluated."""
     pca_rows: int = Field(default=2**17, gt=1)
     """Training rows of `shards` behind covariance, norms and thresholds [rows]."""
-    calibration_sequences: int = Field(default=64, gt=0)
-    """Training blocks that are read for the same where there are no shards [blocks]."""
+    calibration_sequences: int | None = Field(default=None, gt=0)
+    """Training blocks that are read for the same where there are no shards. None reads as many as are measured, 64 at most, but
+    8,192 tokens at least [blocks]."""
     uniformity_sequences: int = Field(default=16, ge=0)
     """Blocks, from the first on, on which the uniformity of latents' importance is measured; 0 leaves it out [blocks]."""
     gradient_blocks: int = Field(default=4, gt=0)
     """Blocks per forward pass among those: their passes keep what a backward pass needs [blocks]."""
-    baseline_sequences: int = Field(default=32, ge=0)
-    """Blocks, from the first on, with which the delta loss of PCA, random dictionary and neuron basis is measured; 0 leaves
-    it out [blocks]."""
+    baseline_sequences: int | None = Field(default=None, ge=0)
+    """Blocks, from the first on, in which ablations and baselines are spliced, for their delta loss and the share of loss
+    recovered; 0 leaves these out. None takes so many that they cost at most a third of what the SAEs do [blocks]."""
     resamples: int = Field(default=1000, ge=100)
     """Times that the documents are drawn anew for the intervals [resamples]."""
     interval_level: float = Field(default=0.95, gt=0, lt=1)
     """Share of intervals that hold the true value [1]."""
     seed: int = Field(default=0, ge=0)
     """Seed of random dictionaries and of the documents' drawing."""
+
+    @property
+    def calibration_blocks(self) -> int:
+        """Training blocks that are read where there are no shards [blocks]."""
+        if self.calibration_sequences is not None:
+            return self.calibration_sequences
+        return max(min(self.num_sequences, MOST_CALIBRATION_BLOCKS), -(-LEAST_CALIBRATION_TOKENS // self.text.context))
+
+    @property
+    def baseline_blocks(self) -> int:
+        """Blocks in which baselines are spliced. An SAE has three of its own, and its site two ablations [blocks]."""
+        if self.baseline_sequences is not None:
+            return min(self.baseline_sequences, self.num_sequences)
+        return min(max(LEAST_BASELINE_BLOCKS, self.num_sequences // SAE_BLOCKS_PER_BASELINE), self.num_sequences)

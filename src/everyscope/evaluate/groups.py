@@ -1,4 +1,4 @@
-"""Sums by group: one mechanism for documents, positions, speakers and norms.
+"""Sums by group: one mechanism for documents, positions and speakers.
 
 Every row has an integer group along each axis; a table holds the sums of some columns for each group of an axis. So what is
 true of the whole set can be asked of any part of it, and an interval is a ratio of sums over resampled documents.
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from everyscope.sae.metrics import centred_squares
 
 Axis = str
-"""document, position, segment, turn or norm."""
+"""document, position, segment or turn."""
 Groups = Mapping[Axis, Int[Tensor, " rows"]]
 """The group of each row along each axis, int64."""
 
@@ -46,7 +46,7 @@ class Tables:
         return self.axes["document"].sum(0).cpu()
 
 
-def part(groups: Groups, rows: slice) -> Groups:
+def part(groups: Groups, rows: "slice | Bool[Tensor, ' all_rows']") -> Groups:
     """The groups of some of the rows."""
     return {axis: index[rows] for axis, index in groups.items()}
 

@@ -52,6 +52,11 @@ class Batch:
         block, position = counted_positions(self.mask)
         return _groups(self.units[block, position], position, self.segments[block, position + 1])
 
+    @property
+    def block_of_loss(self) -> Int[Tensor, " n"]:
+        """The number of the block of each of these positions."""
+        return self.start + counted_positions(self.mask)[0]
+
 
 def _groups(units: Int[Tensor, " n"], positions: Int[Tensor, " n"], segments: Int[Tensor, " n"]) -> Groups:
     """All axes; a turn is what one side says in one document."""
@@ -92,11 +97,6 @@ class HeldOut:
         units = int(self.units.max()) + 1
         turns = {} if self.segments is None else {"turn": units * len(SEGMENTS)}
         return {"document": units, "position": self.context, "segment": len(SEGMENTS), **turns}
-
-    @property
-    def row_sizes(self) -> Mapping[str, int]:
-        """Groups along the axes that activations have: norm is 1 for the largest, else 0."""
-        return {**self.sizes, "norm": 2}
 
     def batches(self, ranges: list[range], device: torch.device) -> Iterator[Batch]:
         """The blocks of each range as a batch on `device`."""

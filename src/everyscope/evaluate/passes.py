@@ -1,6 +1,6 @@
 """One batch of an evaluation: a clean forward pass for all SAEs, then one spliced pass for each, from its layer on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from everyscope.evaluate.calibration import Calibration
-from everyscope.evaluate.groups import Groups, moments, part
+from everyscope.evaluate.groups import Groups, Tables, moments, part
 from everyscope.evaluate.held_out import Batch
 from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
 from everyscope.evaluate.sums import SaeState, SaeSums
 from everyscope.evaluate.targets import Target
 from everyscope.evaluate.uniformity import centred_logits
 from everyscope.sae.folded import Sae
+from everyscope.sae.metrics import RowMeasures
+from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import Activations, capturing
 from everyscope.sites.hooks import visiting
 from everyscope.sites.names import Site
@@ -38,11 +40,17 @@ class Evaluated:
     """By the identity of their scores, rounded as the config says, on the model's device."""
     calibrations: dict[Site, Calibration]
     """On the model's device."""
+    baseline_blocks: int
+    """Blocks, from the first on, in which ablations are spliced too [blocks]."""
 
     @property
     def sites(self) -> list[Site]:
         """The sites that have an SAE here, in order."""
         return sorted({target.site for target in self.targets})
+
+    def limit(self, site: Site) -> float:
+        """The norm above which rows are massive."""
+        return float(self.calibrations[site].norm_limit)
 
 
 @dataclass(frozen=True)
@@ -89,45 +97,94 @@ def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool
 
 @torch.no_grad()
 def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_gradients: bool, passed: Callable[[], None]) -> None:
-    """Add one batch to `state`. Masked positions keep their clean activations in every pass; `passed` is called after each."""
+    """Add one batch to `state`. Masked and massive positions keep their clean activations in every pass; `passed` is called after
+    each.
+    """
     clean = clean_pass(evaluated.model, evaluated.sites, batch, with_gradients)
     losses, loss_groups = next_token_losses(clean.logits, batch.input_ids, batch.mask), batch.loss_groups
     state.clean.add(loss_groups, torch.stack([torch.ones_like(losses), losses], dim=1))
+    in_head = batch.block_of_loss < evaluated.baseline_blocks
+    head_groups = part(loss_groups, in_head)
+    state.head.add(head_groups, torch.stack([torch.ones_like(losses), losses], dim=1)[in_head])
     passed()
+    row_groups = batch.row_groups
     for site in evaluated.sites:
-        rows, calibration = clean.activations[site][batch.mask], evaluated.calibrations[site]
-        is_large = rows.double().norm(dim=1) > calibration.norm_threshold
-        groups = {**batch.row_groups, "norm": is_large.long()}
-        step = max(1, CHUNK_ACTIVATIONS // rows.shape[-1])
-        for start in range(0, len(rows), step):
-            some = slice(start, start + step)
-            state.sites[site].add(part(groups, some), moments(rows[some], calibration.mean))
-        gradient = clean.gradients[site][batch.mask] if with_gradients else None
+        calibration, here = evaluated.calibrations[site], site_rows(clean.activations[site], batch, evaluated.limit(site))
+        groups, massive_groups = part(row_groups, here.is_usual), part(row_groups, ~here.is_usual)
+        _add_moments(state.sites[site], groups, here.usual, calibration.mean)
+        _add_moments(state.massive[site], massive_groups, here.massive, calibration.mean)
+        gradient = clean.gradients[site][here.mask] if with_gradients else None
         for target in (target for target in evaluated.targets if target.site == site):
-            sums = state.saes[target.identity]
-            x_hat = reconstruct(evaluated.saes[target.identity], rows, groups, sums, gradient)
-            logits = spliced_logits(evaluated.model, batch.input_ids, site, x_hat, batch.mask, clean.activations)
+            sae, sums = evaluated.saes[target.identity], state.saes[target.identity]
+            x_hat = reconstruct(sae, here.usual, groups, sums, gradient)
+            measure_massive(sae, here.massive, massive_groups, sums)
+            logits = spliced_logits(evaluated.model, batch.input_ids, site, x_hat, here.mask, clean.activations)
             measured = losses_and_divergences(logits, clean.logits, batch.input_ids, batch.mask, f"{target.place} spliced in")
             sums.losses.add(loss_groups, torch.stack(measured, dim=1))
+            sums.head.add(head_groups, measured[0][in_head, None])
             passed()
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """The unmasked activations of one site in one batch, divided."""
+
+    usual: Float[Tensor, "n d_in"]
+    massive: Float[Tensor, "m d_in"]
+    is_usual: Bool[Tensor, " rows"]
+    """Of unmasked rows, in order."""
+    mask: Bool[Tensor, "batch ctx"]
+    """True at usual positions: those that are spliced."""
+
+
+def site_rows(activations: Float[Tensor, "batch ctx d_in"], batch: Batch, norm_limit: float) -> SiteRows:
+    """The rows of a batch, massive ones apart."""
+    rows = activations[batch.mask]
+    is_usual, mask = ~is_massive(rows, norm_limit), batch.mask.clone()
+    mask[batch.mask] = is_usual
+    return SiteRows(rows[is_usual], rows[~is_usual], is_usual, mask)
 
 
 def reconstruct(
     sae: Sae, rows: Float[Tensor, "n d_in"], groups: Groups, sums: SaeSums, gradient: Float[Tensor, "n d_in"] | None = None
 ) -> Float[Tensor, "n d_in"]:
-    """The reconstruction of unmasked rows, a chunk at a time, each chunk added to `sums`."""
-    chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
+    """The reconstruction of usual rows, a chunk at a time, each chunk added to `sums`."""
     reconstructions = []
-    for start in range(0, len(rows), chunk):
-        some = slice(start, start + chunk)
-        f = sae.encode(rows[some])
-        x_hat = sae.decode(f)
+    for some, x_hat, f in _reconstructed(sae, rows):
         measures = sums.reconstruction.update(rows[some], x_hat, f)
-        sums.rows.add(part(groups, some), torch.stack([measures.errors, measures.cosines, measures.firings], dim=1))
+        sums.rows.add(part(groups, some), _columns(measures))
         if gradient is not None:
             sums.uniformity.update(f, gradient[some], sae.w_dec)
         reconstructions.append(x_hat)
     return torch.cat(reconstructions) if reconstructions else rows.float()
+
+
+def measure_massive(sae: Sae, rows: Float[Tensor, "n d_in"], groups: Groups, sums: SaeSums) -> None:
+    """Add massive rows, which nothing but plain FVU counts."""
+    for some, x_hat, f in _reconstructed(sae, rows):
+        sums.massive_rows.add(part(groups, some), _columns(sums.massive.update(rows[some], x_hat, f)))
+
+
+def _reconstructed(
+    sae: Sae, rows: Float[Tensor, "n d_in"]
+) -> Iterator[tuple[slice, Float[Tensor, "chunk d_in"], Float[Tensor, "chunk d_sae"]]]:
+    """A chunk of the rows at a time: which, their reconstructions and their latents."""
+    chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
+    for start in range(0, len(rows), chunk):
+        some = slice(start, start + chunk)
+        f = sae.encode(rows[some])
+        yield some, sae.decode(f), f
+
+
+def _add_moments(tables: Tables, groups: Groups, rows: Float[Tensor, "n d_in"], reference: Float[Tensor, " d_in"]) -> None:
+    step = max(1, CHUNK_ACTIVATIONS // rows.shape[-1])
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        tables.add(part(groups, some), moments(rows[some], reference))
+
+
+def _columns(measures: RowMeasures) -> Float[Tensor, "rows 3"]:
+    return torch.stack([measures.errors, measures.cosines, measures.firings], dim=1)
 
 
 def spliced_logits(
@@ -138,7 +195,7 @@ def spliced_logits(
     mask: Bool[Tensor, "batch ctx"],
     activations: Activations,
 ) -> Float[Tensor, "batch ctx vocab"]:
-    """The logits with `rows` at the unmasked positions of `site`. Only what lies above the site is computed.
+    """The logits with `rows` at the positions of `site` where `mask` is True. Only what lies above the site is computed.
 
     `activations` are those of the clean pass: the site's own, and of the residual stream that enters its block.
     """

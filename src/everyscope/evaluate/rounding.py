@@ -1,14 +1,13 @@
 """SAEs in shorter number formats: what they cost when they are stored, or run, in fewer bits."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.evaluate.config import SaeDtype
-from everyscope.sae.folded import Sae
+from everyscope.sae.folded import PARAMETERS, Sae
 
 LEVELS = 127
 """The largest integer of a weight in int8; -128 is not used, so that the scale is symmetric."""
@@ -19,8 +18,15 @@ def rounded(sae: Sae, dtype: SaeDtype) -> Sae:
     return ROUNDINGS[dtype](sae)
 
 
+def _cast(sae: Sae, dtype: torch.dtype) -> Sae:
+    return Sae(*(getattr(sae, name).to(dtype) for name in PARAMETERS), metadata=sae.metadata)
+
+
 def _int8(sae: Sae) -> Sae:
-    return replace(sae, w_enc=per_latent(sae.w_enc.T).T.contiguous(), w_dec=per_latent(sae.w_dec))
+    sae = _cast(sae, torch.float32)
+    return Sae(
+        per_latent(sae.W_enc.T).T.contiguous(), per_latent(sae.W_dec), sae.b_enc, sae.b_dec, sae.threshold, metadata=sae.metadata
+    )
 
 
 def per_latent(weights: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
@@ -30,7 +36,7 @@ def per_latent(weights: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_i
 
 
 ROUNDINGS: dict[SaeDtype, Callable[[Sae], Sae]] = {
-    "float32": lambda sae: sae.to(torch.float32),
-    "bfloat16": lambda sae: sae.to(torch.bfloat16),
-    "int8": lambda sae: _int8(sae.to(torch.float32)),
+    "float32": lambda sae: _cast(sae, torch.float32),
+    "bfloat16": lambda sae: _cast(sae, torch.bfloat16),
+    "int8": _int8,
 }

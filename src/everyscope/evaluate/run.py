@@ -6,8 +6,9 @@ scores are there are skipped, without loading the model; a killed evaluation goe
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from everyscope.base.errors import ShapeMismatch
 from everyscope.base.files import PARTIAL
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter, say
+from everyscope.base.progress import say
 from everyscope.evaluate import baseline_sweep
 from everyscope.evaluate.baseline_sweep import Measured, measure_baselines
 from everyscope.evaluate.baselines import Baseline, baselines_of
@@ -25,13 +26,15 @@ from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
-from everyscope.evaluate.intervals import resample_site
+from everyscope.evaluate.intervals import resample_ablations, resample_site
+from everyscope.evaluate.layouts import embedding_scale, of_embeddings
 from everyscope.evaluate.passes import Evaluated, measure_batch
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.scores import Findings, metrics_of, write_scores
 from everyscope.evaluate.sums import SaeState, SaeSums, State
 from everyscope.evaluate.targets import Target, load_targets
 from everyscope.evaluate.uniformity import UniformitySums
+from everyscope.evaluate.work import Counter, Work, counted
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
@@ -53,9 +56,10 @@ class EvaluateResult:
     """SAEs whose scores were there already."""
 
 
-def run(config: EvaluateConfig) -> EvaluateResult:
+def run(config: EvaluateConfig, progress: Counter | None = None) -> EvaluateResult:
     """Score every SAE that the config asks for and that has no scores under this config yet.
 
+    It has one bar, or counts on `progress`, which expects as many blocks as `planned_blocks` says.
     Raises DataError (no SAE, no token to measure), ShapeMismatch and NonFinite (SAE, shards and model do not fit, or break
     down), ModelError and TextError (model or text cannot be read), ConfigError, StorageError.
     """
@@ -72,7 +76,9 @@ def run(config: EvaluateConfig) -> EvaluateResult:
                 f"The held-out text ends after {held_out.num_sequences} of {config.num_sequences} sequences; "
                 "the scores are of those"
             )
-        _evaluate(config, held_out, [group for group in groups if group.pending])
+        pending = [group for group in groups if group.pending]
+        with counted("evaluate", config, [len(group.pending) for group in pending], progress) as work:
+            _evaluate(config, held_out, pending, work)
     for name in (PROGRESS_FILE, baseline_sweep.PROGRESS_FILE):
         for leftover in (config.out / name, config.out / (name + PARTIAL)):
             leftover.unlink(missing_ok=True)
@@ -95,23 +101,29 @@ def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:
     return (targets[start : start + size] for start in range(0, len(targets), size))
 
 
-def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group]) -> None:
+def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], work: Work) -> None:
     """Both sweeps and the scores of each group in turn."""
     language, device = load_language_model(config.model), torch.device(config.model.device)
-    sites = sorted({target.site for group in groups for target in group.pending})
-    calibrations = {site: calibration.to(device) for site, calibration in calibrate(config, sites, language).items()}
+    pending = [target for group in groups for target in group.pending]
+    calibrations = calibrate(config, sorted({target.site for target in pending}), language, work.advance)
+    calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
+    has_unscaled = any(target.is_of_unscaled_embeddings for target in pending)
+    scale = embedding_scale(language.model) if has_unscaled else 1.0
     for group in groups:
-        saes = {target.identity: _load(target, calibrations[target.site], config, device) for target in group.pending}
-        evaluated = Evaluated(language.model, group.pending, saes, calibrations)
-        state, cost = _measure(config, held_out, evaluated)
+        saes = {target.identity: _load(target, calibrations[target.site], config, device, scale) for target in group.pending}
+        evaluated = Evaluated(language.model, group.pending, saes, calibrations, config.baseline_blocks)
+        state, cost = _measure(config, held_out, evaluated, work)
         keep_cost(config.out, f"saes {group.identity}", cost)
-        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group.pending, state))
+        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group.pending, state), work)
         _write(config, held_out, evaluated, state, baselines)
         (config.out / PROGRESS_FILE).unlink(missing_ok=True)
 
 
-def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device) -> Sae:
+def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device, scale: float) -> Sae:
+    """The SAE, rounded; `scale` is what the model multiplies rows of its embedding matrix by."""
     sae = target.sae()
+    if target.is_of_unscaled_embeddings:
+        sae = of_embeddings(sae, scale)
     if sae.d_in != (want := len(calibration.mean)):
         raise ShapeMismatch(
             f"{target.folder}: the SAE has d_in={sae.d_in}, {target.site} of {config.model.name} gives {want}; "
@@ -122,23 +134,31 @@ def _load(target: Target, calibration: Calibration, config: EvaluateConfig, devi
 
 def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
     """Empty sums for every site and SAE."""
-    sizes, row_sizes = held_out.sizes, held_out.row_sizes
+    sizes, documents = held_out.sizes, {"document": held_out.sizes["document"]}
     calibrations = evaluated.calibrations
     device = next(iter(calibrations.values())).mean.device
-    sites = {site: Tables.start(row_sizes, 2 + len(calibrations[site].mean), device) for site in evaluated.sites}
-    saes = {
-        target.identity: SaeSums(
-            ReconstructionSums.start(calibrations[target.site].mean, evaluated.saes[target.identity].d_sae),
-            Tables.start(row_sizes, 3, device),
+
+    def moments_of(sizes: Mapping[str, int]) -> dict[Site, Tables]:
+        return {site: Tables.start(sizes, 2 + len(calibrations[site].mean), device) for site in evaluated.sites}
+
+    def sums_of(target: Target) -> SaeSums:
+        mean, d_sae = calibrations[target.site].mean, evaluated.saes[target.identity].d_sae
+        return SaeSums(
+            ReconstructionSums.start(mean, d_sae),
+            ReconstructionSums.start(mean, d_sae),
+            Tables.start(sizes, 3, device),
+            Tables.start(documents, 3, device),
             Tables.start(sizes, 2, device),
+            Tables.start(documents, 1, device),
             UniformitySums.start(),
         )
-        for target in evaluated.targets
-    }
-    return SaeState(Tables.start(sizes, 2, device), sites, saes)
+
+    saes = {target.identity: sums_of(target) for target in evaluated.targets}
+    clean, head = Tables.start(sizes, 2, device), Tables.start(documents, 2, device)
+    return SaeState(clean, head, moments_of(sizes), moments_of(documents), saes)
 
 
-def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) -> tuple[SaeState, Cost]:
+def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, work: Work) -> tuple[SaeState, Cost]:
     """Sweep over all batches that are still to do, saving now and then and at the end."""
     state, progress = _start(held_out, evaluated), config.out / PROGRESS_FILE
     sweep = State(state.parts, held_out.identity)
@@ -146,22 +166,20 @@ def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated) ->
     heads = (config.uniformity_sequences, min(config.gradient_blocks, config.batch_blocks))
     ranges = ranges_of(held_out.num_sequences, heads, (held_out.num_sequences, config.batch_blocks))
     per_batch = 1 + len(evaluated.targets)
-    with meter("evaluate", len(ranges) * per_batch, "passes") as progress_meter:
-        if sweep.batches:
-            progress_meter.advance(sweep.batches * per_batch, is_resumed=True)
-        for batch in held_out.batches(ranges[sweep.batches :], torch.device(config.model.device)):
-            began, with_gradients = time.monotonic(), batch.start < config.uniformity_sequences
-            measure_batch(evaluated, state, batch, with_gradients, progress_meter.advance)
-            sweep.batches += 1
-            sweep.cost += Cost(
-                clean=1,
-                spliced=len(evaluated.targets),
-                backwards=int(with_gradients),
-                seconds=time.monotonic() - began,
-                tokens=batch.input_ids.numel(),
-            )
-            if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges) or sweep.is_due:
-                sweep.save(progress)
+    work.advance(per_batch * sum(map(len, ranges[: sweep.batches])), is_resumed=True)
+    for batch in held_out.batches(ranges[sweep.batches :], torch.device(config.model.device)):
+        began, with_gradients = time.monotonic(), batch.start < config.uniformity_sequences
+        measure_batch(evaluated, state, batch, with_gradients, partial(work.advance, len(batch.input_ids)))
+        sweep.batches += 1
+        sweep.cost += Cost(
+            clean=1,
+            spliced=len(evaluated.targets),
+            backwards=int(with_gradients),
+            seconds=time.monotonic() - began,
+            tokens=batch.input_ids.numel(),
+        )
+        if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges) or sweep.is_due:
+            sweep.save(progress)
     return state, sweep.cost
 
 
@@ -178,7 +196,8 @@ def _write(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, stat
     """The scores of every SAE of a group."""
     resampler = Resampler(held_out.sizes["document"], config.resamples, config.interval_level, config.seed)
     for site in evaluated.sites:
-        resamples = resample_site(resampler, state.sites[site], state.clean, baselines.sites[site].ablated)
+        ablations = resample_ablations(config, state.head, baselines.sites[site].ablated)
+        resamples = resample_site(resampler, state, site, ablations)
         found = Findings(config, held_out, state, evaluated.calibrations[site], baselines, resamples)
         for target in (target for target in evaluated.targets if target.site == site):
             write_scores(target.scores, metrics_of(target, found), state.saes[target.identity].reconstruction)

@@ -1,5 +1,6 @@
 """From sums to the two files of one SAE's scores: metrics.json and latents.parquet. No dates: equal sums give equal bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from everyscope.base.files import write_sealed
 from everyscope.base.tables import write_table
 from everyscope.evaluate.baseline_sweep import Measured, SiteBaselines
 from everyscope.evaluate.baselines import baselines_of
-from everyscope.evaluate.breakdowns import by_position, by_segment, firing, high_norm, ratio
+from everyscope.evaluate.breakdowns import by_position, by_segment, firing, massive, ratio
 from everyscope.evaluate.calibration import Calibration
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.groups import Tables
@@ -46,22 +47,28 @@ def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
     """Everything metrics.json says about one SAE. Losses in nats/token; fractions in [1]; null where a ratio is undefined."""
     config, held_out = found.config, found.held_out
     sae, moments = found.state.saes[target.identity], found.state.sites[target.site]
+    intervals, losses = intervals_of(sae, found.resamples), _losses(sae, found.state)
+    ablations = _ablations(sae, found.state, found.baselines.sites[target.site], intervals)
     return {
         "site": target.site.kind,
         "layer": target.site.layer,
         "d_in": len(sae.reconstruction.reference),
         "width": len(sae.reconstruction.firings),
-        **_reconstruction(sae.reconstruction),
-        **_losses(sae, found.state, found.baselines.sites[target.site]),
-        "intervals": intervals_of(sae, found.resamples),
+        **_reconstruction(sae),
+        **losses,
+        **ablations,
+        "loss_zero_ablated": _raised(losses["loss_clean"], ablations["delta_loss_zero"]),
+        "loss_mean_ablated": _raised(losses["loss_clean"], ablations["delta_loss_mean"]),
+        "intervals": intervals | ({"loss_recovered": None} if ablations["loss_recovered"] is None else {}),
         "interval_level": config.interval_level,
-        **_baselines(target, found),
+        **_baselines(target, found, ablations),
         "by_position": by_position(sae, moments, found.state.clean),
         "by_segment": _turns(sae, moments, found),
         "firing": firing(sae.reconstruction),
         "uniformity": sae.uniformity.as_json(),
-        "high_norm": high_norm(sae, moments, float(found.calibration.norm_threshold)),
-        "num_tokens": sae.reconstruction.num_tokens,
+        "massive": massive(sae, config.max_norm, float(found.calibration.norm_limit)),
+        "num_tokens": sae.reconstruction.num_tokens + int(sae.massive.count),
+        "num_usual_tokens": sae.reconstruction.num_tokens,
         "num_loss_tokens": int(found.state.clean.total[0]),
         "num_documents": held_out.num_documents,
         "num_sequences": held_out.num_sequences,
@@ -84,60 +91,97 @@ def _turns(sae: SaeSums, moments: Tables, found: Findings) -> dict[str, Any] | N
     return {name: {**numbers[name], "intervals": intervals[name]} for name in SEGMENTS}
 
 
-def _reconstruction(sums: ReconstructionSums) -> dict[str, Any]:
-    names = ("l0", "fvu", "fvu_uncentred", "mse", "cosine", "l2_ratio", "reconstruction_bias", "dead_fraction", "dense_fraction")
-    return {name: getattr(sums, name) for name in names}
+def _reconstruction(sae: SaeSums) -> dict[str, Any]:
+    """Plain FVU is of all rows, everything else of the usual ones."""
+    whole, usual = sae.reconstruction.merged(sae.massive), sae.reconstruction
+    names = ("mse", "cosine", "l2_ratio", "reconstruction_bias", "dead_fraction", "dense_fraction")
+    return {
+        "l0": usual.l0,
+        "fvu": whole.fvu,
+        "fvu_usual": usual.fvu,
+        "fvu_uncentred": whole.fvu_uncentred,
+        **{name: getattr(usual, name) for name in names},
+    }
 
 
-def _losses(sae: SaeSums, state: SaeState, baselines: SiteBaselines) -> dict[str, Any]:
-    """Losses with the SAE and with ablations, over the same positions."""
+def _losses(sae: SaeSums, state: SaeState) -> dict[str, Any]:
+    """Losses with the SAE and without, over all blocks."""
     count, clean_sum = state.clean.total.tolist()
     if not count:
         raise DataError("no position of the held-out text counts for the loss; give more text")
     spliced, kl = (sae.losses.total / count).tolist()
-    zero, mean = (baselines.ablated.total / count).tolist()
     clean = clean_sum / count
-    return {
-        "delta_loss": spliced - clean,
-        "kl": kl,
-        "loss_recovered": loss_recovered(clean, spliced, mean),
-        "loss_recovered_zero": loss_recovered(clean, spliced, zero),
-        "loss_clean": clean,
-        "loss_spliced": spliced,
-        "loss_zero_ablated": zero,
-        "loss_mean_ablated": mean,
-        "delta_loss_zero": zero - clean,
-        "delta_loss_mean": mean - clean,
-    }
+    return {"delta_loss": spliced - clean, "kl": kl, "loss_clean": clean, "loss_spliced": spliced}
 
 
-def _baselines(target: Target, found: Findings) -> dict[str, Any]:
-    """FVU, L0 and delta loss of everything that an SAE must beat; of the ablations, over all blocks."""
+def _ablations(sae: SaeSums, state: SaeState, site: SiteBaselines, intervals: dict[str, list[float] | None]) -> dict[str, Any]:
+    """What zeros and the training mean cost over the blocks in which they were spliced, and what of that the SAE recovers there.
+
+    A share is null, with the reason, where the cost is within its own noise; all is null where nothing was spliced.
+    """
+    names, shares = ("zero", "mean"), ("loss_recovered_zero", "loss_recovered")
+    count, clean_sum = state.head.total.tolist()
+    if not count:
+        nothing: dict[str, Any] = {f"delta_loss_{name}": None for name in names} | dict.fromkeys(shares)
+        return nothing | {f"{share}_reason": "no block was spliced with ablations" for share in shares}
+    clean, spliced = clean_sum / count, float(sae.head.total[0]) / count
+    found: dict[str, Any] = {}
+    for name, share, ablated in zip(names, shares, (site.ablated.total / count).tolist(), strict=True):
+        cost = ablated - clean
+        reason = too_cheap(cost, intervals[f"delta_loss_{name}"])
+        found[f"delta_loss_{name}"] = cost
+        found[share] = None if reason else (ablated - spliced) / cost
+        found[f"{share}_reason"] = reason and f"{name} ablation {reason}"
+    return found
+
+
+def _baselines(target: Target, found: Findings, ablations: dict[str, Any]) -> dict[str, Any]:
+    """FVU, L0 and delta loss of everything that an SAE must beat."""
     sae, site = found.state.saes[target.identity], found.baselines.sites[target.site]
-    sums, losses = sae.reconstruction, _losses(sae, found.state, site)
-    spread = sums.centred_squares
+    usual, whole = sae.reconstruction, sae.reconstruction.merged(sae.massive)
+
+    def fvus(errors: float, usual_errors: float) -> dict[str, float]:
+        return {"fvu": errors / whole.centred_squares, "fvu_usual": usual_errors / usual.centred_squares}
+
     rows: dict[str, dict[str, Any]] = {
-        "zero": {"fvu": float(sums.squares) / spread, "l0": None, "delta_loss": losses["delta_loss_zero"]},
-        "mean": {"fvu": float(sums.shifted_squares) / spread, "l0": None, "delta_loss": losses["delta_loss_mean"]},
+        "zero": {**fvus(float(whole.squares), float(usual.squares)), "l0": None, "delta_loss": ablations["delta_loss_zero"]},
+        "mean": {
+            **fvus(float(whole.shifted_squares), float(usual.shifted_squares)),
+            "l0": None,
+            "delta_loss": ablations["delta_loss_mean"],
+        },
     }
-    for baseline in baselines_of(sums.l0, len(sums.firings)):
+    for baseline in baselines_of(usual.l0, len(usual.firings)):
         measured = found.baselines.sizes[target.site, baseline]
         is_random = baseline.kind == "random_dictionary"
+        of_usual, of_massive = (float(measured.errors), float(measured.massive_errors)) if is_random else site.errors(baseline)
         rows[baseline.kind] = {
-            "fvu": (float(measured.errors) if is_random else site.error(baseline)) / spread,
-            "l0": ratio(float(measured.firings), float(measured.rows)) if is_random else min(baseline.size, len(site.pca)),
+            **fvus(of_usual + of_massive, of_usual),
+            "l0": ratio(float(measured.firings), float(measured.rows)) if is_random else min(baseline.size, site.pca.shape[1]),
             "delta_loss": measured.delta_loss,
         }
     return {
         "fvu_pca": rows["pca"]["fvu"],
+        "fvu_pca_usual": rows["pca"]["fvu_usual"],
         "baselines": rows,
-        "baseline_sequences": min(found.config.baseline_sequences, found.held_out.num_sequences),
+        "baseline_sequences": min(found.config.baseline_blocks, found.held_out.num_sequences),
     }
 
 
-def loss_recovered(clean: float, spliced: float, ablated: float) -> float | None:
-    """(ablated - spliced) / (ablated - clean) [1]: 1 where splicing costs nothing, 0 where it costs as much as ablation."""
-    return (ablated - spliced) / (ablated - clean) if ablated != clean else None
+def too_cheap(cost: float, interval: Sequence[float] | None) -> str | None:
+    """Why no share of an ablation's cost can be given; None where it can.
+
+    A share of a cost that is within its own noise is noise: a cost [nats/token] must be known to better than half of itself.
+    """
+    if interval is None:
+        return f"costs {cost:.3g} nats/token, with noise that nobody knows: its interval needs two documents"
+    if min(interval) <= cost / 2:
+        return f"costs {cost:.3g} nats/token, within its noise: [{interval[0]:.3g}, {interval[1]:.3g}]"
+    return None
+
+
+def _raised(clean: float, cost: float | None) -> float | None:
+    return None if cost is None else clean + cost
 
 
 def describe_text(text: TextConfig) -> str:

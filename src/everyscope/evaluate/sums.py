@@ -30,11 +30,17 @@ class SaeSums:
     """What is summed per SAE."""
 
     reconstruction: ReconstructionSums
-    """Errors, sparsity and latents, over all rows."""
+    """Errors, sparsity and latents, over usual rows."""
+    massive: ReconstructionSums
+    """The same over massive rows."""
     rows: Tables
-    """||x - x_hat||^2, cosine and latents that fire, by group."""
+    """||x - x_hat||^2, cosine and latents that fire, of usual rows by group."""
+    massive_rows: Tables
+    """The same of massive rows, by document."""
     losses: Tables
     """Loss with the reconstruction in the activations' place and KL(clean || spliced), by group."""
+    head: Tables
+    """That loss, by document, over the blocks in which ablations are spliced too."""
     uniformity: UniformitySums
     """Entropies of attributions."""
 
@@ -94,16 +100,21 @@ class SaeState:
 
     clean: Tables
     """Positions and loss of the untouched model, by group."""
+    head: Tables
+    """The same by document, over the blocks in which ablations are spliced too."""
     sites: dict[Site, Tables]
-    """Moments of each site's activations, by group."""
+    """Moments of each site's usual activations, by group."""
+    massive: dict[Site, Tables]
+    """Those of its massive ones, by document."""
     saes: dict[str, SaeSums]
     """By the identity of the SAE's scores."""
 
     @property
     def parts(self) -> dict[str, Any]:
         """All of them, by name."""
-        named: dict[str, Any] = {"clean": self.clean}
+        named: dict[str, Any] = {"clean": self.clean, "head": self.head}
         named |= {f"sites.{site.folder}": tables for site, tables in self.sites.items()}
+        named |= {f"massive.{site.folder}": tables for site, tables in self.massive.items()}
         return named | {f"saes.{identity}": sums for identity, sums in self.saes.items()}
 
 

@@ -32,11 +32,14 @@ def attributions(
     return f.float() * (gradient.float() @ w_dec.float().T)
 
 
-def attribution_entropy(y: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
-    """Entropy of |y| / sum |y| over the latents [nats], float64; NaN where y is all zeros."""
+def attribution_entropy(y: Float[Tensor, " firings"], firing: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Entropy of |y| / sum |y| over the latents that fire on each row [nats], float64; NaN where their y are all zeros.
+
+    `y` has the latents that fire, row after row, and `firing` their number in each. Of 16k latents 50 do: the rest add nothing.
+    """
     sizes = y.abs().double()
-    total = sizes.sum(1)
-    return total.log() - torch.xlogy(sizes, sizes).sum(1) / total
+    total, spread = (torch.segment_reduce(some, "sum", lengths=firing) for some in (sizes, torch.xlogy(sizes, sizes)))
+    return total.log() - spread / total
 
 
 @dataclass
@@ -61,10 +64,12 @@ class UniformitySums:
         self, f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], w_dec: Float[Tensor, "d_sae d_in"]
     ) -> None:
         """Add unmasked rows. Those without any attribution, as the last of a block, which predicts nothing, are left out."""
-        y = attributions(f, gradient, w_dec)
-        is_used = (y != 0).any(1)
-        entropy, firing = attribution_entropy(y[is_used]), (f[is_used] > 0).sum(1)
-        self.count += int(is_used.sum())
+        fires = f > 0
+        firing = fires.sum(1)
+        entropy = attribution_entropy(attributions(f, gradient, w_dec)[fires], firing)
+        is_used = ~entropy.isnan()
+        entropy, firing = entropy[is_used], firing[is_used]
+        self.count += len(entropy)
         self.entropies += entropy.sum().cpu()
         self.effective += entropy.exp().sum().cpu()
         self.ratios += (entropy.exp() / firing).sum().cpu()

@@ -11,6 +11,7 @@ rows, or for other limits, later: what is sealed stays as it is, and new buckets
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from everyscope.shards.manifest import (
     sidecar_path,
 )
 from everyscope.sites.names import Site
+from everyscope.text.corpora import GIVEN
+from everyscope.text.identity import text_identity
 
 OWNER = "harvest.json"
 """The file that says whose folder it is."""
@@ -43,7 +46,7 @@ class HarvestFolder:
     """The files of one harvest below `config.out`."""
 
     def __init__(self, config: HarvestConfig, parents: dict[str, str]) -> None:
-        """Does nothing to the disk yet; `parents` are the identities of what the harvest is made from."""
+        """Does nothing to the disk yet; `parents` are the identities of what the harvest is made from, beside its text."""
         self.path, self.config = config.out, config
         self.tokens = config.out / TOKENS
         self.sites: dict[Site, Path] = {site: config.out / site.folder for site in config.sites}
@@ -64,7 +67,7 @@ class HarvestFolder:
         """What harvest.json is to say: whose the folder is, and its history where it has one."""
         history = {"max_bytes": self.config.max_bytes, "stops": list(self.stops), "earlier": self._earlier}
         kept = {name: value for name, value in history.items() if value}
-        return {"config": self.config.record(), "parents": self._parents, **kept}
+        return {"config": self.config.record(), "parents": self._parents | self._text, **kept}
 
     @property
     def sealed_config(self) -> dict[str, Any]:
@@ -78,13 +81,29 @@ class HarvestFolder:
     def parents(self, folder: Path) -> dict[str, str]:
         """What a manifest says of its parents; `earlier` is the identity that the folder had before the harvest went on."""
         earlier = self._earlier.get(self.name(folder))
-        return self._parents | ({"earlier": earlier} if earlier else {})
+        text = {} if self.config.text.source in GIVEN else self._text  # the library's is that of the machine: harvest.json has it
+        return self._parents | text | ({"earlier": earlier} if earlier else {})
 
     def check_owner(self) -> None:
         """ConfigError, naming each field that differs, where the folder holds shards of another harvest."""
         held = self._held()
         if held is not None:
             self._refuse_others(held)
+
+    def text_before(self) -> str | None:
+        """The identity of the text that the folder's shards are from, where that is not the text of today."""
+        before, now = (self._held() or {}).get("parents", {}).get("text"), self._text.get("text")
+        return before if before is not None and now is not None and before != now else None
+
+    def check_text(self) -> None:
+        """ConfigError where shards are to be written beside those of a text that has changed since."""
+        before = self.text_before()
+        if before is not None:
+            raise ConfigError(
+                f"{self.path}: the text ({self.config.text.origin}) has changed since this harvest began: parents.text is "
+                f"{before!r} there and {self._text['text']!r} now; put the text back, choose another folder with --out, "
+                "or delete this one"
+            )
 
     def learn(self) -> None:
         """Read the folder's history; where it is sealed, and more is asked for now, its end becomes part of that."""
@@ -190,7 +209,7 @@ class HarvestFolder:
 
         At the start and at the end, where nobody else writes here, leftovers are put in order.
         """
-        is_new, purpose = not self.path.exists(), content_id([self.config.record(), self._parents, self.config.max_bytes])
+        is_new, purpose = not self.path.exists(), content_id([self.owner["config"], self.owner["parents"], self.config.max_bytes])
         try:
             with writing(self.path, self.config.partition, purpose, self._admit, self._leave):
                 yield
@@ -202,6 +221,12 @@ class HarvestFolder:
     def clear_locks(self) -> None:
         """Delete the locks that killed processes have left."""
         clear(self.path)
+
+    @cached_property
+    def _text(self) -> dict[str, str]:
+        """The identity of the text, if it is there."""
+        identity = text_identity(self.config.text)
+        return {} if identity is None else {"text": identity}
 
     def _admit(self, has_company: bool) -> None:
         self.check_owner()
@@ -241,8 +266,9 @@ class HarvestFolder:
         return {"config": manifest.config, "parents": manifest.parents}
 
     def _refuse_others(self, held: dict[str, Any]) -> None:
-        told = _flat({"config": _resolved(held["config"]), "parents": held["parents"]})
-        wanted = _flat({name: self.owner[name] for name in ("config", "parents")})
+        parents = {name: identity for name, identity in held["parents"].items() if name != "text"}  # see check_text
+        told = _flat({"config": _resolved(held["config"]), "parents": parents})
+        wanted = _flat({"config": self.config.record(), "parents": self._parents})
         differing = [name for name in dict.fromkeys([*told, *wanted]) if told.get(name) != wanted.get(name)]
         if "num_tokens" in differing and told["num_tokens"] < wanted["num_tokens"]:
             differing.remove("num_tokens")

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from everyscope.base.errors import ConfigError, NonFinite, TextError
+from everyscope.base.errors import ConfigError, NonFinite
 from everyscope.base.progress import say
 from everyscope.harvest.buckets import Bucket, read_buckets
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.massive import tell_massive
-from everyscope.harvest.outline import LIVE_FILE, find_outline, record_of, write_outline
+from everyscope.harvest.outline import LIVE_FILE, changed_text, find_outline, record_of, write_outline
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
 from everyscope.shards.bits import TORCH_DTYPE, carrier_of
 from everyscope.shards.format import RowDtype
@@ -106,10 +106,7 @@ class LiveHarvest:
         self._next = -1  # until we know that reading can go on from here
         bucket = next(self._coming, None)
         if bucket is None or record_of(bucket) != self._outline.buckets[number]:
-            raise TextError(
-                f"{self.config.text.origin}: has changed since it was read for {self.config.out / LIVE_FILE}; "
-                "put it back, or delete that file and start the server again"
-            )
+            raise changed_text(self.config)
         self._next = number + 1
         return bucket
 

@@ -19,6 +19,7 @@ from everyscope.base.schema import Schema
 from everyscope.harvest.buckets import Bucket, Place, read_buckets
 from everyscope.harvest.config import HarvestConfig
 from everyscope.shards.statistics import StatisticsRecord
+from everyscope.text.identity import text_identity
 
 LIVE_FILE = "live.json"
 """The file's name, in the folder where a harvest would write its shards."""
@@ -40,6 +41,8 @@ class Outline(Schema):
 
     asked: str
     """Content id of the config and the model."""
+    text: str | None = None
+    """Identity of the text that was read, where it has one."""
     buckets: tuple[BucketRecord, ...] = ()
     """The buckets found so far."""
     is_whole: bool = False
@@ -61,12 +64,14 @@ class Outline(Schema):
 def find_outline(config: HarvestConfig, model: str, tokenizer: Any) -> Outline:
     """The outline from the file in `config.out`, or by reading on from where it stops; `model` is the model's identity.
 
-    TextError where there is no text, StorageError where the folder cannot be written.
+    TextError where there is no text, or where it has changed; StorageError where the folder cannot be written.
     """
-    file, asked = config.out / LIVE_FILE, content_id([config.record(), model])
+    file, asked, text = config.out / LIVE_FILE, content_id([config.record(), model]), text_identity(config.text)
     known = read_outline(file)
     if known is None or known.asked != asked:
-        known = Outline(asked=asked)
+        known = Outline(asked=asked, text=text)
+    elif text is not None and known.text not in (None, text):
+        raise changed_text(config)
     if known.is_whole:
         return known
     found = list(known.buckets)
@@ -78,14 +83,22 @@ def find_outline(config: HarvestConfig, model: str, tokenizer: Any) -> Outline:
             place = bucket.after
             progress.advance(bucket.num_rows)
             if len(found) % SAVED_BUCKETS == 0:
-                write_outline(file, Outline(asked=asked, buckets=tuple(found)))
+                write_outline(file, known.model_copy(update={"buckets": tuple(found)}))
     if not found:
         raise TextError(f"{config.text.origin}: the train split has no token that counts; give documents that are not empty")
     if place.rows < config.num_tokens:
         say(f"live: the text ends after {place.rows} of {config.num_tokens} tokens; then it begins anew")
-    whole = Outline(asked=asked, buckets=tuple(found), is_whole=True)
+    whole = known.model_copy(update={"buckets": tuple(found), "is_whole": True})
     write_outline(file, whole)
     return whole
+
+
+def changed_text(config: HarvestConfig) -> TextError:
+    """The error for a text that is not what the outline was made from."""
+    return TextError(
+        f"{config.text.origin}: has changed since it was read for {config.out / LIVE_FILE}; "
+        "put it back, or delete that file and start the server again"
+    )
 
 
 def record_of(bucket: Bucket) -> BucketRecord:

@@ -73,7 +73,10 @@ def harvest(
         folder.learn()
         if folder.is_finished():
             folder.clear_locks()
+            if folder.text_before() is not None:
+                say(f"harvest: {config.text.origin} has changed since it was harvested; {folder.path} is kept as it is")
             return _result(folder)
+    folder.check_text()
     subject, ledger = subject_of(config), Ledger(progress)
     with folder.locked():
         if folder.is_finished():  # nothing was damaged, or another process has been quicker

@@ -13,10 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from everyscope.base.bundled import NO_CODE, model_location
+from everyscope.base.bundled import BUNDLED_MODELS, NO_CODE, model_location
 from everyscope.base.errors import ConfigError, ModelError
+from everyscope.base.fingerprint import fingerprint
+from everyscope.base.hub import hub_commit
 from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.fingerprint import fingerprint
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
@@ -43,11 +44,22 @@ class Subject:
 
 
 def model_identity(config: ModelConfig) -> str:
-    """A fingerprint of a model in a local folder (the ends of its files), or the name and revision of one on the hub."""
+    """A fingerprint of a model in a local folder (the ends of its files), or the name and commit of one on the hub.
+
+    ModelError where neither the hub nor its cache knows the model.
+    """
     folder = Path(model_location(config.name))
     if not folder.is_dir():
-        return f"{config.name}@{config.revision or 'newest'}"
-    return fingerprint(path for path in folder.iterdir() if path.suffix in FINGERPRINTED)
+        commit = hub_commit(config.name, config.revision, "model")
+        if commit is None:
+            raise ModelError(
+                f"no model {config.name!r}: no such folder, and neither the hub nor its cache has it; "
+                "give a bundled model, a local folder or a hub id, and see that the hub can be reached"
+            )
+        return f"{config.name}@{commit}"
+    # Bundled models come with the package; their identities are from before chat templates were read.
+    endings = FINGERPRINTED if config.name in BUNDLED_MODELS else (*FINGERPRINTED, ".jinja")
+    return fingerprint(path for path in folder.iterdir() if path.suffix in endings)
 
 
 def subject_of(config: HarvestConfig) -> Subject:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from everyscope.base.errors import ConfigError, DataError, ShapeMismatch, first_line
 from everyscope.base.files import read_json
+from everyscope.base.fingerprint import fingerprint
 from everyscope.harvest.config import ImportConfig
-from everyscope.harvest.fingerprint import fingerprint
 
 CHUNK_BYTES = 64 << 20
 """A piece of a table, as float32 [bytes]."""

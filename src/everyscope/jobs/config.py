@@ -32,6 +32,11 @@ class EngineConfig(Schema):
     device_bytes: int | None = Field(default=None, ge=1)
     """Memory of one GPU, of which banks get shares; None asks this host's, and gives each bank a whole one where it has none
     [bytes]."""
+    gpus: int | None = Field(default=None, ge=1)
+    """GPUs of the cluster, among which training groups are divided so that none waits for the longest; None divides only groups
+    that do not fit one [devices]."""
+    gpus_per_host: int | None = Field(default=None, ge=1)
+    """GPUs of each host of the cluster, over which one SAE may be sharded; None takes this host's, or 8 [devices]."""
     serve: bool = False
     """Let banks read from activation servers, which are jobs beside them, instead of reading shards each by itself. Beyond one
     host they need EVERYSCOPE_TOKEN in the environment of the cluster's hosts, and TLS."""
@@ -57,6 +62,8 @@ class EngineConfig(Schema):
     def _check_engine(self) -> "EngineConfig":
         if self.engine == "local" and self.address != HERE:
             raise ValueError(f"address={self.address!r} is of a Ray cluster; give engine='ray' too, or leave it out")
+        if self.engine == "local" and (self.gpus or self.gpus_per_host):
+            raise ValueError("gpus and gpus_per_host are for engine='ray'; of this host all are used, see CUDA_VISIBLE_DEVICES")
         if self.engine == "local" and self.serve:
             raise ValueError("serve is for engine='ray'; banks on one host share what they read through its page cache")
         if not self.serve and (self.tls_certificate or self.tls_key):

@@ -12,7 +12,7 @@ from everyscope.publish.drawing.pictures import FORMATS, key_svg, panel_svg, wri
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.report import sections_of
 from everyscope.publish.sections.section import Cell, Section, Table
-from everyscope.publish.table import COLUMNS, row_keys, row_texts, ties_of
+from everyscope.publish.table import columns_of, row_keys, row_texts, ties_of, warnings_of
 from everyscope.suite.layout import CARD_FILE, REPORT_FILE, SAEBENCH_FOLDER, TABLE_FILE, width_label
 from everyscope.suite.records import SuiteIndex
 
@@ -41,11 +41,13 @@ def write_report(suite: Path, evidence: Evidence) -> list[str]:
 
 def write_card(suite: Path, index: SuiteIndex, license_name: str | None) -> None:
     """README.md: the model card, with the suite's table."""
-    ties = ties_of(index)
+    ties, columns = ties_of(index), columns_of(index)
+    texts = [row_texts(sae, ties[sae.folder]) for sae in index.saes]
     context = {
         "index": index,
-        "columns": COLUMNS,
-        "rows": [row_texts(sae, ties[sae.folder]) for sae in index.saes],
+        "columns": columns,
+        "rows": [[row[name] for name in columns] for row in texts],
+        "warnings": warnings_of(index),
         "license": license_name,
         "example": next((sae for sae in index.saes if sae.metrics.is_canonical), index.saes[0]),
         "table": TABLE_FILE,
@@ -82,10 +84,10 @@ def headlines(evidence: Evidence) -> list[tuple[str, str]]:
     """The few numbers at the top of the report: value, and what it is."""
     saes, canonical = evidence.index.saes, evidence.canonical
     recovered = [sae.metrics.loss_recovered for sae in canonical if sae.metrics.loss_recovered is not None]
-    beats = sum(sae.metrics.fvu < sae.metrics.fvu_pca for sae in saes)
+    beats = sum(not sae.metrics.beaten_by for sae in saes)
     found = [
         (str(len(saes)), f"SAEs at {len(evidence.chosen)} sites, of which {len(canonical)} canonical: one a site and width"),
-        (f"{median(sae.metrics.fvu for sae in canonical):.3f}", "median FVU of these"),
+        (f"{median(sae.metrics.fvu_usual for sae in canonical):.3f}", "median FVU of these"),
         (f"{median(sae.metrics.delta_loss for sae in canonical):.3f}", "median delta loss of these [nats/token]"),
     ]
     if recovered:
@@ -95,20 +97,21 @@ def headlines(evidence: Evidence) -> list[tuple[str, str]]:
     return [
         *found,
         (f"{dead:.1%}", f"median share of dead latents, width {width_label(narrow)}"),
-        (f"{beats}/{len(saes)}", "SAEs explain more than PCA with L0 components"),
+        (f"{beats}/{len(saes)}", "SAEs explain more than PCA and single neurons of their L0"),
     ]
 
 
 def suite_section(evidence: Evidence) -> Section:
     """Every SAE, in a table."""
-    ties = ties_of(evidence.index)
+    ties, columns = ties_of(evidence.index), columns_of(evidence.index)
     rows = []
     for sae in evidence.index.saes:
         tied = ties[sae.folder]
         soft = {"FVU": tied.fvu, "delta loss": tied.delta_loss}
-        cells = zip(COLUMNS, row_texts(sae, tied), row_keys(sae), strict=True)
-        link = f"../{sae.folder}/"
-        rows.append(tuple(Cell(text, key, link if name == "site" else None, soft.get(name, False)) for name, text, key in cells))
+        texts, keys, link = row_texts(sae, tied), row_keys(sae), f"../{sae.folder}/"
+        rows.append(
+            tuple(Cell(texts[name], keys[name], link if name == "site" else None, soft.get(name, False)) for name in columns)
+        )
     return Section(
         anchor="saes",
         title="Every SAE",
@@ -116,7 +119,8 @@ def suite_section(evidence: Evidence) -> Section:
         says="● marks the canonical SAE of a site and width; = and grey mark what ties with an SAE of the same site and like L0.",
         notes=(
             "L0 in latents, delta loss in nats/token, ± half of the interval; dead: fires on no token; dense: fires on more "
-            "than a tenth.",
+            "than a tenth. n/a: what the mean in the activations’ place costs is within its noise.",
+            *(f"{warning[0].upper()}{warning[1:]}" for warning in warnings_of(evidence.index)),
         ),
-        table=Table(COLUMNS, tuple(rows)),
+        table=Table(columns, tuple(rows)),
     )

@@ -7,6 +7,7 @@ from everyscope.publish.sections.cost import cost_section
 from everyscope.publish.sections.depth import depth_section
 from everyscope.publish.sections.fidelity import fidelity_section
 from everyscope.publish.sections.firing import firing_section
+from everyscope.publish.sections.massive import massive_section
 from everyscope.publish.sections.positions import positions_section
 from everyscope.publish.sections.precision import precision_section
 from everyscope.publish.sections.probing import probing_section
@@ -20,6 +21,7 @@ from everyscope.publish.sections.widths import widths_section
 
 SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
     fidelity_section,
+    massive_section,
     depth_section,
     positions_section,
     widths_section,

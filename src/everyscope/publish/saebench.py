@@ -2,8 +2,9 @@
 
 Its schema demands a number everywhere. Where SAEBench itself has none it writes -1, and so do we for what we do not measure;
 `eval_result_unstructured.not_measured` names those fields. Where its formula is known to be wrong ours stands under its name:
-explained_variance is 1 - FVU over the whole set, mse a mean over tokens. Details per latent are left out, which the schema
-allows: they would need firings per prompt. There is no date: equal scores give equal bytes.
+explained_variance is 1 - plain FVU over the whole set. Everything else leaves massive tokens out, which
+`eval_result_unstructured.massive` counts. Details per latent are left out, which the schema allows: they would need firings per
+prompt. There is no date: equal scores give equal bytes.
 """
 
 from pathlib import Path
@@ -38,7 +39,7 @@ def result_file(release: str, folder: str) -> str:
 def write_saebench(suite: Path, release: str, version: str, source: Source, sae: Sae, record: dict[str, Any]) -> str:
     """Write the results of one SAE and return their path below the suite."""
     metrics = source.metrics
-    categories = {**_of_metrics(metrics), **_of_latents(source.scores / LATENTS_FILE, sae, metrics["num_tokens"])}
+    categories = {**_of_metrics(metrics), **_of_latents(source.scores / LATENTS_FILE, sae, metrics["num_usual_tokens"])}
     absent = [f"{name}.{key}" for name, its in categories.items() for key, value in its.items() if value is None]
     config = saelens_config(sae, source.site, metrics["model"], record, metrics)
     name = result_file(release, source.folder)
@@ -57,7 +58,10 @@ def write_saebench(suite: Path, release: str, version: str, source: Source, sae:
         "sae_lens_release_id": release,
         "sae_lens_version": None,
         "sae_cfg_dict": {**config, **config["metadata"], "hook_layer": source.site.layer},
-        "eval_result_unstructured": {"not_measured": absent},
+        "eval_result_unstructured": {
+            "not_measured": absent,
+            "massive": {**metrics["massive"], "explained_variance_without": 1 - metrics["fvu_usual"]},
+        },
     }
     write_json(suite / name, result)
     return name

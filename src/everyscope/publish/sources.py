@@ -27,8 +27,10 @@ NEEDED = [
     "width",
     "l0",
     "fvu",
+    "fvu_usual",
     "fvu_uncentred",
     "fvu_pca",
+    "fvu_pca_usual",
     "delta_loss",
     "delta_loss_mean",
     "delta_loss_zero",
@@ -38,7 +40,9 @@ NEEDED = [
     "l2_ratio",
     "reconstruction_bias",
     "loss_recovered",
+    "loss_recovered_reason",
     "loss_recovered_zero",
+    "loss_recovered_zero_reason",
     "loss_clean",
     "loss_spliced",
     "loss_zero_ablated",
@@ -52,9 +56,10 @@ NEEDED = [
     "by_segment",
     "firing",
     "uniformity",
-    "high_norm",
+    "massive",
     "precision",
     "num_tokens",
+    "num_usual_tokens",
     "num_loss_tokens",
     "num_documents",
     "num_sequences",
@@ -93,11 +98,13 @@ class Source:
     def headline(self) -> Headline:
         """What suite.json says about it."""
         metrics = self.metrics
-        made = {"intervals", "baselines_fvu", "is_canonical"}
+        made = {"intervals", "baselines_fvu", "is_canonical", "num_massive_tokens"}
+        known = {name: its["fvu_usual"] for name, its in metrics["baselines"].items() if its["fvu_usual"] is not None}
         return Headline(
             **{name: metrics[name] for name in Headline.model_fields if name not in made},
             intervals=Intervals(**{name: metrics["intervals"].get(name) for name in Intervals.model_fields}),
-            baselines_fvu={name: its["fvu"] for name, its in metrics["baselines"].items() if its["fvu"] is not None},
+            baselines_fvu=known,
+            num_massive_tokens=metrics["massive"]["num_tokens"],
             is_canonical=self.is_canonical,
         )
 

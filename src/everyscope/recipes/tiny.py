@@ -35,7 +35,7 @@ CONTEXT = 256
 
 def group(sites: tuple[SiteKind, ...], layers: tuple[int, ...] | None, widths: tuple[int, ...], l0s: tuple[int, ...]) -> SaeGroup:
     """SAEs that aim at given L0s."""
-    return SaeGroup(sites=sites, layers=layers, widths=widths, sparsity_coefficients=(4.0,), target_l0s=l0s, num_tokens=TOKENS)
+    return SaeGroup(sites=sites, layers=layers, widths=widths, target_l0s=l0s, num_tokens=TOKENS)
 
 
 def recipe() -> RunConfig:

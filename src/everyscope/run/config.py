@@ -3,6 +3,7 @@
 What a single stage needs is derived here, so that stages know nothing of one another.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -135,8 +136,8 @@ class RunConfig(Schema):
     def train_configs(
         self, out: Path, source: str | None = None, order: Literal["fixed", "any"] = "fixed", tls_roots: Path | None = None
     ) -> tuple[TrainConfig, ...]:
-        """One bank per site and token budget, or more where groups say so, in order of layer; ConfigError where two ask for the
-        same SAE.
+        """One training group per site and token budget, or more where groups say so, in order of layer; ConfigError where two
+        SAEs would have the same folder.
 
         `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
         """
@@ -147,10 +148,12 @@ class RunConfig(Schema):
                 for place, sae in enumerate(self.saes_of(group) if site in self.sites(group) else []):
                     part = None if group.saes_per_bank is None else (number, place // group.saes_per_bank)
                     banks.setdefault((site, group.num_tokens, settings, part), []).append(sae)
-        names = [(site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes]
-        doubled = next((name for name in names if names.count(name) > 1), None)
-        if doubled:
-            raise ConfigError(f"{doubled[0]}: {doubled[1]} is asked for twice; mend groups")
+        names = Counter((site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes)
+        for (site, name), count in names.items():
+            if count > 1:
+                raise ConfigError(
+                    f"groups: {count} SAEs named {name} at {site}; change widths, target_l0s, sparsity_coefficients or seeds"
+                )
         return tuple(
             TrainConfig(
                 site=site,
@@ -169,18 +172,19 @@ class RunConfig(Schema):
 
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
         """The SAEs that a group wants at each of its sites."""
+        sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
+        sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]
         return [
-            SaeConfig(width=width, sparsity_coefficient=coefficient, target_l0=target, seed=seed, recipe=self.recipe)
+            SaeConfig(width=width, seed=seed, recipe=self.recipe, **sparsity)
             for width in group.widths
-            for coefficient in group.sparsity_coefficients
-            for target in group.target_l0s
+            for sparsity in sparsities
             for seed in group.seeds
         ]
 
     @property
     def canonical_l0(self) -> float:
         """The L0 whose nearest SAE stands for its site and width: the middle of those aimed at, or UNAIMED_L0 [latents]."""
-        targets = sorted({target for group in self.groups for target in group.target_l0s if target is not None})
+        targets = sorted({target for group in self.groups for target in group.target_l0s})
         return targets[len(targets) // 2] if targets else UNAIMED_L0
 
     def parts(self, out: Path) -> Iterator[tuple["RunConfig", Path]]:
@@ -203,25 +207,25 @@ class RunConfig(Schema):
         }
         return self.model_copy(update=changes)
 
-    def evaluate_config(self, out: Path) -> EvaluateConfig:
+    def evaluate_config(self, out: Path, has_shards: bool = True) -> EvaluateConfig:
         """The evaluation of everything trained, on the held-out documents of the run's own text.
 
         A run that was trained from servers has no shards; then the baselines are fitted on the text's training documents.
         """
-        shards = out / "shards"
         return EvaluateConfig(
             model=self.model,
             text=self.text,
-            shards=shards if shards.is_dir() else None,
+            shards=out / "shards" if has_shards else None,
             trained=out / "train",
             out=out / "scores",
             seed=self.seed,
+            max_norm=self.max_norm,
             **self.evaluate.model_dump(),
         )
 
-    def comparison_configs(self, out: Path) -> list[ComparisonConfig]:
+    def comparison_configs(self, out: Path, has_shards: bool = True) -> list[ComparisonConfig]:
         """The comparisons over the suite that the recipe asks for, once everything is evaluated."""
-        common: dict[str, Any] = {"evaluate": self.evaluate_config(out), "canonical_l0": self.canonical_l0}
+        common: dict[str, Any] = {"evaluate": self.evaluate_config(out, has_shards), "canonical_l0": self.canonical_l0}
         settings, companions = self.compare, {config.name: (config, folder) for config, folder in self.parts(out)}
         again: dict[str, Any] = common | {"num_sequences": settings.num_sequences}
         wanted: dict[str, ComparisonConfig] = {
@@ -233,8 +237,7 @@ class RunConfig(Schema):
                 **common, text=self._python_text(), train_tokens=settings.probe_tokens, test_tokens=settings.probe_tokens
             ),
         }
-        widths = {width for group in self.groups for width in group.widths}
-        configs = [wanted[name] for name in settings.slices if len(widths) > 1 or name not in ("widths", "splitting")]
+        configs = [wanted[name] for name in settings.slices if name not in self.slices_left_out]
         if self.instruction_tuned is not None:
             tuned = companions.get(f"{self.name}_instruction_tuned")
             configs.append(
@@ -242,18 +245,29 @@ class RunConfig(Schema):
                     **again,
                     tuned=self.instruction_tuned.model,
                     text=self.instruction_tuned.text or self.text,
-                    tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1]),
+                    tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1], has_shards),
                 )
             )
         random = companions.get(f"{self.name}_random_weights")
         if random is not None:
-            configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1])))
+            configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1], has_shards)))
         return configs
+
+    @property
+    def slices_left_out(self) -> dict[str, str]:
+        """Comparisons that the recipe asks for and this run cannot make, with the reason."""
+        found: dict[str, str] = {}
+        if len({width for group in self.groups for width in group.widths}) < 2:
+            found |= dict.fromkeys(("widths", "splitting"), "all SAEs have one width")
+        if not self.text.source.startswith("standard_library"):
+            found["probing"] = "its classes are those of Python's tokens, the text is not Python"
+            if not self.compare.subsets:
+                found["subsets"] = "the built-in corpora are Python and arithmetic, the text is not; name others in subsets"
+        return {name: reason for name, reason in found.items() if name in self.compare.slices}
 
     def _python_text(self) -> TextConfig:
         """Python sources, whose tokens have classes of their own, packed as the run's text."""
-        packing = self.text.model_dump(include={"context", "prefix", "suffix", "held_out_fraction"})
-        return TextConfig(source="standard_library", **packing)
+        return TextConfig(source="standard_library", **self.text.packing)
 
     def describe_config(self, out: Path) -> DescribeConfig:
         """The description of every latent, from training and held-out documents."""

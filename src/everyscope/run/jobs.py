@@ -9,12 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from everyscope.base.errors import ConfigError
 from everyscope.base.ids import content_id
-from everyscope.cost.devices import DEVICES
-from everyscope.cost.pieces import Bank, Piece, PlannedCode
 from everyscope.evaluate.comparisons import precision, probing, random_model, splitting, subsets, transfer, widths
 from everyscope.evaluate.comparisons.config import (
     ComparisonConfig,
@@ -37,8 +33,10 @@ from everyscope.harvest.subject import model_identity
 from everyscope.jobs.config import EngineConfig
 from everyscope.jobs.job import Job, Resources
 from everyscope.jobs.pool import default_workers, threads_of
+from everyscope.run.placement import Devices, WidthOf, work_of
 from everyscope.suite.layout import METRICS_FILE
 from everyscope.train.config import TrainConfig
+from everyscope.train.memory import CONTEXT_BYTES, bytes_of
 from everyscope.train.run import is_finished
 from everyscope.train.run import run as train_bank
 
@@ -56,12 +54,6 @@ PARTS_FOLDER = "parts"
 """Below the scores, while an evaluation is divided."""
 GPU_JOB_CPUS = 4
 """Cores beside a whole GPU; a bank with a share of one takes the same share of them [cores]."""
-USABLE = 0.9
-"""Of a GPU's memory; the rest is the driver's, and lost between allocations [1]."""
-UNKNOWN_L0 = 1.0
-"""Stands for an L0 where only memory is asked for, which does not depend on it [latents]."""
-CONTEXT_BYTES = 1 << 30
-"""That a process takes of a GPU before it holds a tensor [bytes]."""
 
 
 def model_resources(device: str, engine: EngineConfig) -> Resources:
@@ -78,6 +70,7 @@ def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: 
     folder.learn()
     if folder.is_finished() and not config.heal:
         return []
+    folder.check_text()
     count = max(1, min(count, -(-config.num_tokens // config.bucket_rows)))
     return [
         Job(
@@ -91,8 +84,8 @@ def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: 
     ]
 
 
-def bank_jobs(banks: Sequence[TrainConfig], d_in_of: Callable[[TrainConfig], int], engine: EngineConfig) -> list[Job]:
-    """One job for each bank that is not finished."""
+def bank_jobs(banks: Sequence[TrainConfig], d_in_of: WidthOf, engine: EngineConfig, devices: Devices | None = None) -> list[Job]:
+    """One job for each training group that is not finished; its memory is known where `devices` are."""
     pending = [bank for bank in banks if not is_finished(bank)]
     workers = bank_workers(banks, engine)
     names = [f"{bank.site} {bank.bank_id[:6]}" for bank in pending]
@@ -101,9 +94,9 @@ def bank_jobs(banks: Sequence[TrainConfig], d_in_of: Callable[[TrainConfig], int
             train_bank,
             bank,
             name if names.count(name) == 1 else f"{bank.out.parent.parent.parent.name} {name}",
-            bank_resources(bank, d_in_of(bank), workers, engine),
+            bank_resources(bank, d_in_of(bank), workers, engine, devices),
             units=bank.steps,
-            cost=float(bank.num_tokens) * d_in_of(bank) * sum(sae.width for sae in bank.saes),
+            cost=work_of(bank, d_in_of(bank)),
         )
         for bank, name in zip(pending, names, strict=True)
     ]
@@ -115,32 +108,21 @@ def bank_workers(banks: Sequence[TrainConfig], engine: EngineConfig) -> int:
     return engine.workers or max(1, default_workers(len(banks), banks[0].settings.device) // most)
 
 
-def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineConfig) -> Resources:
-    """What a bank takes. On a GPU a share by its memory, so that many small ones lie on one; of several ranks, one GPU each."""
-    num_bytes, ranks = bank_bytes(bank, d_in), bank.settings.ranks
+def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineConfig, devices: Devices | None = None) -> Resources:
+    """What a training group takes. On a GPU a share by its memory, so that many small ones lie on one; several ranks one each.
+
+    A group that does not fit is cut before it comes here (`run.placement.placed`).
+    """
+    num_bytes, ranks = bytes_of(bank, d_in), bank.settings.ranks
     if not _is_gpu(bank.settings.device, engine):
         return Resources(cpus=max(engine.job_cpus or threads_of(workers), ranks), memory_bytes=num_bytes * ranks)
     if ranks > 1:
         return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS * ranks, gpus=float(ranks))
-    device_bytes = engine.device_bytes or own_device_bytes()
-    share = 1.0 if device_bytes is None else min(1.0, (num_bytes + CONTEXT_BYTES) / (USABLE * device_bytes))
+    share = 1.0 if devices is None else (num_bytes + CONTEXT_BYTES) / (devices.usable_bytes + CONTEXT_BYTES)
+    assert share <= 1, f"{bank.site}: {num_bytes} bytes do not fit {devices}"
     if share > 0.5:  # two of them would not fit
         share = 1.0
     return Resources(cpus=engine.job_cpus or max(1, int(GPU_JOB_CPUS * share)), gpus=share)
-
-
-def bank_bytes(bank: TrainConfig, d_in: int) -> int:
-    """Memory that a bank takes of each of its devices, as a cluster's plan has it [bytes]."""
-    settings = bank.settings
-    saes = tuple(PlannedCode(sae.width, UNKNOWN_L0, len(sae.prefixes)) for sae in bank.saes)
-    planned = Bank(str(bank.site), d_in, saes, bank.num_tokens, settings.batch_rows, row_bytes=4 * d_in)
-    return Piece(planned, saes, DEVICES["h100"], settings.shards, settings.replicas).memory
-
-
-def own_device_bytes() -> int | None:
-    """Memory of this host's smallest GPU; None where it has none [bytes]."""
-    sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    return min(sizes, default=None)
 
 
 def evaluation_jobs(config: EvaluateConfig, count: int, resources: Resources, name: str) -> list[Job]:

@@ -1,4 +1,4 @@
-"""A whole recipe, or one of its stages, in one folder: each stage skips what is whole and goes on where it stopped."""
+"""All stages of a run, or one of them, in one folder: each skips what is finished and resumes what is not."""
 
 import fcntl
 import shutil
@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
 from transformers.utils import logging
 
-from everyscope.base.bundled import NO_CODE, model_location
-from everyscope.base.errors import ConfigError, ModelError, first_line
+from everyscope.base.errors import ConfigError
 from everyscope.base.files import make_folder, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
 from everyscope.describe.explanations.run import run as explain
@@ -25,6 +23,7 @@ from everyscope.jobs.schedule import Watch
 from everyscope.publish.run import PublishResult
 from everyscope.publish.run import run as publish
 from everyscope.run.activation_servers import served
+from everyscope.run.checks import check, check_shape, found_devices
 from everyscope.run.config import RunConfig
 from everyscope.run.jobs import (
     bank_jobs,
@@ -35,10 +34,10 @@ from everyscope.run.jobs import (
     harvest_jobs,
     model_resources,
 )
+from everyscope.run.stages import Part, Stages, stages_of
 from everyscope.serve.config import ServeConfig
 from everyscope.serve.live import LiveOrigin
 from everyscope.serve.run import serve
-from everyscope.train.config import TrainConfig
 
 RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
 JOBS_FOLDER = "jobs"
@@ -83,7 +82,7 @@ def run_folder(config: RunConfig, out: Path, is_shared: bool = False) -> Iterato
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{out}: another run is at work here; wait for it, or choose another --out") from None
+            raise ConfigError(f"{out}: this folder is in use by another run; wait for it, or choose another --out") from None
         if not is_shared:
             write_json(out / RECIPE_FILE, config.as_json())
         try:
@@ -94,63 +93,33 @@ def run_folder(config: RunConfig, out: Path, is_shared: bool = False) -> Iterato
             raise
 
 
-def check_shape(config: RunConfig) -> None:
-    """ConfigError where the recipe's sizes are not those of the model: its plan, and what it calls all layers, would be wrong."""
-    name = config.model.name
-    try:
-        found = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision, **NO_CODE)
-        described = found.get_text_config()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no model {name!r}: {first_line(error)}; give a bundled model, a local folder or a hub id") from error
-    head_dim = getattr(described, "head_dim", None) or described.hidden_size // described.num_attention_heads
-    sizes = {
-        "num_layers": described.num_hidden_layers,
-        "d_model": described.hidden_size,
-        "d_attention": described.num_attention_heads * head_dim,
-    }
-    for field, size in sizes.items():
-        if getattr(config.shape, field) != size:
-            raise ConfigError(f"shape.{field}={getattr(config.shape, field)}, but {name!r} has {size}; set shape.{field}={size}")
-
-
-def run_harvest(
-    config: RunConfig, out: Path, engine: Engine = THIS_HOST, partition: tuple[int, int] = (0, 1), heal: bool = False
-) -> None:
-    """Text and model to shards, for the run and its companions; of several processes each writes a partition."""
-    for part, folder in config.parts(out):
-        name = "harvest" if part is config else f"harvest {part.name}"
+def run_harvest(stages: Stages, engine: Engine = THIS_HOST, partition: tuple[int, int] = (0, 1), heal: bool = False) -> None:
+    """Text and model to shards, for the run and its controls; of several processes each writes a partition."""
+    for part in stages.parts:
+        name = _titled("harvest", part, stages)
         heading(name)
-        check_shape(part)
-        part_config = part.harvest_config(folder).model_copy(update={"partition": partition, "heal": heal})
-        resources = model_resources(part.model.device, engine.settings)
+        config = part.harvest.model_copy(update={"partition": partition, "heal": heal})
+        resources = model_resources(part.config.model.device, engine.settings)
         count = engine.runner.side_by_side(resources)
         if partition == (0, 1) and count > 1:
-            engine.runner.run(harvest_jobs(part_config, count, resources, name), name, "tokens")
-            part_config = part_config.model_copy(update={"heal": False})
-        result = harvest(part_config)  # where jobs have done it, this loads nothing
-        say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {folder / 'shards'}")
+            engine.runner.run(harvest_jobs(config, count, resources, name), name, "tokens")
+            config = config.model_copy(update={"heal": False})
+        result = harvest(config)  # where jobs have done it, this loads nothing
+        say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {part.folder / 'shards'}")
         if not result.is_sealed:
-            say("  other partitions are still to come; whoever is last seals the folder")
+            say("  other partitions are not finished; the last one to finish seals the folder")
 
 
-def run_training(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
-    """Shards to folded SAEs, one bank a job."""
+def run_training(stages: Stages, engine: Engine = THIS_HOST) -> None:
+    """Shards to folded SAEs, one training group a job; from activation servers of the shards, if the engine's settings say so."""
     heading("train")
-    banks = [bank for part, folder in config.parts(out) for bank in part.train_configs(folder)]
-    train_banks(config, banks, engine, out / JOBS_FOLDER if engine.settings.serve else None)
-    say(f"  in {out / 'train'}")
-
-
-def train_banks(config: RunConfig, banks: Sequence[TrainConfig], engine: Engine = THIS_HOST, servers: Path | None = None) -> None:
-    """Train the banks of a recipe that are not finished, each a job; from servers of their shards, which keep their addresses in
-    the folder `servers`, if there is one.
-    """
-    jobs = bank_jobs(banks, lambda bank: config.shape.d_in(bank.site), engine.settings)
-    if servers is not None:
-        jobs = served(jobs, engine.settings, servers)
-    workers = bank_workers(banks, engine.settings) if isinstance(engine.runner, LocalRunner) else engine.settings.workers
-    engine.runner.run(jobs, "banks", "steps", workers)
-    say(f"  {sum(len(bank.saes) for bank in banks)} SAEs of {len(banks)} banks")
+    groups = stages.groups
+    jobs = bank_jobs(groups, stages.d_in, engine.settings, stages.devices)
+    if engine.settings.serve and stages.servers is None:
+        jobs = served(jobs, engine.settings, stages.out / JOBS_FOLDER)
+    workers = bank_workers(groups, engine.settings) if isinstance(engine.runner, LocalRunner) else engine.settings.workers
+    engine.runner.run(jobs, "training groups", "steps", workers)
+    say(f"  {sum(len(group.saes) for group in groups)} SAEs in {len(groups)} training groups, in {stages.out / 'train'}")
 
 
 def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:
@@ -164,20 +133,19 @@ def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:
     serve(serve_config, LiveOrigin(LiveHarvest(harvest_config), serve_config))
 
 
-def run_evaluation(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
+def run_evaluation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     """SAEs and held-out text to scores, then what is compared over the whole suite."""
-    parts = list(config.parts(out))
     jobs: list[Job] = []
-    for part, folder in parts:
-        name = "evaluate" if part is config else f"evaluate {part.name}"
-        resources = model_resources(part.model.device, engine.settings)
-        jobs += evaluation_jobs(part.evaluate_config(folder), engine.settings.evaluate_jobs, resources, name)
+    for part in stages.parts:
+        resources = model_resources(part.config.model.device, engine.settings)
+        jobs += evaluation_jobs(part.evaluate, engine.settings.evaluate_jobs, resources, _titled("evaluate", part, stages))
     run_titled(jobs, "evaluate", engine)
-    for part, folder in parts:
-        gather_scores(part.evaluate_config(folder).out)
-    run_titled(
-        comparison_jobs(config.comparison_configs(out), model_resources(config.model.device, engine.settings)), "compare", engine
-    )
+    for part in stages.parts:
+        gather_scores(part.evaluate.out)
+    for name, reason in stages.config.slices_left_out.items():
+        say(f"  compare {name}: left out; {reason}")
+    resources = model_resources(stages.config.model.device, engine.settings)
+    run_titled(comparison_jobs(stages.comparisons, resources), "compare", engine)
 
 
 def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
@@ -191,32 +159,42 @@ def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
         engine.runner.run([job], job.name)
 
 
-def run_description(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
-    """SAEs and text to what each latent fires on and what it writes."""
-    resources = model_resources(config.model.device, engine.settings)
-    run_titled([Job(describe, config.describe_config(out), "describe", resources)], "describe", engine)
+def run_description(stages: Stages, engine: Engine = THIS_HOST) -> None:
+    """SAEs and text to the top activating examples and the logit effects of each latent."""
+    resources = model_resources(stages.config.model.device, engine.settings)
+    run_titled([Job(describe, stages.describe, "describe", resources)], "describe", engine)
 
 
-def run_explanation(config: RunConfig, out: Path, engine: Engine = THIS_HOST) -> None:
+def run_explanation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     """Labels for every latent, learnt on training documents, scored on held-out ones."""
-    resources = model_resources(config.model.device, engine.settings)
-    run_titled([Job(explain, config.explain_config(out), "explain", resources)], "explain", engine)
+    resources = model_resources(stages.config.model.device, engine.settings)
+    run_titled([Job(explain, stages.explain, "explain", resources)], "explain", engine)
 
 
-def run_publication(config: RunConfig, out: Path, *, by_bytes: bool = True) -> PublishResult:
+def run_publication(stages: Stages, *, by_bytes: bool = True) -> PublishResult:
     """SAEs, scores and descriptions to the suite; see `publish.run.run` for `by_bytes`."""
     heading("publish")
-    return publish(config.publish_config(out), by_bytes=by_bytes)
+    return publish(stages.publish, by_bytes=by_bytes)
 
 
-def run_recipe(
-    config: RunConfig, out: Path, engine: EngineConfig = THIS_HOST.settings, watches: Sequence[Watch] = ()
-) -> PublishResult:
-    """All stages, from text to suite. Typed again, it does nothing twice."""
-    with run_folder(config, out), opened_engine(engine, out, watches) as opened:
-        run_harvest(config, out, opened)
-        run_training(config, out, opened)
-        run_evaluation(config, out, opened)
-        run_description(config, out, opened)
-        run_explanation(config, out, opened)
-        return run_publication(config, out, by_bytes=False)  # else a finished run would read every byte of its suite
+def run_stages(stages: Stages, engine: EngineConfig = THIS_HOST.settings, watches: Sequence[Watch] = ()) -> PublishResult:
+    """All stages, from text to suite. Run again, it does nothing twice."""
+    with run_folder(stages.config, stages.out), opened_engine(engine, stages.out, watches) as opened:
+        run_harvest(stages, opened)
+        run_training(stages, opened)
+        run_evaluation(stages, opened)
+        run_description(stages, opened)
+        run_explanation(stages, opened)
+        return run_publication(stages, by_bytes=False)  # else a finished run would read every byte of its suite
+
+
+def run_recipe(config: RunConfig, out: Path, engine: EngineConfig = THIS_HOST.settings) -> PublishResult:
+    """Check and run all stages of a config, from text to suite, in the folder `out`."""
+    quiet_transformers()
+    stages = stages_of(config, out, found_devices(engine))
+    check(stages, engine)
+    return run_stages(stages, engine)
+
+
+def _titled(stage: str, part: Part, stages: Stages) -> str:
+    return stage if part.config is stages.config else f"{stage} {part.config.name}"

@@ -2,12 +2,13 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from everyscope.base.schema import Schema
 from everyscope.describe.explanations.config import EndpointConfig
 from everyscope.evaluate.comparisons.config import Subset
 from everyscope.harvest.config import SHUFFLE_BYTES
+from everyscope.sae.config import TARGET_WEIGHT
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
@@ -40,10 +41,12 @@ class SaeGroup(Schema):
     """Layers, from 0; None takes all."""
     widths: tuple[int, ...] = Field(min_length=1)
     """Numbers of latents [latents]."""
-    sparsity_coefficients: tuple[float, ...] = Field(min_length=1)
-    """Lambdas; more makes sparser SAEs. With target_l0s, how firmly these are held [1]."""
-    target_l0s: tuple[float | None, ...] = (None,)
-    """L0s to aim at; None has no target, so that the lambda alone decides [latents]."""
+    sparsity_coefficients: tuple[float, ...] = ()
+    """Lambdas, for SAEs without a target_l0; a larger one makes a sparser SAE [1]."""
+    target_l0s: tuple[float, ...] = ()
+    """L0s to aim at, in place of lambdas [latents]."""
+    target_weight: float = Field(default=TARGET_WEIGHT, ge=0)
+    """How firmly target_l0s are held [1]."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial decoders."""
     num_tokens: int = Field(ge=1)
@@ -54,6 +57,13 @@ class SaeGroup(Schema):
     """Processes that share the latents of each of these SAEs; None takes that of `train` [processes]."""
     replicas: int | None = Field(default=None, ge=1)
     """Times that each of these is there again, to share the rows of a batch; None takes that of `train` [processes]."""
+
+    @model_validator(mode="after")
+    def _check_sparsity(self) -> "SaeGroup":
+        if bool(self.sparsity_coefficients) == bool(self.target_l0s):
+            given = "neither is" if not self.target_l0s else "both are"
+            raise ValueError(f"target_l0s or sparsity_coefficients: {given} given; give one of them, or make two groups")
+        return self
 
     def bank_settings(self, common: BankSettings) -> BankSettings:
         """How banks of this group train, where others train as `common` says."""
@@ -95,8 +105,9 @@ class EvaluateSettings(Schema):
     """Training rows behind the baselines [rows]."""
     uniformity_sequences: int = Field(default=16, ge=0)
     """Blocks on which the uniformity of latents' importance is measured; 0 leaves it out [blocks]."""
-    baseline_sequences: int = Field(default=32, ge=0)
-    """Blocks with which the baselines' delta loss is measured; 0 leaves it out [blocks]."""
+    baseline_sequences: int | None = Field(default=None, ge=0)
+    """Blocks in which ablations and baselines are spliced, for their delta loss; 0 leaves it out. None takes so many that they
+    cost at most a third of what the SAEs do [blocks]."""
 
 
 Slice = Literal["widths", "splitting", "subsets", "precision", "probing"]
@@ -110,7 +121,8 @@ class CompareSettings(Schema):
     """The comparisons to make; two more follow from `instruction_tuned` and `random_weights`. Those of widths are left out where
     there is only one."""
     num_sequences: int | None = Field(default=None, ge=1)
-    """Held-out blocks read for subsets, precision and transfer; None reads as many as the scores rest on [blocks]."""
+    """Held-out blocks read for subsets, precision and transfer; None reads an eighth of those that scores rest on, so that all
+    of these cost about as much as the scores [blocks]."""
     subsets: tuple[Subset, ...] = ()
     """Corpora to compare; none takes those that need no download."""
     splitting_sequences: int = Field(default=256, ge=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from everyscope.parallel.mesh import Collective, of_all
 from everyscope.sae.functional import Gradients, backward, forward
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import sparsity_coefficient
+from everyscope.sae.schedules import sparsity_weight
 from everyscope.sae.trainable import StepLosses, TrainableSae, move_along
 
 
@@ -57,7 +57,7 @@ def shared_penalty(
     What others' latents have to do with it is their share of L0 alone: they stand in as one latent more, which is then left out.
     """
     rates = torch.cat([fired, (all_fired - fired.sum())[None]]) / batch
-    cost = penalty(sae.config, sparsity_coefficient(sae.config, step), rates)[:-1]
+    cost = penalty(sae.config, sparsity_weight(sae.config, step), rates)[:-1]
     return cost.to(sae.parameters["threshold"].dtype).contiguous()
 
 

@@ -2,10 +2,14 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from everyscope.base.schema import Schema
+
+TARGET_WEIGHT = 4.0
+"""The usual target_weight, with which the preset `fast` was chosen (docs/log.md) [1]."""
 
 
 class SaeRecipe(Schema):
@@ -61,10 +65,12 @@ class SaeConfig(Schema):
 
     width: int = Field(ge=1)
     """Number of latents, d_sae [latents]."""
-    sparsity_coefficient: float = Field(ge=0)
-    """Lambda: what an active latent costs, in units of the mean squared norm of the activations [1]."""
+    sparsity_coefficient: float | None = Field(default=None, ge=0)
+    """Lambda: what an active latent costs, in units of the mean squared norm of the activations; None with a target_l0 [1]."""
     target_l0: float | None = Field(default=None, gt=0)
-    """Sparsity costs sparsity_coefficient * (L0 / target_l0 - 1)^2 instead of sparsity_coefficient * L0; None has no target."""
+    """L0 to aim at; None lets sparsity_coefficient decide [latents]."""
+    target_weight: float = Field(default=TARGET_WEIGHT, ge=0)
+    """How firmly target_l0 is held: sparsity costs target_weight * (L0 / target_l0 - 1)^2 [1]."""
     seed: int = 0
     """Seed of the decoder's initial directions."""
     recipe: SaeRecipe = SaeRecipe()
@@ -72,11 +78,36 @@ class SaeConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "SaeConfig":
+        if self.target_l0 is None and self.sparsity_coefficient is None:
+            raise ValueError("neither target_l0 nor sparsity_coefficient is given; give one, as in target_l0=50")
+        if self.target_l0 is not None and self.sparsity_coefficient is not None:
+            raise ValueError(
+                f"sparsity_coefficient={self.sparsity_coefficient:g} with target_l0={self.target_l0:g}: a target is held by "
+                "target_weight; leave one of the two out"
+            )
+        if self.target_l0 is None and self.target_weight != TARGET_WEIGHT:
+            raise ValueError(
+                f"target_weight={self.target_weight:g} holds a target_l0, and there is none; give one or leave it out"
+            )
         if self.recipe.driven_share and self.target_l0 is None:
             raise ValueError(f"driven_share={self.recipe.driven_share} needs target_l0: to what L0 are thresholds to be driven?")
         if len(set(self.prefixes)) < len(self.prefixes):
             raise ValueError(f"width={self.width} is too narrow for prefix_shares={self.recipe.prefix_shares}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_acts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the weight of the sparsity term that this SAE does not have."""
+        idle = "target_weight" if self.target_l0 is None else "sparsity_coefficient"
+        return {name: value for name, value in handler(self).items() if name != idle}
+
+    @property
+    def sparsity_weight(self) -> float:
+        """The factor of the sparsity term: target_weight where there is a target, else sparsity_coefficient."""
+        if self.target_l0 is not None:
+            return self.target_weight
+        assert self.sparsity_coefficient is not None, "checked when the config was built"
+        return self.sparsity_coefficient
 
     @property
     def prefixes(self) -> tuple[int, ...]:

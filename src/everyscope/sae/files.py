@@ -14,13 +14,15 @@ from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMisma
 from everyscope.base.files import read_sealed, sha256, unreadable, write_sealed
 from everyscope.base.tensors import write_tensors
 from everyscope.sae.folded import Sae, from_tensors
+from everyscope.sae.metadata import SaeMetadata
+from everyscope.sites.names import Site
 
 TENSOR_FILE, RECORD_FILE = "sae.safetensors", "sae.json"
 WEIGHTS = "weights_sha256"
 """The record's key of the SHA-256 of TENSOR_FILE."""
 
 
-def save_sae(folder: Path, sae: Sae, record: dict[str, Any]) -> None:
+def write_sae(folder: Path, sae: Sae, record: dict[str, Any]) -> None:
     """Write tensors, then record: a folder with a record is whole."""
     write_tensors(folder / TENSOR_FILE, sae.tensors())
     write_record(folder, record)
@@ -61,11 +63,17 @@ def read_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     if (got := sha256(path)) != record[WEIGHTS]:
         raise DamagedData(f"{path}: SHA-256 is {got[:12]}…, its record has {record[WEIGHTS][:12]}…; {_remedy(folder)}")
     try:
-        return from_tensors(safetensors.torch.load_file(path)), record
+        return from_tensors(safetensors.torch.load_file(path), metadata_of(record)), record
     except (SafetensorError, OSError) as error:
         raise unreadable(path, "safetensors", error) from error
     except (ShapeMismatch, NonFinite) as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def metadata_of(record: dict[str, Any]) -> SaeMetadata:
+    """What a record says of its SAE."""
+    site = Site(record["site"], record["layer"]) if {"site", "layer"} <= record.keys() else None
+    return SaeMetadata(site, record.get("model"), record.get("l0"), record.get("scale"), record.get("num_tokens"))
 
 
 def trained_folders(root: Path) -> list[Path]:

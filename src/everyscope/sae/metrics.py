@@ -5,7 +5,7 @@ or int64 sum over unmasked rows, and ratios are taken once, at the end. A latent
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -139,6 +139,12 @@ class ReconstructionSums:
         self.activation_sums += active
         self.activation_maxima = torch.maximum(self.activation_maxima, f.amax(0).double())
         return measures
+
+    def merged(self, other: Self) -> Self:
+        """The sums over the rows of both, which have the same reference."""
+        added = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        maxima = torch.maximum(self.activation_maxima, other.activation_maxima)
+        return replace(self, **(added | {"reference": self.reference, "activation_maxima": maxima}))
 
     @property
     def num_tokens(self) -> int:

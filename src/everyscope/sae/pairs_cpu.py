@@ -8,7 +8,6 @@ Of several ranks each finds the pairs of its own latents and rows. They meet aft
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.parallel.mesh import ALONE, Collective
+from everyscope.parallel.threads import single_threaded_pool
 from everyscope.sae.across_ranks import counted, shared_dense_update, shared_penalty
 from everyscope.sae.kernels.cpu import (
     SUM_ROWS,
@@ -33,7 +33,7 @@ from everyscope.sae.kernels.cpu import (
 )
 from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, update_b_dec, update_latents
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
+from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
 TILE_NUMBERS = 12 * 2**15
@@ -57,7 +57,7 @@ class Threads:
     def __init__(self, count: int) -> None:
         """A pool of `count` threads; one is no pool at all."""
         self.count = count
-        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
+        self._pool = single_threaded_pool(count) if count > 1 else None
 
     def map(self, work: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
         """Results of `work`, in the order of `items`."""
@@ -120,7 +120,7 @@ class CpuPairs:
                 return None
             fired, moving = torch.from_numpy(pairs.fired.sum(0)), np.empty(0, np.int64)
             sums = torch.stack([squares, fired.sum(), torch.tensor(pairs.start[:, -1].sum())])
-            cost = penalty(sae.config, sparsity_coefficient(sae.config, step), fired / batch)
+            cost = penalty(sae.config, sparsity_weight(sae.config, step), fired / batch)
         else:
             by_latent = np.stack([pairs.fired.sum(0), np.diff(pairs.start, axis=1).sum(0)])
             counts = counted(self.collective, torch.from_numpy(by_latent), squares, torch.tensor([0.0 if fits else 1.0]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.across_ranks import counted, largest, shared_dense_update, shared_penalty
+from everyscope.sae.gpu_limits import DENSE_SHARE, PAIRS_SHARE, SEGMENT, list_room
 from everyscope.sae.kernels.gpu import (
     count_marks,
     decode_errors,
@@ -28,7 +29,6 @@ from everyscope.sae.kernels.gpu import (
 )
 from everyscope.sae.kernels.gpu_triton import blocks
 from everyscope.sae.kernels.gpu_update import (
-    SEGMENT,
     AdamStep,
     LatentSums,
     PairLists,
@@ -39,19 +39,11 @@ from everyscope.sae.kernels.gpu_update import (
     update_latents_by,
 )
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
+from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
 
 LAG = 8
 """Steps after which a count of pairs is looked at [steps]."""
-DENSE_SHARE, PAIRS_SHARE = 0.004, 0.003
-"""Share of all (row, latent) that are pairs above which steps are dense, and below which they go by pairs. A pair's gathers take
-as long as 1 / 0.004 entries of a product: arithmetic for an H100, not a measurement."""
-ROOM = 4
-"""Lists have room for so many times the pairs at which steps become dense."""
-LEAST_ROOM = 4096
-"""And for at least so many [pairs]."""
-
 
 forgiving = torch._dynamo.config.patch(suppress_errors=True)  # pyright: ignore[reportAttributeAccessIssue]
 """Runs what torch.compile cannot compile as it stands, with a warning."""
@@ -61,7 +53,7 @@ class GpuPairs:
     """The SAEs of a bank, stepped by pairs where the code is sparse and densely where it is not."""
 
     def __init__(self, saes: Sequence[TrainableSae], max_pairs: int | None = None, collective: Collective = ALONE) -> None:
-        """Take over `saes`, whose tensors change in place; lists have room for `max_pairs`, or for what ROOM says."""
+        """Take over `saes`, whose tensors change in place; lists have room for `max_pairs`, or for what `list_room` says."""
         self.saes, self.max_pairs, self.collective = saes, max_pairs, collective
         device = saes[0].touched.device
         self._on_cuda = device.type == "cuda"
@@ -144,7 +136,7 @@ class GpuPairs:
         spoilt = 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
         num_fired, num_pairs = sums.active.sum(), sums.pairs.sum()
         if mesh.ranks == 1:
-            cost = penalty(config, sparsity_coefficient(config, step), sums.active / batch).contiguous()
+            cost = penalty(config, sparsity_weight(config, step), sums.active / batch).contiguous()
         else:
             counts = counted(self.collective, torch.stack([number.double() for number in sums]), squares, spoilt[None])
             sums = LatentSums(*counts.by_latent[:3].int(), *counts.by_latent[3:].float())
@@ -192,7 +184,7 @@ class GpuPairs:
         """Memory for latents whose prefixes these are; as much room as the `widest` shard wants, so that all have the same."""
         key = (rows, d_in, widest or prefixes[-1], *prefixes)
         if key not in self._buffers:
-            room = self.max_pairs or max(LEAST_ROOM, int(ROOM * DENSE_SHARE * rows * (widest or prefixes[-1])))
+            room = self.max_pairs or list_room(rows, widest or prefixes[-1])
             self._buffers[key] = Buffers(rows, d_in, prefixes, room, self.saes[0].touched.device)
         return self._buffers[key]
 

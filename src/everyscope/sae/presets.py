@@ -1,7 +1,9 @@
 """Training recipes with a name: which fields of a SaeRecipe to set together, and for what budget."""
 
 import math
+from typing import Literal, get_args
 
+from everyscope.base.errors import ConfigError
 from everyscope.sae.config import SaeRecipe
 
 
@@ -19,7 +21,7 @@ def gemma_scope_2() -> SaeRecipe:
 
 
 def fast(d_in: int) -> SaeRecipe:
-    """For 10^5 to 10^8 rows of size `d_in`; give each SaeConfig a target_l0 and a coefficient of about 4, batches of 512 rows.
+    """For 10^5 to 10^8 rows of size `d_in`; give each SaeConfig a target_l0, and train on batches of 512 rows.
 
     The paper's thresholds need 10^9 rows to find their place. Here they begin at the quantile that gives the target L0 and are
     held there together while directions form (as BatchTopK does, arXiv 2412.06410), then each learns its own by the paper's
@@ -41,3 +43,18 @@ def fast(d_in: int) -> SaeRecipe:
 
 FAST_RATE = 0.035
 """Of a weight's size, what a step changes it by [1]."""
+
+PresetName = Literal["fast", "gemma_scope", "gemma_scope_2"]
+
+
+def preset_of(name: PresetName, d_in: int) -> SaeRecipe:
+    """The preset of that name for activations of size `d_in`; ConfigError for another name."""
+    match name:
+        case "fast":
+            return fast(d_in)
+        case "gemma_scope":
+            return gemma_scope()
+        case "gemma_scope_2":
+            return gemma_scope_2()
+        case _:
+            raise ConfigError(f"preset={name!r}: expected one of {', '.join(get_args(PresetName))}")

@@ -1,4 +1,4 @@
-"""Learning rate and sparsity coefficient as functions of the step (Gemma Scope, section 3.2)."""
+"""Learning rate and weight of sparsity as functions of the step (Gemma Scope, section 3.2)."""
 
 import math
 
@@ -26,7 +26,7 @@ def is_driven(config: SaeConfig, step: int, steps: int) -> bool:
     return step < config.recipe.driven_share * steps
 
 
-def sparsity_coefficient(config: SaeConfig, step: int) -> float:
-    """Lambda at `step`: linear from 0 over the warm-up, then constant."""
+def sparsity_weight(config: SaeConfig, step: int) -> float:
+    """The factor of the sparsity term at `step`: linear from 0 over the warm-up, then constant."""
     warmup = config.recipe.sparsity_warmup_steps
-    return config.sparsity_coefficient * (min(1.0, step / warmup) if warmup else 1.0)
+    return config.sparsity_weight * (min(1.0, step / warmup) if warmup else 1.0)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.folded import Sae
+from everyscope.sae.folded import Sae, from_tensors
 from everyscope.sae.functional import (
     Gradients,
     decode,
@@ -25,7 +25,7 @@ from everyscope.sae.functional import (
 )
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient, threshold_rate
+from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
 
 TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 LATENT_AXIS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0}
@@ -130,7 +130,7 @@ def dense_update(sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, s
     gradients = loss_gradients(
         x,
         **sae.parameters,
-        penalty=partial(penalty, sae.config, sparsity_coefficient(sae.config, step)),
+        penalty=partial(penalty, sae.config, sparsity_weight(sae.config, step)),
         bandwidth=sae.config.recipe.bandwidth,
         prefixes=sae.config.prefixes,
     )
@@ -185,10 +185,10 @@ def fold(sae: TrainableSae, normalisation: Normalisation) -> Sae:
     if normalisation.mean is not None:
         mean = torch.from_numpy(normalisation.mean)
     folded = {
-        "w_enc": p["w_enc"],
-        "w_dec": p["w_dec"],
+        "W_enc": p["w_enc"],
+        "W_dec": p["w_dec"],
         "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["w_enc"]) - mean @ p["w_enc"],
         "b_dec": mean + scale * p["b_dec"],
         "threshold": scale * p["threshold"],
     }
-    return Sae(**{name: tensor.float().contiguous() for name, tensor in folded.items()})
+    return from_tensors({name: tensor.float().contiguous() for name, tensor in folded.items()})

@@ -6,18 +6,26 @@ what enters W_O, so that a rank would see a part of attn_out and take it for the
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from everyscope.base.bundled import BUNDLED_MODELS, NO_CODE, model_location
-from everyscope.base.errors import EveryscopeError, ModelError
+from everyscope.base.errors import ConfigError, EveryscopeError, ModelError
 from everyscope.base.extras import import_extra
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.identity import check_residual_identity
+from everyscope.sites.inputs import Inputs, read_inputs
 from everyscope.sites.registry import Anatomy, anatomy_of
+from everyscope.text.tokenizer import load_tokenizer
+
+DTYPE_KEYWORD = "dtype" if tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56) else "torch_dtype"
+"""What transformers calls the number format: 4.51 knows the old name alone, which later versions warn of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +37,48 @@ class LanguageModel:
     anatomy: Anatomy
     name: str
     """As the config names it: bundled name, folder or hub id."""
+    revision: str | None = None
+    """Of the hub id; None is the newest."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when first asked for; ModelError where there is none."""
+        return load_tokenizer(self.name, self.revision)
+
+    def __repr__(self) -> str:
+        parameter = next(self.model.parameters())
+        sizes = f"{self.anatomy.num_layers} layers, d_model={self.anatomy.d_model}, {parameter.dtype} on {parameter.device}"
+        return f"LanguageModel({self.name}: {type(self.model).__name__}, {sizes})"
+
+    def __call__(self, inputs: Inputs, **more: Any) -> Any:
+        """One pass over text or token ids, in all forms that `capture` takes; what the Hugging Face model returns, as `.logits`.
+
+        Gradients are as the caller has them; `more` goes to the model.
+        """
+        device = next(self.model.parameters()).device
+        input_ids, mask = read_inputs(self, inputs, more.pop("attention_mask", None))
+        mask = None if mask is None else mask.to(device)
+        return self.model(input_ids=input_ids.to(device), attention_mask=mask, **({"use_cache": False} | more))
 
 
-def load_language_model(config: ModelConfig) -> LanguageModel:
+def bare(model: nn.Module | LanguageModel) -> nn.Module:
+    """The Hugging Face model itself; ConfigError for what is no model."""
+    if isinstance(model, LanguageModel):
+        return model.model
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={str(model)[:60]!r} is a {type(model).__name__}; pass load_language_model(name), or a model")
+    return model
+
+
+def load_language_model(config: ModelConfig | str, **fields: Any) -> LanguageModel:
     """Load the model, freeze it and run the residual-identity gate.
 
+    `config` may be the name alone, with other fields of a ModelConfig by keyword: load_language_model("gpt2", device="cuda").
     Attention is eager: on some versions of transformers, sdpa silently drops Gemma 2's soft-cap. ModelError, in one line,
     where the model or device is not to be had, the architecture is unknown, or the gate fails; MissingExtra where a device_map
     needs accelerate.
     """
+    config = _resolved(config, fields)
     device, spread = _device(config.device), spreading(config)
     try:
         model = _untrained(config) if config.weights == "random" else _trained(config, spread)
@@ -59,7 +100,17 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
             "take one with more memory"
         )
     check_residual_identity(model, anatomy=anatomy)
-    return LanguageModel(model, anatomy, config.name)
+    return LanguageModel(model, anatomy, config.name, config.revision)
+
+
+def _resolved(config: ModelConfig | str, fields: dict[str, Any]) -> ModelConfig:
+    """The whole config; ConfigError in one line for a field that is none or has a wrong value."""
+    try:
+        return ModelConfig.model_validate(({"name": config} if isinstance(config, str) else config.model_dump()) | fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "model"
+        raise ConfigError(f"{field}={problem['input']!r}: {problem['msg']}; see ModelConfig for the fields") from error
 
 
 def spreading(config: ModelConfig) -> dict[str, Any]:
@@ -72,15 +123,14 @@ def spreading(config: ModelConfig) -> dict[str, Any]:
 
 def _trained(config: ModelConfig, spread: dict[str, Any]) -> nn.Module:
     """The model with the weights of its files; ModelError where some are missing."""
-    # `torch_dtype`, not `dtype`: transformers 4.51 knows only the former, and 5 takes both.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_location(config.name),
         revision=config.revision,
-        torch_dtype=getattr(torch, config.dtype),
         attn_implementation="eager",
         output_loading_info=True,
         use_safetensors=True,  # a pickle may run code; torch refuses most, in words of its own
         **NO_CODE,
+        **{DTYPE_KEYWORD: getattr(torch, config.dtype)},
         **spread,
     )
     model, report = loaded
@@ -99,7 +149,9 @@ def _untrained(config: ModelConfig) -> nn.Module:
     described = AutoConfig.from_pretrained(model_location(config.name), revision=config.revision, **NO_CODE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.weights_seed)
-        model = AutoModelForCausalLM.from_config(described, **NO_CODE, torch_dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            described, attn_implementation="eager", **NO_CODE, **{DTYPE_KEYWORD: torch.float32}
+        )
     return model.to(getattr(torch, config.dtype))
 
 

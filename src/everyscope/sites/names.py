@@ -1,7 +1,10 @@
 """The names of the places in a language model where SAEs sit. Torch-free: configs and recipes speak of sites too."""
 
+import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from everyscope.base.errors import ConfigError
 
@@ -9,6 +12,17 @@ SiteKind = Literal["attn_out", "mlp_out", "resid_post", "embed"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 SUBLAYERS: tuple[SiteKind, ...] = ("attn_out", "mlp_out", "resid_post")
 """The kinds that every layer has; `embed` exists once, as layer 0."""
+HOOKS: dict[SiteKind, str] = {
+    "attn_out": "blocks.{layer}.attn.hook_z",
+    "mlp_out": "blocks.{layer}.hook_mlp_out",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "embed": "hook_embed",
+}
+"""TransformerLens's names of our sites."""
+_OURS = re.compile(rf"({'|'.join(SUBLAYERS)})(?:/layer_|/| layer |\.)(\d+)")
+_BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
+"""A block as a module of a Hugging Face model, as in model.layers.3; its output is resid_post."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, order=True)
@@ -26,17 +40,98 @@ class Site:
     def __post_init__(self) -> None:
         """Refuse names and layers that no model can have."""
         if self.kind not in SITE_KINDS:
-            raise ConfigError(f"unknown site {self.kind!r}; the sites are {', '.join(SITE_KINDS)}")
+            close = difflib.get_close_matches(str(self.kind), SITE_KINDS, 1)
+            hint = f"did you mean {close[0]}?" if close else "choose one of these"
+            raise ConfigError(f"unknown site {self.kind!r}; the sites are {', '.join(SITE_KINDS)}; {hint}")
+        if not isinstance(self.layer, int):
+            raise ConfigError(f"{self.kind}: layer={self.layer!r} is no whole number; write Site({self.kind!r}, 3)")
         if self.layer < 0 or (self.kind == "embed" and self.layer != 0):
             raise ConfigError(f"{self.kind} has no layer {self.layer}; layers count from 0, and embed is at layer 0")
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """The site of a name in any of the usual conventions; ConfigError, with the nearest name, for anything else.
+
+        Ours: resid_post.3, resid_post/layer_3, embed. TransformerLens's: blocks.3.hook_resid_post, blocks.3.hook_mlp_out,
+        blocks.3.attn.hook_z, hook_embed. A Hugging Face block: model.layers.3 or transformer.h.3, which is resid_post.
+        """
+        if text in ("embed", "embed.0", "embed/layer_0", "embed layer 0", HOOKS["embed"]):
+            return cls("embed", 0)
+        if found := _OURS.fullmatch(text):
+            return cls(found[1], int(found[2]))  # pyright: ignore[reportArgumentType]
+        if found := _BLOCK.fullmatch(text):
+            return cls("resid_post", int(found[1]))
+        for kind in SUBLAYERS:
+            if found := re.fullmatch(HOOKS[kind].replace(".", r"\.").format(layer=r"(\d+)"), text):
+                return cls(kind, int(found[1]))
+        raise ConfigError(f"{text!r} names no site; {_nearest(text)}")
 
     @property
     def folder(self) -> str:
         """Where the site's files lie below shards/, train/ and suite/: `resid_post/layer_3`."""
         return f"{self.kind}/layer_{self.layer}"
 
+    @property
+    def hook_name(self) -> str:
+        """TransformerLens's name of the site: `blocks.3.hook_resid_post`."""
+        return HOOKS[self.kind].format(layer=self.layer)
+
     def __str__(self) -> str:
         return f"{self.kind} layer {self.layer}"
+
+
+def as_site(site: Site | str) -> Site:
+    """A site, or the site of a name as `Site.parse` reads it; ConfigError for anything else."""
+    if isinstance(site, Site):
+        return site
+    if isinstance(site, str):
+        return Site.parse(site)
+    raise ConfigError(f"{site!r} is a {type(site).__name__}, expected a site, as in Site('resid_post', 3) or 'resid_post.3'")
+
+
+def _nearest(text: str) -> str:
+    """What `text` may have been meant for."""
+    number = re.search(r"\d+", text)
+    layer = int(number[0]) if number else 3
+    before = f"'resid_post.{layer - 1}'" if layer else "'embed'"
+    for part, meaning in {
+        "resid_pre": f"the same activations are {before}",
+        "hook_attn_out": f"attn_out lies before W_O, and is written 'attn_out.{layer}' or 'blocks.{layer}.attn.hook_z'",
+        "resid_mid": f"sites of layer {layer} are {', '.join(f'{kind}.{layer}' for kind in SUBLAYERS)}",
+        ".mlp": f"did you mean 'mlp_out.{layer}'?",
+        "attn": f"did you mean 'attn_out.{layer}'?",
+    }.items():
+        if part in text:
+            return meaning
+    names = [f"{kind}.{layer}" for kind in SUBLAYERS] + [HOOKS[kind].format(layer=layer) for kind in SUBLAYERS] + ["embed"]
+    close = difflib.get_close_matches(text, names, 1)
+    usual = "write it as 'resid_post.3', 'blocks.3.hook_resid_post' or 'model.layers.3'"
+    return f"did you mean {close[0]!r}?" if close else f"{usual}; the kinds are {', '.join(SITE_KINDS)}"
+
+
+class BySite(dict[Site, Value]):
+    """A dict by site that finds its entries by a site's names too: found["resid_post.3"]. ConfigError for what names no site."""
+
+    def __getitem__(self, site: Site | str) -> Value:
+        known = as_site(site)
+        if known not in self:
+            raise KeyError(f"{known} is not among {', '.join(map(str, self)) or 'nothing'}")
+        return super().__getitem__(known)
+
+    def __contains__(self, site: object) -> bool:
+        return super().__contains__(Site.parse(site) if isinstance(site, str) else site)
+
+
+def sites_in(sites: "Site | str | Iterable[Site | str]") -> tuple[Site, ...]:
+    """The sites of one or several sites or names, each once, in order; ConfigError where there is none."""
+    several = [sites] if isinstance(sites, Site | str) else sites
+    try:
+        found = tuple(dict.fromkeys(as_site(site) for site in several))
+    except TypeError as error:
+        raise ConfigError(f"sites={sites!r}: expected a site or several, as in ['resid_post.3', 'mlp_out.3']") from error
+    if not found:
+        raise ConfigError("no sites given; name at least one, as in 'resid_post.0'")
+    return found
 
 
 def parse_folder(folder: str) -> Site:
@@ -52,6 +147,6 @@ def sites_of(kinds: tuple[SiteKind, ...], layers: tuple[int, ...] | None, num_la
     chosen = tuple(range(num_layers)) if layers is None else layers
     for layer in chosen:
         if not 0 <= layer < num_layers:
-            raise ConfigError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}; mend layers=...")
+            raise ConfigError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}; change layers=...")
     sites = [Site(kind, layer) for layer in chosen for kind in kinds if kind != "embed"]
     return ((Site("embed", 0),) if "embed" in kinds else ()) + tuple(sites)

@@ -2,39 +2,137 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from everyscope.base.errors import ModelError, ShapeMismatch
+from everyscope.base.errors import ConfigError, ModelError, ShapeMismatch
 from everyscope.sites.block_output import returns_tuple
 from everyscope.sites.hooks import Visitor, visiting
-from everyscope.sites.names import Site
+from everyscope.sites.model import LanguageModel, bare
+from everyscope.sites.names import BySite, Site, Value, as_site
 from everyscope.sites.registry import anatomy_of
 
 Edit = Callable[[Float[Tensor, "batch ctx d_in"]], Float[Tensor, "batch ctx d_in"]]
 """What replaces activations: a function of them that keeps their shape. An Sae is one."""
+LatentEdit = Callable[[Float[Tensor, "batch ctx d_sae"]], Float[Tensor, "batch ctx d_sae"]]
+"""What replaces an SAE's latents: a function of them that keeps their shape."""
+NoLatentEdits: Mapping[Site | str, LatentEdit] = MappingProxyType({})
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """An edit in two halves, whose middle can be seen and changed: an Sae, or another library's."""
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """Latents of activations."""
+        ...
+
+    def decode(self, f: Tensor, /) -> Tensor:
+        """The reconstruction from latents."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """What passes inside a splice leave behind."""
+
+    latents: BySite[Float[Tensor, "batch ctx d_sae"]] = field(default_factory=BySite)
+    """Of the last pass, at the sites of SAEs: the latents that were decoded, after `edit_latents`, of all positions. Nothing is
+    detached."""
 
 
 @contextmanager
-def splice(model: nn.Module, edits: Mapping[Site, Edit], mask: Bool[Tensor, "batch ctx"] | None = None) -> Iterator[None]:
+def splice(
+    model: nn.Module | LanguageModel,
+    edits: Mapping[Any, Edit] | Edit,
+    mask: Bool[Tensor, "batch ctx"] | None = None,
+    *,
+    keep_error: bool = False,
+    edit_latents: LatentEdit | Mapping[Any, LatentEdit] = NoLatentEdits,
+) -> Iterator[Spliced]:
     """Inside the block, every forward pass replaces the activations at each site by `edits[site]` of them.
+
+    Sites may be names, as in {"resid_post.3": sae}; an Sae that knows its site may stand alone. `edit_latents` is a function of
+    an SAE's latents, or several by site, whose results are decoded in their place. With `keep_error`, what SAEs leave out is
+    added back, x + decode(edited) - decode(encode(x)): a pass without edits then gives the same bits as without the splice, and
+    gradients see the error as a constant.
 
     `mask` is True where to replace; other positions pass through bit for bit. Without one, BOS, EOS and padding (by the
     model's config, in the input_ids of each pass) pass through. The edit sees all positions. Everything is undone at the
-    end, after errors too. ConfigError for a layer that the model does not have; while a pass runs, ShapeMismatch for an
-    edit or mask of the wrong shape, and ModelError where a mask must be made but the pass has no input_ids.
+    end, after errors too. ConfigError for sites that are none, a layer that the model does not have, or options that need SAEs
+    where an edit is none; while a pass runs, ShapeMismatch for an edit or mask of the wrong shape or device, and ModelError
+    where a mask must be made but the pass has no input_ids.
     """
-    anatomy = anatomy_of(model)
-    current = _Mask(mask)
-    visits = [(anatomy.place(site), _replace(site, edit, current)) for site, edit in edits.items()]
+    model = bare(model)
+    anatomy, current, spliced = anatomy_of(model), _Mask(mask), Spliced()
+    by_site = _edits_by_site(edits)
+    latent_edits = dict.fromkeys(by_site, edit_latents) if callable(edit_latents) else _by_site(edit_latents)
+    if unused := [str(site) for site in latent_edits if site not in by_site]:
+        raise ConfigError(f"edit_latents names {', '.join(unused)}, where nothing is spliced; splice an SAE there too")
+    for site, edit in by_site.items():
+        if isinstance(edit, Autoencoder):
+            by_site[site] = _through_latents(site, edit, latent_edits.get(site), keep_error, spliced)
+        elif keep_error or site in latent_edits:
+            option = "keep_error" if keep_error else "edit_latents"
+            raise ConfigError(f"splice at {site}: {option} needs an SAE, with encode and decode; got a {type(edit).__name__}")
+    visits = [(anatomy.place(site), _replace(site, edit, current)) for site, edit in by_site.items()]
     with ExitStack() as stack:
         if mask is None:
             stack.enter_context(current.following(model))
         stack.enter_context(visiting(visits))
-        yield
+        yield spliced
+
+
+def _by_site(named: Mapping[Any, Value]) -> dict[Site, Value]:
+    """The same by site; ConfigError where two names are of one site."""
+    found: dict[Site, Value] = {}
+    for name, value in named.items():
+        if as_site(name) in found:
+            raise ConfigError(f"{name!r}: {as_site(name)} is named twice; give each site once")
+        found[as_site(name)] = value
+    return found
+
+
+def _edits_by_site(edits: Mapping[Any, Edit] | Edit) -> dict[Site, Edit]:
+    if isinstance(edits, Mapping):
+        found = _by_site(edits)
+        if wrong := [site for site, edit in found.items() if not callable(edit)]:
+            raise ConfigError(
+                f"splice at {wrong[0]}: {type(found[wrong[0]]).__name__} is no function of activations; give an SAE"
+            )
+        return found
+    site = getattr(getattr(edits, "metadata", None), "site", None)
+    if site is None:
+        raise ConfigError(
+            f"{type(edits).__name__} does not say at which site to splice; write splice(model, {{'resid_post.3': sae}})"
+        )
+    return {site: edits}
+
+
+def _through_latents(site: Site, sae: Autoencoder, edit: LatentEdit | None, keep_error: bool, spliced: Spliced) -> Edit:
+    """Encode, edit, decode. The error that is kept is a constant to gradients, which therefore go through the latents."""
+
+    def replace(x: Tensor) -> Tensor:
+        f = sae.encode(x)
+        edited = f if edit is None else edit(f)
+        if edited.shape != f.shape:
+            raise ShapeMismatch(
+                f"splice at {site}: edit_latents returned shape {tuple(edited.shape)} for {tuple(f.shape)}; it must keep it"
+            )
+        spliced.latents[site] = edited
+        x_hat = sae.decode(edited)
+        if not keep_error:
+            return x_hat
+        with torch.no_grad():
+            clean = x_hat.detach() if edit is None else sae.decode(f)
+        return x.detach() + (x_hat - clean)  # in this order: without an edit, the bracket is exactly zero
+
+    return replace
 
 
 @contextmanager
@@ -91,7 +189,7 @@ class _Mask:
 
     def __init__(self, mask: Tensor | None) -> None:
         """`mask`: bool [batch ctx], or None where `following` will make it."""
-        self.tensor = mask
+        self.tensor = mask[None] if mask is not None and mask.ndim == 1 else mask
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
@@ -114,7 +212,11 @@ class _Mask:
 
 
 def special_ids(model: nn.Module) -> tuple[int, ...]:
-    """The ids of BOS, EOS and padding by the model's config, ascending; each may be absent, one id or a list of them."""
+    """The ids of BOS, EOS and padding by the model's config, ascending; each may be absent, one id or a list of them.
+
+    Where a chat model's turns are marked by the same ids, as in SmolLM2-Instruct, these markers are among them: a mask of
+    `text.blocks`, which goes by where packing put a token, keeps them apart.
+    """
     config: Any = model.config
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
     ids: set[int] = set()

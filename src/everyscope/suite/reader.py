@@ -3,6 +3,7 @@
 One function per format; `load_sae` only decides which of them it has before it.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
+from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch, first_line
 from everyscope.base.files import read_object, require_file, unreadable
 from everyscope.sae.files import has_sae, read_sae
 from everyscope.sae.folded import PARAMETERS, Sae, from_tensors
-from everyscope.sites.names import Site
+from everyscope.sae.metadata import SaeMetadata
+from everyscope.sae.saelens import metadata_of
+from everyscope.sites.names import Site, SiteKind, as_site
 from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE
 from everyscope.suite.npz import array_names, read_arrays
 from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
@@ -31,16 +34,49 @@ SUITE_DEPTH = 4
 UNFOLDED = ("scal", "norm", "skip")
 """Parts of names of arrays beside the five that change what an SAE computes, unless they are 1 everywhere (0 for a skip)."""
 
+GEMMA_SCOPE = re.compile(r"google/gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)/layer_(\d+)/width_[0-9a-z]+/average_l0_(\d+)")
+"""The hub ids of DeepMind's first release, whose files hold tensors alone."""
+GEMMA_SCOPE_SITES: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
 
-def load_sae(path_or_hub_id: str | Path) -> Sae:
-    """One folded SAE: raw activations in, raw reconstruction out, float32.
+
+def load_sae(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32) -> Sae:
+    """One folded SAE: raw activations in, raw reconstruction out; `metadata` says what its files say of site, model and L0.
 
     Takes an SAE's folder in a suite or in a run, a folder or a params.npz of a Gemma Scope release, a SAELens JumpReLU folder
     (cfg.json + sae_weights.safetensors), or `org/repo/path/in/repo` on the Hugging Face hub. DataError where nothing
-    readable is there, ConfigError for a kind of SAE that is not ours, ShapeMismatch and NonFinite for damaged tensors.
+    readable is there, ConfigError for a kind of SAE that is not ours or a device or dtype that is none, ShapeMismatch and
+    NonFinite for damaged tensors.
     """
     path = Path(path_or_hub_id)
-    return _read_local(path if path.exists() else _download(str(path_or_hub_id)))
+    if path.exists():
+        return _moved(_read_local(path), device, dtype)
+    sae = _read_local(_download(str(path_or_hub_id)))
+    if sae.metadata == SaeMetadata():  # a params.npz, which says nothing of itself
+        sae.metadata = _of_gemma_scope(str(path_or_hub_id))
+    return _moved(sae, device, dtype)
+
+
+def _moved(sae: Sae, device: torch.device | str, dtype: torch.dtype | str) -> Sae:
+    """The SAE on another device, in another number format; ConfigError where these are none."""
+    kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is no number format of SAEs; choose float32, bfloat16, float16 or float64")
+    try:
+        return sae.to(device, kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device={device!r} cannot be used ({first_line(error)[:120]}); choose cpu, or a GPU of this host"
+        ) from error
+
+
+def _of_gemma_scope(hub_id: str) -> SaeMetadata:
+    """What the path of an SAE in DeepMind's first release says of it; nothing for any other."""
+    found = GEMMA_SCOPE.fullmatch(hub_id.strip("/").removesuffix(f"/{NPZ_FILE}"))
+    if found is None:
+        return SaeMetadata()
+    size, tuned, kind, layer, l0 = found.groups()
+    site = Site(GEMMA_SCOPE_SITES[kind], int(layer))
+    return SaeMetadata(site, f"google/gemma-2-{size}{'-it' if tuned == 'it' else ''}", float(l0))
 
 
 def _read_local(path: Path) -> Sae:
@@ -87,7 +123,7 @@ def read_npz(path: Path) -> Sae:
     factor, or a skip connection, that is not folded into the weights.
     """
     found = array_names(path)
-    by_name = {key: [name for name in found if name.lower() == key.lower()] for key in PARAMETERS.values()}
+    by_name = {key: [name for name in found if name.lower() == key.lower()] for key in PARAMETERS}
     doubled = next((names for names in by_name.values() if len(names) > 1), None)
     if doubled is not None:
         raise DataError(f"{path}: holds both {' and '.join(doubled)}, which are one tensor; delete one of them")
@@ -105,15 +141,15 @@ def _require_folded(path: Path, name: str, values: np.ndarray) -> None:
         raise ConfigError(f"{path}: {name} is not {neutral} everywhere; only folded SAEs are read, rescale W_enc and W_dec first")
 
 
-def _checked(path: Path, tensors: Mapping[str, Tensor]) -> Sae:
+def _checked(path: Path, tensors: Mapping[str, Tensor], metadata: SaeMetadata | None = None) -> Sae:
     """The SAE of five tensors out of the file `path`, float32; what is wrong with them names the file."""
-    for name in PARAMETERS.values():
+    for name in PARAMETERS:
         tensor = tensors.get(name)
         if tensor is not None and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise DataError(f"{path}: {name} holds {kind}, expected floating-point numbers; convert it to float32")
     try:
-        sae = from_tensors({name: tensor.float() for name, tensor in tensors.items() if name in PARAMETERS.values()})
+        sae = from_tensors({name: tensor.float() for name, tensor in tensors.items() if name in PARAMETERS}, metadata)
     except (ShapeMismatch, NonFinite) as error:
         raise type(error)(f"{path}: {error}") from error
     if bool((sae.threshold < 0).any()):
@@ -143,7 +179,7 @@ def read_saelens(folder: Path) -> Sae:
     for name, tensor in tensors.items():
         if any(word in name.lower() for word in UNFOLDED):
             _require_folded(path, name, tensor.numpy())
-    sae = _checked(path, tensors)
+    sae = _checked(path, tensors, metadata_of(config))
     for field, got in (("d_in", sae.d_in), ("d_sae", sae.d_sae)):
         if (want := config.get(field, got)) != got:
             raise ShapeMismatch(f"{path}: has {field}={got}, {CONFIG_FILE} says {want!r}; are they of two SAEs? download both")
@@ -152,8 +188,8 @@ def read_saelens(folder: Path) -> Sae:
 
 
 def _subtraction_folded(sae: Sae) -> Sae:
-    bias = sae.b_enc.double() - sae.b_dec.double() @ sae.w_enc.double()
-    return Sae(sae.w_enc, sae.w_dec, bias.float(), sae.b_dec, sae.threshold)
+    bias = sae.b_enc.double() - sae.b_dec.double() @ sae.W_enc.double()
+    return Sae(sae.W_enc, sae.W_dec, bias.float(), sae.b_dec, sae.threshold, metadata=sae.metadata)
 
 
 def _download(hub_id: str) -> Path:
@@ -169,7 +205,7 @@ def _download(hub_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / inside
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{hub_id}: no local path, and not to be had from the hub ({reason}); check name and network") from error
+        raise DataError(f"{hub_id}: not found locally or on the hub ({reason}); check name and network") from error
 
 
 @dataclass(frozen=True)
@@ -200,9 +236,12 @@ class SuiteEntry:
         """Its headline numbers."""
         return self.record.metrics
 
-    def sae(self) -> Sae:
-        """Load its tensors, anew each time; raises as `load_sae` does."""
-        return _read_local(self.folder)
+    def sae(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32) -> Sae:
+        """Load its tensors, on each call; raises as `load_sae` does."""
+        return load_sae(self.folder, device=device, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"SuiteEntry({self.record.folder}: L0={self.metrics.l0:.4g}, FVU={self.metrics.fvu:.3f})"
 
 
 @dataclass(frozen=True)
@@ -220,12 +259,19 @@ class Suite:
         """Number of SAEs."""
         return len(self.index.saes)
 
-    def find(self, site: Site | None = None, width: int | None = None) -> list[SuiteEntry]:
-        """The SAEs at `site` and of `width` [latents], in order; None takes any."""
-        return [entry for entry in self if site in (None, entry.site) and width in (None, entry.width)]
+    def __repr__(self) -> str:
+        widths = ", ".join(map(str, sorted({entry.width for entry in self})))
+        sites = len({entry.site for entry in self})
+        return f"Suite({str(self.root)!r}: {len(self)} SAEs of {self.index.model} at {sites} sites, widths {widths or 'none'})"
 
-    def nearest(self, site: Site, width: int, l0: float) -> SuiteEntry:
+    def find(self, site: Site | str | None = None, width: int | None = None) -> list[SuiteEntry]:
+        """The SAEs at `site`, or the site of that name, and of `width` [latents], in order; None takes any."""
+        wanted = None if site is None else as_site(site)
+        return [entry for entry in self if wanted in (None, entry.site) and width in (None, entry.width)]
+
+    def nearest(self, site: Site | str, width: int, l0: float) -> SuiteEntry:
         """The SAE at `site` of `width` whose L0 is nearest to `l0` [latents]; DataError where the suite has none there."""
+        site = as_site(site)
         found = self.find(site, width)
         if not found:
             have = ", ".join(map(str, sorted({entry.width for entry in self.find(site)}))) or "none"

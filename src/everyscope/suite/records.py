@@ -4,7 +4,9 @@ A suite comes from anywhere: suite.json has its own identity, its numbers are fi
 out of the suite's folder.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +52,13 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Interval = tuple[Number, Number]
 """Both ends of an interval, low first."""
+RIVALS = {"pca": "PCA", "neuron_basis": "single neurons"}
+"""Baselines that a trained SAE beats, by name, and in words."""
+
+
+def beaten_by(fvu: float, baselines: Mapping[str, float]) -> list[str]:
+    """Those of RIVALS that leave less variance unexplained than an SAE of FVU `fvu` does, in words."""
+    return [words for name, words in RIVALS.items() if baselines.get(name, math.inf) < fvu]
 
 
 class Intervals(Schema):
@@ -59,6 +68,8 @@ class Intervals(Schema):
     """Of the mean number of active latents [latents]."""
     fvu: Interval | None
     """Of the fraction of variance unexplained [1]."""
+    fvu_usual: Interval | None
+    """Of the same over usual tokens [1]."""
     delta_loss: Interval | None
     """Of the rise of the language model's loss [nats/token]."""
     loss_recovered: Interval | None
@@ -71,13 +82,20 @@ class Headline(Schema):
     l0: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Mean number of active latents [latents]."""
     fvu: Number
-    """Fraction of variance unexplained [1]."""
+    """Fraction of variance unexplained, over all tokens [1]."""
+    fvu_usual: Number
+    """The same over usual tokens: those whose activation is not massive; by it SAEs are ranked [1]."""
     fvu_pca: Number
     """FVU of as many principal components as `l0`, rounded [1]."""
+    fvu_pca_usual: Number
+    """The same over usual tokens [1]."""
+    num_massive_tokens: Count
+    """Tokens with a massive activation, left out of every number but plain FVUs [tokens]."""
     delta_loss: Number
     """Rise of the language model's loss when the reconstruction is spliced in [nats/token]."""
     loss_recovered: Number | None
-    """1 where splicing costs nothing, 0 where it costs as much as the training mean; null where that costs nothing [1]."""
+    """1 where splicing costs nothing, 0 where it costs as much as the training mean; null where what that costs is within its
+    noise, or was not measured [1]."""
     kl: Number
     """KL divergence of the spliced model's predictions from the untouched model's [nats/token]."""
     cosine: Number
@@ -89,9 +107,28 @@ class Headline(Schema):
     intervals: Intervals
     """What the documents' choice leaves open."""
     baselines_fvu: dict[str, Number]
-    """FVU of what an SAE must beat, by the baseline's name [1]."""
+    """FVU of what an SAE must beat over usual tokens, by the baseline's name [1]."""
     is_canonical: bool
     """Whether it stands for its site and width where only one can be shown: its L0 is nearest the one aimed at."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_suite(cls, value: Any) -> Any:
+        """Suites that are older than the rule for massive rows left none out."""
+        if isinstance(value, dict) and "fvu_usual" not in value and {"fvu", "fvu_pca"} <= value.keys():
+            intervals = value["intervals"] if isinstance(value.get("intervals"), dict) else {}
+            return value | {
+                "fvu_usual": value["fvu"],
+                "fvu_pca_usual": value["fvu_pca"],
+                "num_massive_tokens": 0,
+                "intervals": {"fvu_usual": intervals.get("fvu"), **intervals},
+            }
+        return value
+
+    @property
+    def beaten_by(self) -> list[str]:
+        """What of the same L0 leaves less variance unexplained, in words: the SAE is undertrained."""
+        return beaten_by(self.fvu_usual, self.baselines_fvu)
 
 
 class SaeRecord(Schema):

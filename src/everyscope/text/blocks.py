@@ -1,7 +1,8 @@
 """Tokens packed into blocks of equal length, with the one mask that all stages share.
 
 A block is [BOS, prefix, text, suffix]. Documents follow one another in the text part, each closed by EOS, and are cut where
-a block ends. BOS, EOS, padding and the prefix are inputs of the model but never enter statistics, training or metrics.
+a block ends; with BOS per document, each also begins with BOS. What frames text is an input of the model but never enters
+statistics, training or metrics: BOS, EOS, padding, the prefix, and `skip_positions` behind BOS.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,11 @@ import numpy as np
 
 from everyscope.base.errors import TextError
 from everyscope.text.config import Split, TextConfig
-from everyscope.text.corpora import Document, read_documents
+from everyscope.text.corpora import read_documents
+from everyscope.text.documents import Document
+from everyscope.text.encoding import encoded
+from everyscope.text.markers import markers_of
+from everyscope.text.tokenizer import token_ids
 
 NO_DOCUMENT = -1
 """Stands in `Block.document` where a position holds no document's token."""
@@ -37,44 +42,9 @@ class Block:
     document: np.ndarray
     """The running number, in its split, of the document that each token is from, or -1; int32 [ctx]."""
     mask: np.ndarray
-    """True where a position counts: everything but BOS, EOS, padding and the prefix; bool [ctx]."""
+    """True where a position counts: everything but BOS, EOS, padding, the prefix and what `TextConfig` leaves out; bool [ctx]."""
     after: Cursor
     """The place in the text behind this block."""
-
-
-@dataclass(frozen=True)
-class Markers:
-    """The ids that frame text for one tokenizer."""
-
-    bos: int
-    """Starts every block: the tokenizer's BOS, or its EOS where it has none."""
-    eos: int | None
-    """Closes every document, where the tokenizer has one."""
-    pad: int
-    """Fills the last block of a split."""
-
-    @property
-    def masked(self) -> tuple[int, ...]:
-        """Ids that never count."""
-        return tuple({self.bos, self.pad} if self.eos is None else {self.bos, self.eos, self.pad})
-
-
-def markers_of(tokenizer: Any) -> Markers:
-    """The framing ids of a Hugging Face tokenizer; TextError where it has neither BOS nor EOS."""
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    start = eos if bos is None else bos
-    if start is None:
-        raise TextError(
-            f"tokenizer {tokenizer.name_or_path!r} has neither BOS nor EOS; set tokenizer.bos_token to a token of its own"
-        )
-    return Markers(bos=start, eos=eos, pad=start if pad is None else pad)
-
-
-def token_mask(input_ids: np.ndarray, markers: Markers, prefix_tokens: int) -> np.ndarray:
-    """True where a token counts, [..., ctx] like `input_ids`: no BOS, EOS or padding, and behind BOS and prefix."""
-    mask = ~np.isin(input_ids, markers.masked)
-    mask[..., : 1 + prefix_tokens] = False
-    return mask
 
 
 def read_blocks(config: TextConfig, tokenizer: Any, split: Split, start: Cursor | None = None) -> Iterator[Block]:
@@ -103,44 +73,87 @@ def pack(documents: Iterable[Document], config: TextConfig, tokenizer: Any, star
 
     TextError where prefix and suffix leave no room for text.
     """
-    markers = markers_of(tokenizer)
-    prefix, suffix = _encode(tokenizer, config.prefix), _encode(tokenizer, config.suffix)
-    room = config.context - 1 - len(prefix) - len(suffix)
-    if room < 1:
-        framing = f"a prefix of {len(prefix)} and a suffix of {len(suffix)} tokens"
-        raise TextError(f"context={config.context} leaves no room for text beside {framing}; raise context=...")
-    head, tail = np.array([markers.bos, *prefix], np.int32), np.array(suffix, np.int32)
-
-    def block(tokens: np.ndarray, numbers: np.ndarray, after: Cursor) -> Block:
-        input_ids = np.full(config.context, markers.pad, np.int32)
-        document = np.full(config.context, NO_DOCUMENT, np.int32)
-        framed = np.concatenate([head, tokens, tail])
-        input_ids[: len(framed)] = framed
-        document[len(head) : len(head) + len(tokens)] = numbers
-        document[len(head) + len(tokens) : len(framed)] = numbers[-1]
-        return Block(input_ids, document, token_mask(input_ids, markers, len(prefix)), after)
-
-    tokens, numbers, last = np.empty(0, np.int32), np.empty(0, np.int32), -1
-    for number, document in enumerate(documents):
-        if number < start.documents:
-            continue
+    frame = _Frame(config, tokenizer)
+    pending = _Tokens.none()
+    last = -1
+    numbered = ((number, document) for number, document in enumerate(documents) if number >= start.documents)
+    for number, document, new in encoded(numbered, config, tokenizer):
         skipped = start.tokens if number == start.documents else 0
-        new = _encode(tokenizer, document.text) + ([] if markers.eos is None else [markers.eos])
-        assert skipped <= len(new), f"{start} lies behind the {len(new)} tokens of {document.name}: another text or tokenizer"
-        tokens = np.concatenate([tokens, np.array(new[skipped:], np.int32)])
-        numbers = np.concatenate([numbers, np.full(len(new) - skipped, number, np.int32)])
-        used = 0
-        while len(tokens) - used >= room:
-            taken = slice(used, used + room)
-            used += room
-            behind = len(new) - (len(tokens) - used)
-            after = Cursor(number + 1, 0) if used == len(tokens) else Cursor(number, behind)
-            yield block(tokens[taken], numbers[taken], after)
-        tokens, numbers = tokens[used:], numbers[used:]
+        assert skipped <= len(new.ids), (
+            f"{start} lies behind the {len(new.ids)} tokens of {document.name}: another text or tokenizer"
+        )
+        of_new = np.full(len(new.ids), number, np.int32)
+        is_bos = np.zeros(len(new.ids), np.bool_)
+        is_bos[:1] = new.begins_with_bos
+        pending = pending.then(_Tokens(new.ids, of_new, new.counts, is_bos)[skipped:])
+        while len(pending) - pending.opens >= frame.room:
+            stop = pending.opens + frame.room  # the block's own BOS stands for that of a document which begins with the block
+            taken, pending = pending[pending.opens : stop], pending[stop:]
+            after = Cursor(number, len(new.ids) - len(pending)) if len(pending) else Cursor(number + 1, 0)
+            yield frame.block(taken, after)
         last = number
-    if len(tokens):
-        yield block(tokens, numbers, Cursor(last + 1, 0))
+    if len(pending) > pending.opens:
+        yield frame.block(pending[pending.opens :], Cursor(last + 1, 0))
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+@dataclass(frozen=True)
+class _Tokens:
+    """A stretch of the token stream."""
+
+    ids: np.ndarray
+    document: np.ndarray
+    counts: np.ndarray
+    is_bos: np.ndarray
+    """Where a document begins with BOS."""
+
+    @classmethod
+    def none(cls) -> "_Tokens":
+        return cls(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.bool_))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "_Tokens":
+        return _Tokens(self.ids[part], self.document[part], self.counts[part], self.is_bos[part])
+
+    def then(self, others: "_Tokens") -> "_Tokens":
+        pairs = zip(self._arrays, others._arrays, strict=True)
+        return _Tokens(*(np.concatenate(pair) for pair in pairs)) if len(self) else others
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.ids, self.document, self.counts, self.is_bos
+
+    @property
+    def opens(self) -> int:
+        """1 where the stretch begins with a document's BOS, else 0."""
+        return int(self.is_bos[:1].sum())
+
+
+class _Frame:
+    """What stands around the text in every block."""
+
+    def __init__(self, config: TextConfig, tokenizer: Any) -> None:
+        self._context, self._markers = config.context, markers_of(tokenizer)
+        prefix, suffix = token_ids(tokenizer, config.prefix), token_ids(tokenizer, config.suffix)
+        self.room = config.context - 1 - len(prefix) - len(suffix)
+        """Tokens of documents in a block [tokens]."""
+        if self.room < 1:
+            framing = f"a prefix of {len(prefix)} and a suffix of {len(suffix)} tokens"
+            raise TextError(f"context={config.context} leaves no room for text beside {framing}; raise context=...")
+        self._head, self._tail = np.array([self._markers.bos, *prefix], np.int32), np.array(suffix, np.int32)
+        self._unmeasured = max(len(self._head), 1 + config.skip_positions)
+
+    def block(self, text: _Tokens, after: Cursor) -> Block:
+        input_ids = np.full(self._context, self._markers.pad, np.int32)
+        document = np.full(self._context, NO_DOCUMENT, np.int32)
+        mask = np.zeros(self._context, np.bool_)
+        begin, end = len(self._head), len(self._head) + len(text)
+        framed = np.concatenate([self._head, text.ids, self._tail])
+        input_ids[: len(framed)] = framed
+        document[begin:end] = text.document
+        document[end : len(framed)] = text.document[-1]
+        mask[begin:end] = text.counts
+        mask[end : len(framed)] = ~np.isin(self._tail, self._markers.always_masked)
+        mask[: self._unmeasured] = False
+        return Block(input_ids, document, mask, after)

@@ -5,51 +5,45 @@ meaning. Every document carries the content by which it is split: two documents 
 """
 
 import ast
-import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
+import pyarrow
 
 from everyscope.base.errors import TextError, first_line
 from everyscope.base.extras import import_extra
 from everyscope.base.ids import unit_interval
 from everyscope.text.arithmetic import PAGES, arithmetic_page
 from everyscope.text.chats import chat, chats_of
-from everyscope.text.config import Split, TextConfig
+from everyscope.text.config import TextConfig
+from everyscope.text.conversations import messages_of, plain_text, split_key
+from everyscope.text.documents import Document
+from everyscope.text.files import Repairs, Row, files_at, pieces_of, require_column
+from everyscope.text.order import permuted, shuffled
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"})
 """Parts of the library that not every machine has, or that hold little but fixtures."""
-PARQUET_ROWS = 256
-"""Rows of a Parquet file held in memory at once [rows]."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: its name for people, its text, and the content whose hash decides its split."""
-
-    name: str
-    text: str
-    split_key: str
-
-    def split(self, held_out_fraction: float) -> Split:
-        """`held_out` for about `held_out_fraction` of all documents, always the same ones."""
-        return "held_out" if unit_interval(self.split_key) < held_out_fraction else "train"
 
 
 def read_documents(config: TextConfig) -> Iterator[Document]:
     """All documents of the corpus, those of both splits; TextError where there is nothing to read."""
     if config.source in GIVEN:
         return GIVEN[config.source]()
-    if config.source == "files":
-        return local_files(config.paths, config.column)
-    assert config.dataset is not None
-    return hugging_face(config.dataset, config.dataset_config, config.dataset_split, config.column)
+    documents = local_files(config) if config.source == "files" else hugging_face(config)
+    return documents if config.shuffle_seed is None else shuffled(documents, config.shuffle_seed)
+
+
+def library_files() -> dict[str, Path]:
+    """The source files of the running interpreter's library by name, in no order."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)  # never entered: site-packages can hold 100,000 files
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return {path.relative_to(root).as_posix(): path for path in found}
 
 
 def standard_library() -> Iterator[Document]:
@@ -57,17 +51,16 @@ def standard_library() -> Iterator[Document]:
 
     The hash mixes the modules, so that any stretch of the stream is a fair sample of the whole.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)  # never entered: site-packages can hold 100,000 files
-        for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            with _readable(str(path)):
-                text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                found.append(Document(path.relative_to(root).as_posix(), text, text))
+    for name, path in library_files().items():
+        with _readable(str(path)):
+            text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            found.append(Document(name, text, text))
     if not found:
-        raise TextError(f'{root}: no library sources on this machine; give text of your own with source="files"')
+        raise TextError(
+            f'{sysconfig.get_paths()["stdlib"]}: no library sources on this machine; give text of your own with source="files"'
+        )
     return iter(sorted(found, key=lambda document: (unit_interval("order " + document.text), document.name)))
 
 
@@ -108,89 +101,70 @@ GIVEN = {
 """The corpora that are there on every machine."""
 
 
-def local_files(paths: tuple[Path, ...], column: str) -> Iterator[Document]:
-    """The documents of .txt, .jsonl and .parquet files, in the order given; folders are searched, in order of name.
+def local_files(config: TextConfig) -> Iterator[Document]:
+    """The documents of .txt, .jsonl and .parquet files, in the order given, or in an order of pieces drawn by the shuffle's seed.
 
     TextError before the first document where a path is missing or of another kind; later where a file cannot be read.
     """
-    for file in [file for path in paths for file in _files_at(path)]:
+    files = [file for path in config.paths for file in files_at(path)]
+    is_cut, repairs, pieces = config.shuffle_seed is not None, Repairs.of_column(config.column), []
+    for file in files:
         with _readable(str(file)):
-            yield from _documents(READERS[file.suffix](file, column), column)
+            pieces += [(file, piece) for piece in pieces_of(file, config.column, is_cut)]
+    try:
+        for file, piece in pieces if config.shuffle_seed is None else permuted(pieces, config.shuffle_seed):
+            with _readable(str(file)):
+                yield from _documents(piece(repairs), config.column)
+    finally:
+        repairs.close()
 
 
-def hugging_face(dataset: str, config: str | None, split: str, column: str) -> Iterator[Document]:
+def hugging_face(config: TextConfig) -> Iterator[Document]:
     """The rows of a Hugging Face dataset, streamed: nothing is downloaded beyond what is read.
 
-    TextError where it cannot be loaded or has no such column, MissingExtra where `datasets` is not installed.
+    Shuffling reads the files of a dataset in another order. TextError where it cannot be loaded or has no such column,
+    MissingExtra where `datasets` is not installed.
     """
     datasets = import_extra("datasets", "data", "Reading a Hugging Face dataset")
-    origin = f"dataset {dataset!r}, config {config!r}, split {split!r}"
-    with _readable(origin, datasets.exceptions.DatasetsError):
-        rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
-        texts = ((f"{dataset}:{number}", _cell(row, column, origin)) for number, row in enumerate(rows, start=1))
-        yield from _documents(texts, column)
+    name, column = config.dataset, config.column
+    origin = f"dataset {name!r}, config {config.dataset_config!r}, split {config.dataset_split!r}"
+    with _readable(origin, datasets.exceptions.DatasetsError, RuntimeError):
+        try:
+            rows = datasets.load_dataset(
+                name, config.dataset_config, split=config.dataset_split, revision=config.dataset_revision, streaming=True
+            )
+        except StopIteration as error:  # which `datasets` lets through, and which would end this generator
+            raise TextError(f"{origin}: its first file is empty; leave that file out") from error
+        if config.shuffle_seed is not None:
+            rows = rows.shuffle(seed=config.shuffle_seed, buffer_size=1)  # of its files; documents go through our own buffer
+        yield from _documents(_dataset_cells(rows, column, str(name), origin), column)
 
 
-def _files_at(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS and not file.is_dir())
-        if not files:
-            raise TextError(f"{path}: holds no .txt, .jsonl or .parquet file; name another folder, or files")
-        return files
-    if not path.exists():
-        raise TextError(f"{path}: no such file or folder; give .txt, .jsonl or .parquet files, or a folder that holds some")
-    if path.suffix not in READERS:
-        raise TextError(f"{path}: cannot read {path.suffix or 'a file without ending'}; expected .txt, .jsonl or .parquet")
-    return [path]
+def _dataset_cells(rows: Iterable[dict[str, Any]], column: str, name: str, origin: str) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=1):
+        require_column(row, column, origin)
+        yield f"{name}:{number}", row[column]
 
 
-def _read_txt(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    yield path.name, path.read_text(encoding="utf-8", errors="replace")
+def _documents(rows: Iterable[Row], column: str) -> Iterator[Document]:
+    """Cells become documents; those without text (null, nothing but space, no message) do not."""
+    for name, cell in rows:
+        if isinstance(cell, list | dict):
+            messages = messages_of(cell, name)
+            if messages is not None:
+                yield Document(name, _encodable(plain_text(messages)), _encodable(split_key(messages)), messages)
+        elif isinstance(cell, str):
+            text = _with_plain_line_ends(_encodable(cell))
+            if text.strip():
+                yield Document(name, text, text)
+        elif cell is not None:
+            raise TextError(
+                f"{name}: column {column!r} holds {type(cell).__name__}, not text or messages; name another with column=..."
+            )
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            name = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TextError(f"{name}: not JSON ({error}); every line must be one JSON object") from error
-            if not isinstance(row, dict):
-                raise TextError(
-                    f"{name}: a JSON {type(row).__name__}; every line must be one JSON object, as in {{{column!r}: ...}}"
-                )
-            yield name, _cell(row, column, name)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        _cell(dict.fromkeys(file.schema_arrow.names), column, str(path))
-        texts = (text for batch in file.iter_batches(PARQUET_ROWS, columns=[column]) for text in batch.column(0).to_pylist())
-        for number, text in enumerate(texts, start=1):
-            yield f"{path}:{number}", text
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-"""How each kind of file is read: (path, column) to the name and the text, or what stands in its place, of each document."""
-
-
-def _cell(row: dict[str, Any], column: str, origin: str) -> Any:
-    if column not in row:
-        raise TextError(f"{origin}: no column {column!r}, only {sorted(row)}; name the one that holds the text with column=...")
-    return row[column]
-
-
-def _documents(texts: Iterable[tuple[str, Any]], column: str) -> Iterator[Document]:
-    """Rows become documents; rows without text (null, or nothing but space) do not."""
-    for name, text in texts:
-        if text is not None and not isinstance(text, str):
-            raise TextError(f"{name}: column {column!r} holds {type(text).__name__}, not text; name another with column=...")
-        if text is not None and text.strip():
-            text = _encodable(text)
-            yield Document(name, text, text)
+def _with_plain_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _encodable(text: str) -> str:
@@ -204,4 +178,4 @@ def _readable(origin: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pyarrow.ArrowException, *errors) as error:  # UnicodeDecodeError is a ValueError
-        raise TextError(f"{origin}: cannot be read: {first_line(error)}; mend it, or leave it out") from error
+        raise TextError(f"{origin}: cannot be read: {first_line(error)}; repair it, or leave it out") from error

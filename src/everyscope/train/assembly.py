@@ -26,7 +26,7 @@ RANGE_NUMBERS = 2**24
 def save_assembled(
     folder: Path, parts: Parts, number: int, config: SaeConfig, normalisation: Normalisation, record: dict[str, Any]
 ) -> None:
-    """Fold SAE `number` of a bank's checkpoint into `folder`, in the bytes that `sae.files.save_sae` writes.
+    """Fold SAE `number` of a bank's checkpoint into `folder`, in the bytes that `sae.files.write_sae` writes.
 
     Raises NonFinite where training diverged.
     """

@@ -1,7 +1,7 @@
 """One bank: all SAEs of one site that see the same batches for the same number of tokens."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,9 @@ from everyscope.sites.names import Site
 
 EngineName = Literal["auto", "dense", "pairs"]
 """auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
-
+SinkName = Literal["wandb", "tensorboard"]
+SINKS: tuple[SinkName, ...] = get_args(SinkName)
+"""Where metrics can go besides metrics.jsonl; each is an optional package."""
 
 PLACES = ("shards", "source", "order", "tls_roots", "out")
 """Fields that tell where things are, and not what is trained."""
@@ -28,6 +30,8 @@ class BankSettings(Schema):
     """Steps between two checkpoints [steps]."""
     log_steps: int = Field(default=100, ge=1)
     """Steps between two lines in metrics.jsonl [steps]."""
+    report_to: tuple[SinkName, ...] = ()
+    """Where these lines go too: wandb, tensorboard (its files lie beside the trained SAEs)."""
     device: str = "cpu"
     """Torch device that SAEs train on."""
     engine: EngineName = "auto"
@@ -108,8 +112,13 @@ class TrainConfig(Schema):
         what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows, self.max_norm]
         return content_id([self.site.folder, what])
 
+    def identity_of(self, sae: SaeConfig, source: str) -> str:
+        """An identity of one of the SAEs, trained on activations of identity `source`: the same in whatever group it trains."""
+        what = [sae.as_json(), self.num_tokens, self.settings.batch_rows, self.max_norm]
+        return content_id([self.site.folder, what, source])
+
 
 def sae_name(config: SaeConfig) -> str:
     """The folder name of a trained SAE within its site."""
-    sparsity = f"sparsity_{config.sparsity_coefficient:g}" if config.target_l0 is None else f"l0_{config.target_l0:g}"
+    sparsity = f"sparsity_{config.sparsity_weight:g}" if config.target_l0 is None else f"l0_{config.target_l0:g}"
     return f"width_{config.width}_{sparsity}_seed_{config.seed}"

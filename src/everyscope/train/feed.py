@@ -1,12 +1,12 @@
 """Batches a step ahead of the trainer: read by another thread and, for a GPU, copied while it computes."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.parallel.threads import single_threaded_pool
 from everyscope.stream.source import Source
 
 
@@ -29,7 +29,7 @@ def batches(
             arrival.record(copies)
             return on_device, arrival
 
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:  # cores are for the trainer
+    with single_threaded_pool(1) as reader:  # cores are for the trainer
         ahead = reader.submit(fetch, first) if first < stop else None
         for step in range(first, stop):
             assert ahead is not None

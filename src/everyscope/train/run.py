@@ -5,7 +5,7 @@ processes calls `run_rank` in each.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,8 @@ from everyscope.parallel.group import Group, file_store
 from everyscope.parallel.launch import Seat, launch
 from everyscope.parallel.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.files import has_sae, read_record, save_sae
+from everyscope.sae.files import has_sae, read_record, write_sae
 from everyscope.sae.normalisation import Normalisation
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
 from everyscope.sae.trainable import StepLosses, fold
 from everyscope.stream.places import opened as opened_source
 from everyscope.stream.source import Source
@@ -41,6 +40,8 @@ from everyscope.train.checkpoint import (
 )
 from everyscope.train.config import TrainConfig, sae_name
 from everyscope.train.feed import batches
+from everyscope.train.metrics import losses_row
+from everyscope.train.sinks import Sink, opened_sinks
 
 Hook = Callable[[Bank, list[StepLosses]], None]
 """Called after every step; looks, never changes weights."""
@@ -100,7 +101,7 @@ def train(
     """`run_rank` on a source that is open. Raises what that does."""
     run_id, leads, settings = run_id_of(config, source), collective.mesh.rank == 0, config.settings
     checkpoint = checkpoint_path(config)
-    if any_of(collective, has_all_saes(config, run_id)):
+    if any_of(collective, has_all_saes(config, source)):
         if leads:
             forget_checkpoint(checkpoint)  # a run killed between its last SAE and this line left it
         progress(config.steps)
@@ -113,7 +114,7 @@ def train(
 
     def report(bank: Bank, losses: list[StepLosses]) -> None:
         if log is not None and (bank.num_steps_done % settings.log_steps == 0 or bank.num_steps_done == config.steps):
-            log_losses(log, config, bank.num_steps_done, losses)
+            log_losses(log, config, bank.num_steps_done, losses, sinks)
 
     saver = Saver(checkpoint, run_id)
 
@@ -127,7 +128,11 @@ def train(
             saver.wait()
             raise SystemExit(EXIT_CODE)
 
-    with termination() as is_asked_to_stop:
+    reported = settings.report_to if leads else ()
+    with (
+        opened_sinks(reported, f"{config.site} {config.bank_id}", config.record(), config.out, place.num_steps_done) as sinks,
+        termination() as is_asked_to_stop,
+    ):
         with closing(saver):
             fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
             saver.wait()
@@ -142,24 +147,22 @@ def train(
             raise SystemExit(EXIT_CODE)
     if collective.mesh.ranks == 1:
         for sae in bank.saes:
-            record = record_of(config, sae.config, source, normalisation, run_id)
-            save_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
+            record = record_of(config, sae.config, source, normalisation)
+            write_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
     else:
-        _save_together(config, source, normalisation, run_id, collective)
+        _save_together(config, source, normalisation, collective)
     if leads:
         forget_checkpoint(checkpoint)
 
 
-def _save_together(
-    config: TrainConfig, source: Source, normalisation: Normalisation, run_id: str, collective: Collective
-) -> None:
+def _save_together(config: TrainConfig, source: Source, normalisation: Normalisation, collective: Collective) -> None:
     """Make the finished SAEs from the last checkpoint, each by one of the ranks."""
     checkpoint = find_checkpoint(checkpoint_path(config))
     assert checkpoint is not None, "saved a moment ago"
     with opened(checkpoint.files) as parts:
         for number, sae in enumerate(config.saes):
             if number % collective.mesh.ranks == collective.mesh.rank:
-                record = record_of(config, sae, source, normalisation, run_id)
+                record = record_of(config, sae, source, normalisation)
                 save_assembled(config.out / sae_name(sae), parts, number, sae, normalisation, record)
     collective.barrier()
 
@@ -207,7 +210,7 @@ def is_finished(config: TrainConfig) -> bool:
     if left.exists() or folder_of_ranks(left).exists() or not all(has_sae(config.out / sae_name(sae)) for sae in config.saes):
         return False
     with source_of(config) as source:
-        return has_all_saes(config, run_id_of(config, source))
+        return has_all_saes(config, source)
 
 
 def source_of(config: TrainConfig, rank: int = 0) -> AbstractContextManager[Source]:
@@ -218,41 +221,32 @@ def source_of(config: TrainConfig, rank: int = 0) -> AbstractContextManager[Sour
     return opened_source(place, journal=journal, trainer=trainer, roots=config.tls_roots)
 
 
-def has_all_saes(config: TrainConfig, run_id: str) -> bool:
+def has_all_saes(config: TrainConfig, source: Source) -> bool:
     """True where every SAE of the bank is on disk; ConfigError where one of that name comes from another run."""
-    folders = [config.out / sae_name(sae) for sae in config.saes]
-    for folder in folders:
-        if has_sae(folder) and read_record(folder).get("run_id") != run_id:
+    folders = {config.out / sae_name(sae): config.identity_of(sae, source.identity) for sae in config.saes}
+    for folder, identity in folders.items():
+        if has_sae(folder) and read_record(folder).get("run_id") != identity:
             raise ConfigError(
-                f"{folder}: holds an SAE trained on other shards or with another recipe than this one; "
-                "delete the folder to train anew, or choose another --out"
+                f"{folder}: holds an SAE trained on other shards or with other settings than this one; "
+                "delete the folder to train it again, or choose another --out"
             )
     return all(has_sae(folder) for folder in folders)
 
 
-def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[StepLosses]) -> None:
-    """One line per SAE: the step's losses and the schedules in force. NonFinite where an SAE diverged."""
+def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[StepLosses], sinks: Sequence[Sink] = ()) -> None:
+    """One line per SAE, in the log and in every sink. NonFinite where an SAE diverged."""
     for sae, loss in zip(config.saes, losses, strict=True):
         reconstruction = loss.reconstruction.item()
         if not math.isfinite(reconstruction):
             raise NonFinite(
                 f"{config.site}, {sae_name(sae)}: the loss is {reconstruction} at step {step}; lower the learning rate"
             )
-        log.write(
-            {
-                "step": step,
-                "sae": sae_name(sae),
-                "tokens": step * config.settings.batch_rows,
-                "reconstruction_loss": reconstruction,
-                "l0": loss.l0.item(),
-                "sparsity_coefficient": sparsity_coefficient(sae, step - 1),
-                "target_l0": sae.target_l0,
-                "learning_rate": sae.recipe.learning_rate * learning_rate_share(sae.recipe, step - 1, config.steps),
-            }
-        )
+        row = losses_row(sae, loss, step, config.steps, config.settings.batch_rows)
+        for place in (log, *sinks):
+            place.write(row)
 
 
-def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation, run_id: str) -> dict[str, Any]:
+def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation) -> dict[str, Any]:
     """How an SAE came to be: everything that is needed to tell it from another, and to make it again."""
     return {
         "site": config.site.kind,
@@ -267,6 +261,6 @@ def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
         "parents": [source.identity],
-        "run_id": run_id,
+        "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},
     }

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from everyscope.cli.main import COMMANDS, main
+from everyscope.cli.flags import flags_of
+from everyscope.cli.main import COMMANDS, MAIN_FIELDS, main
+from everyscope.run.find import find_recipe
 
 
 def said(capsys, *arguments: str) -> str:
@@ -28,14 +30,33 @@ def said(capsys, *arguments: str) -> str:
         (("plan", "tiny", "--groups.0.layers", "9"), "layers 0 to 3"),
         (("plan", "tiny", "--evaluate.num-sequences", "0"), "num_sequences Input should be greater than or equal to 1"),
         (("plan", "tiny", "--groups.0.sites", "attention"), "invalid choice 'attention'"),
-        (("plan", "tiny", "--wdith", "3"), "Unrecognized options: --wdith, 3"),
+        (("plan", "tiny", "--wdith", "3"), "unknown flag --wdith; did you mean --groups.0.widths?"),
         (("run", "tiny", "--workers", "0"), "expected 1 or more"),
+        (("rnu", "tiny"), "unknown command 'rnu'; did you mean 'run'?"),
+        ((), "no command given"),
+        (("train", "tiny", "--model", "gpt2"), "unknown flag --model; did you mean --model.name?"),
+        (("run", "tiny", "--worker", "2"), "unknown flag --worker; did you mean --workers?"),
+        (("run", "tiny", "--tri", "2"), "unknown flag --tri"),
+        (("run", "tiny", "--workers", "two"), "invalid int value: 'two'"),
+        (("serve", "shards", "--token", "SECRET"), "unknown flag --token"),
+        (("verify", "runs", "--deep"), "unknown argument --deep"),
+        (("plan", "tiny", "--curve"), "--curve is about a cluster"),
+        (("plan", "tiny", "--gpu", "h100"), "--gpus N"),
+        (("plan", "tiny", "--gpus", "8"), "add --gpu with h100, h200"),
+        (("plan", "tiny", "--gpus", "8", "--gpu", "h100", "--teraflops", "1"), "--teraflops is about this machine"),
         (("verify", "/nowhere/at/all"), "no such folder"),
         (("run", "tiny", "--out", "/proc/everyscope"), "/proc/everyscope"),
     ],
 )
 def test_bad_input_is_one_line_and_a_non_zero_exit(capsys, arguments, complaint):
     assert complaint in said(capsys, *arguments)
+
+
+def test_saes_of_any_but_a_bundled_model_need_a_text(capsys, tmp_path):
+    complaint = said(capsys, "evaluate", str(tmp_path), "--model", "org/model")
+    assert "no text for model 'org/model'; give text like that it was trained on with --text" in complaint
+    for arguments in (("--model", "org/model", "--text", "standard_library"), ("--model", "tiny")):
+        assert "holds no finished SAE" in said(capsys, "evaluate", str(tmp_path), *arguments)
 
 
 def test_flags_override_any_field(capsys):
@@ -58,6 +79,23 @@ def test_flags_override_any_field(capsys):
     assert {sae["width"] for sae in value["saes"]} == {64}
     assert {site["site"] for site in value["sites"]} == {"attn_out/layer_2", "mlp_out/layer_2", "resid_post/layer_2"}
     assert value["dtype"] == "float32"
+
+
+def test_help_is_short_and_help_all_has_every_field(capsys):
+    main(["run", "tiny", "--help"])
+    short = capsys.readouterr().out.splitlines()
+    assert len(short) < 100
+    assert any("--groups.0.widths" in line for line in short)
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "tiny", "--help-all"])
+    assert caught.value.code == 0
+    whole = capsys.readouterr().out
+    shown = ("--groups.", "--train.", "--harvest.", "--evaluate.", "--text.", "--model.", "--recipe.", "--seed")
+    assert [flag for flag in flags_of(find_recipe("tiny")) if flag.startswith(shown) and flag not in whole] == []
+
+
+def test_every_main_field_is_one_of_a_recipe():
+    assert set(MAIN_FIELDS) <= flags_of(find_recipe("tiny")).keys()
 
 
 def test_help_and_plans_come_without_torch():

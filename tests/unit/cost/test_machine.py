@@ -1,17 +1,20 @@
 """Prices against the paper's own figures and against sums done by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from everyscope.cost.machine import plan, plan_json, storage_options
 from everyscope.run.config import RunConfig
 from everyscope.run.find import find_recipe
+from everyscope.run.stages import stages_of
 from everyscope.sites.names import Site
 
 TIB, PIB = 2**40, 2**50
 
 
 def price(name: str):
-    return plan(find_recipe(name), teraflops=1.0)
+    return plan(stages_of(find_recipe(name), Path()), teraflops=1.0, disk_gbps=1.0)
 
 
 def test_one_9b_site_at_8b_tokens_is_about_100_tib():
@@ -83,7 +86,8 @@ def test_the_json_names_every_sae():
 
 def test_training_by_pairs_is_priced_at_its_one_product():
     config = find_recipe("tiny")
-    by_pairs = plan(config, teraflops=1.0)
-    dense = plan(config.model_copy(update={"train": config.train.model_copy(update={"engine": "dense"})}), teraflops=1.0)
+    by_pairs = plan(stages_of(config, Path()), teraflops=1.0, disk_gbps=1.0)
+    slow = config.model_copy(update={"train": config.train.model_copy(update={"engine": "dense"})})
+    dense = plan(stages_of(slow, Path()), teraflops=1.0, disk_gbps=1.0)
     assert dense.train_flop == 5 * by_pairs.train_flop
     assert {sae.target_l0 for sae in by_pairs.saes} == {12, 25, 50}

@@ -7,7 +7,7 @@ import pytest
 
 from everyscope.describe.codes import Codes
 from everyscope.describe.sequences import Sequences
-from everyscope.text.blocks import Markers
+from everyscope.text.markers import Markers
 
 BOS, EOS, PAD = 2, 1, 0
 VOCAB, CONTEXT, BLOCKS, WIDTH = 30, 20, 24, 40

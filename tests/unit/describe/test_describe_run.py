@@ -11,13 +11,16 @@ from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMisma
 from everyscope.describe import run as describe
 from everyscope.describe.codes import CodesFolder, encoded
 from everyscope.describe.config import DescribeConfig
-from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets
-from everyscope.sae.files import read_sae, save_sae
+from everyscope.describe.sequences import read_sequences
+from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets, read_facts
+from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
+from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 from everyscope.suite.descriptions import read_order
 from everyscope.suite.latents import SCHEMA
+from everyscope.text.tokenizer import load_tokenizer
 
 ATTENTION, MLP = Site("attn_out", 1), Site("mlp_out", 0)
 
@@ -137,7 +140,7 @@ def test_what_is_described_is_skipped_and_an_added_sae_renews_only_surroundings(
         assert (result.num_described, result.num_renewed, result.num_skipped) == (0, 1, 3)
     assert {row["held_out_firings"] for row in rows_of(config)} == {3}
     sae = random_sae(torch.randn(50, 32), 30, 0.9, seed=9)
-    save_sae(config.trained / MLP.folder / "w30_0", sae, {})
+    write_sae(config.trained / MLP.folder / "w30_0", sae, {})
     write_scores(config.scores / MLP.folder / "w30_0", 30, 3.0)
     result = describe.run(config)
     assert (result.num_described, result.num_renewed, result.num_skipped) == (1, 4, 0)
@@ -157,7 +160,7 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_random_model_folder):
     with pytest.raises(DataError, match="everyscope evaluate"):
         describe.run(config.model_copy(update={"scores": tmp_path / "nothing"}))
     sae = random_sae(torch.randn(50, 5), 24, 0.9, seed=9)
-    save_sae(config.trained / MLP.folder / "w24_0", sae, {})
+    write_sae(config.trained / MLP.folder / "w24_0", sae, {})
     with pytest.raises(ShapeMismatch, match="d_in=5"):
         describe.run(config)
 
@@ -168,6 +171,33 @@ def test_scores_of_another_width_are_refused(tmp_path, tiny_random_model_folder)
     pyarrow.parquet.write_table(pyarrow.table({"firings": [1], "frequency": [0.5]}), path)
     with pytest.raises(DataError, match="holds 1 latents, the SAE 24"):
         describe.run(config)
+
+
+def test_massive_tokens_count_as_little_as_bos(tmp_path, tiny_random_model_folder):
+    """The evaluation's limit is taken: a twentieth of the tokens is above it, on which no latent fires."""
+    config = build_description(tmp_path, tiny_random_model_folder, (MLP,))
+    sequences = read_sequences(config, load_tokenizer(config.model.name))
+    model, mask = load_language_model(config.model).model, torch.from_numpy(sequences.mask)
+    batches = torch.from_numpy(sequences.input_ids).long().split(config.batch_blocks)  # in others, bits differ
+    rows = torch.cat([capture(model, [MLP], batch)[MLP] for batch in batches])[mask]
+    norms = rows.norm(dim=1).sort().values
+    limit = float(norms[int(0.95 * len(norms)) - 1 :][:2].mean())
+    for path in config.scores.rglob("metrics.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"massive": {"norm_limit": limit}}))
+    describe.run(config)
+    is_usual = rows.norm(dim=1) < limit
+    sae, _ = read_sae(config.trained / MLP.folder / "w24_0")
+    fires = sae.encode(rows[is_usual]) > 0
+    found = rows_of(config)
+    assert [row["firings"] for row in found] == fires.sum(0).tolist()
+    assert [row["frequency"] for row in found] == pytest.approx(fires.double().mean(0).tolist(), rel=1e-6)
+    usual = {tuple(place) for place in torch.stack(torch.where(mask), dim=1)[is_usual].tolist()}
+    examples = [example for row in found for example in row["examples"]]
+    assert examples
+    assert all((example["sequence"], example["position"]) in usual for example in examples)
+    facts = read_facts(config.out / MLP.folder / "w24_0" / "latents.parquet")
+    assert (facts["num_tokens"], facts["num_massive_tokens"]) == (int(is_usual.sum()), int((~is_usual).sum()))
+    assert facts["num_massive_tokens"] > 0
 
 
 def test_nan_is_noticed():

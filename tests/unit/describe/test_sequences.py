@@ -7,8 +7,8 @@ from everyscope.base.errors import TextError
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.sequences import Sequences, read_sequences, write_sequences
 from everyscope.sites.config import ModelConfig
-from everyscope.text.blocks import Markers
 from everyscope.text.config import TextConfig
+from everyscope.text.markers import Markers
 from everyscope.text.tokenizer import load_tokenizer
 
 

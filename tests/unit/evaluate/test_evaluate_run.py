@@ -12,7 +12,8 @@ from small_scope import SITES, build_scope, identity_sae, random_sae, score_byte
 from everyscope.base.errors import DataError, ModelError, NonFinite, ShapeMismatch, TextError
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.files import read_sae, save_sae
+from everyscope.evaluate.work import planned_blocks
+from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites import model as language_models
 from everyscope.sites.model import load_language_model
@@ -75,12 +76,15 @@ def test_scores_fit_together(evaluated: EvaluateConfig, site: Site):
     assert dense["l0"] > sparse["l0"] > 0
     for scores in (dense, sparse):
         assert scores["delta_loss"] == scores["loss_spliced"] - scores["loss_clean"]
-        assert scores["delta_loss_zero"] == scores["loss_zero_ablated"] - scores["loss_clean"]
+        assert scores["delta_loss_zero"] == pytest.approx(scores["loss_zero_ablated"] - scores["loss_clean"], abs=1e-12)
         assert scores["kl"] > 0
         assert scores["num_tokens"] > scores["num_loss_tokens"] > 0
         assert 0 < scores["num_sequences"] <= evaluated.num_sequences
-        for name, (low, high) in scores["intervals"].items():
-            assert low <= scores[name] <= high, name
+        for name, interval in scores["intervals"].items():
+            if scores[name] is None:
+                assert interval is None
+            else:
+                assert interval[0] <= scores[name] <= interval[1], name
         assert sum(scores["by_position"]["count"]) == scores["num_tokens"]
         assert sum(scores["by_position"]["loss_count"]) == scores["num_loss_tokens"]
         errors = np.dot(scores["by_position"]["count"], scores["by_position"]["error"])
@@ -88,7 +92,7 @@ def test_scores_fit_together(evaluated: EvaluateConfig, site: Site):
         assert 0 < scores["uniformity"]["r_l0"] <= 1 + 1e-6
         assert scores["uniformity"]["effective"] <= scores["l0"] * 3
         assert scores["by_segment"] is None
-        assert 0 <= scores["high_norm"]["share_of_variance"] < 0.5
+        assert 0 <= scores["massive"]["share_of_squares"] < 0.5
     assert dense["loss_mean_ablated"] == sparse["loss_mean_ablated"]
 
 
@@ -132,11 +136,13 @@ def test_an_added_sae_is_evaluated_alone_and_identity_costs_nothing(
     config = copied(evaluated, tmp_path)
     evaluate.run(config)
     before = score_bytes(config.out)
-    save_sae(config.trained / SITE.folder / "identity", identity_sae(16), {})
+    write_sae(config.trained / SITE.folder / "identity", identity_sae(16), {})
     result = evaluate.run(config)
     assert (result.num_evaluated, result.num_skipped) == (1, 2)
     scores = metrics(config, SITE, "identity")
-    assert (scores["delta_loss"], scores["fvu"], scores["loss_recovered"], scores["kl"]) == (0, 0, 1, 0)
+    assert (scores["delta_loss"], scores["fvu"], scores["fvu_usual"], scores["kl"]) == (0, 0, 0, 0)
+    assert scores["loss_recovered"] is scores["intervals"]["loss_recovered"] is None
+    assert "mean ablation costs" in scores["loss_recovered_reason"]  # to an untrained model, no activation is worth anything
     assert (scores["intervals"]["delta_loss"], scores["l2_ratio"]) == ([0, 0], 1)
     after = score_bytes(config.out)
     assert {name: after[name] for name in before} == before
@@ -186,6 +192,47 @@ def test_passes_are_one_clean_and_one_per_sae(
     assert counter.heads == counter.starts == batches * (turns + num_saes)
 
 
+def test_a_stop_behind_the_baselines_forgets_no_cost(evaluated: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, stopped = (copied(evaluated, tmp_path / name) for name in ("whole", "stopped"))
+    evaluate.run(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "_write", lambda *_: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(stopped)
+    evaluate.run(stopped)
+    costs = [json.loads((config.out / "cost.json").read_text()) for config in (whole, stopped)]
+    assert [cost["forwards"] for cost in costs] == [costs[0]["forwards"]] * 2
+    assert score_bytes(stopped.out) == score_bytes(whole.out)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class Tally:
+    """A bar that only counts."""
+
+    def __init__(self) -> None:
+        self.counted = self.resumed = 0
+
+    def advance(self, amount: int, /, *, is_resumed: bool = False) -> None:
+        self.counted += amount
+        self.resumed += amount if is_resumed else 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"shards": None}, {"saes_at_once": 1}, {"baseline_sequences": 0}])
+def test_progress_counts_what_was_planned_and_little_that_proved_unnecessary(evaluated: EvaluateConfig, tmp_path: Path, changes):
+    config = evaluated.model_copy(update={"out": tmp_path, "sites": (SITE,), **changes})
+    tally = Tally()
+    evaluate.run(config, tally)
+    planned = planned_blocks(config, [1, 1] if "saes_at_once" in changes else [2])
+    assert tally.counted == planned
+    assert tally.resumed < planned / 2
+    again = Tally()
+    evaluate.run(config, again)
+    assert again.counted == 0  # everything is skipped: a bar of several evaluations finishes this share itself
+
+
 def test_uniformity_costs_one_backward_pass_a_batch_and_no_forward(evaluated: EvaluateConfig, tmp_path: Path, monkeypatch):
     calls = Counter()
     grad = torch.autograd.grad
@@ -217,6 +264,25 @@ def test_saes_made_elsewhere_are_scored_without_shards(evaluated: EvaluateConfig
         assert close(got[name], want[name]), name
     assert got["fvu_pca"] == pytest.approx(want["fvu_pca"], rel=0.05)
     assert json.loads((config.out / "cost.json").read_text())["forwards"]["calibration"] > 0
+
+
+def test_saes_of_the_embedding_matrix_meet_the_embeddings_that_they_were_trained_on(tmp_path: Path):
+    """A Gemma multiplies its embedding by sqrt(d): an exact SAE of the matrix's rows stays exact, with as many latents."""
+    config = build_scope(tmp_path / "scope", (Site("embed", 0),))
+    matrix = load_language_model(config.model).model.get_input_embeddings().weight
+    exact, folder = identity_sae(16), tmp_path / "gemma-scope-tiny-res" / "embedding" / "width_32" / "average_l0_16"
+    shift = torch.linspace(-0.1, 0.1, 16)
+    sae = Sae(exact.w_enc, exact.w_dec, exact.b_enc - shift @ exact.w_enc, shift, exact.threshold)
+    assert torch.allclose(sae(matrix), matrix, atol=1e-6)
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in sae.tensors().items()})
+    trained = tmp_path / "gemma-scope-tiny-res"
+    config = config.model_copy(update={"trained": trained, "out": tmp_path / "scores", "shards": None})
+    evaluate.run(config)
+    scores = metrics(config, Site("embed", 0), "width_32/average_l0_16")
+    assert scores["fvu"] < 1e-9
+    assert scores["l0"] == pytest.approx(16)
+    assert scores["delta_loss"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_suites_folders_are_scored_with_the_shards_of_its_run(evaluated: EvaluateConfig, tmp_path: Path):
@@ -261,7 +327,7 @@ def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path,
     config = copied(evaluated, tmp_path)
     with pytest.raises(DataError, match="everyscope train"):
         evaluate.run(config.model_copy(update={"trained": tmp_path / "nothing"}))
-    save_sae(config.trained / SITE.folder / "wrong", identity_sae(5), {})
+    write_sae(config.trained / SITE.folder / "wrong", identity_sae(5), {})
     with pytest.raises(ShapeMismatch, match=r"d_in=5, mlp_out layer 1 of .* gives 16; is it an SAE of another model or site"):
         evaluate.run(config)
     shutil.rmtree(config.trained / SITE.folder / "wrong")
@@ -272,7 +338,7 @@ def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path,
         evaluate.run(config.model_copy(update={"text": text}))
     broken = random_sae(16, 32, 0.1, torch.zeros(16), seed=0)
     huge = Sae(broken.w_enc, broken.w_dec * 3e38, broken.b_enc, broken.b_dec, broken.threshold)
-    save_sae(config.trained / SITE.folder / "huge", huge, {})
+    write_sae(config.trained / SITE.folder / "huge", huge, {})
     with pytest.raises(NonFinite, match="NaN or infinity"):
         evaluate.run(config)
     monkeypatch.setattr(language_models, "check_residual_identity", lambda *_, **__: refuse())

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from everyscope.evaluate.breakdowns import by_position, by_segment, firing, high_norm, part_fvu
+from everyscope.evaluate.breakdowns import by_position, by_segment, firing, massive, part_fvu
 from everyscope.evaluate.groups import Tables, moments, part, variance
 from everyscope.evaluate.sums import SaeSums
 from everyscope.evaluate.uniformity import UniformitySums
 from everyscope.sae.metrics import ReconstructionSums
 
 BLOCKS, CONTEXT, D_IN = 40, 7, 5
-SIZES = {"document": 4, "position": CONTEXT, "segment": 2, "norm": 2}
+SIZES = {"document": 4, "position": CONTEXT, "segment": 2}
 
 
 def groups() -> dict[str, Tensor]:
     block = torch.arange(BLOCKS).repeat_interleave(CONTEXT)
     position = torch.arange(CONTEXT).repeat(BLOCKS)
-    return {"document": block // 10, "position": position, "segment": (position > 4).long(), "norm": (block == 3).long()}
+    return {"document": block // 10, "position": position, "segment": (position > 4).long()}
 
 
 def summed(x: Tensor, x_hat: Tensor, f: Tensor, batch: int = 11) -> tuple[SaeSums, Tables]:
@@ -25,12 +25,15 @@ def summed(x: Tensor, x_hat: Tensor, f: Tensor, batch: int = 11) -> tuple[SaeSum
     site = Tables.start(SIZES, 2 + D_IN, device)
     sae = SaeSums(
         ReconstructionSums.start(x[:9].mean(0), f.shape[1]),
+        ReconstructionSums.start(x[:9].mean(0), f.shape[1]),
         Tables.start(SIZES, 3, device),
+        Tables.start({"document": 4}, 3, device),
         Tables.start(SIZES, 2, device),
+        Tables.start({"document": 4}, 1, device),
         UniformitySums.start(),
     )
     for start in range(0, len(x), batch):
-        some = slice(start, start + batch)
+        some = slice(start, min(start + batch, len(x)))
         site.add(part(groups(), some), moments(x[some], sae.reconstruction.reference))
         measures = sae.reconstruction.update(x[some], x_hat[some], f[some])
         columns = torch.stack([measures.errors, measures.cosines, measures.firings], dim=1)
@@ -100,18 +103,25 @@ def test_variance_at_a_position_of_equal_rows_is_no_number():
     assert None not in curve[:2] + curve[3:]
 
 
-def test_large_rows_hold_the_variance_that_they_hold():
+def test_massive_rows_hold_what_they_hold():
     x, x_hat, f = sample()
-    x[groups()["norm"] == 1] *= 50
-    sae, site = summed(x, x_hat, f)
-    large = groups()["norm"] == 1
-    about_mean = (x - x.mean(0)).square().sum(1)
-    found = high_norm(sae, site, 12.0)
-    assert found["share_of_variance"] == pytest.approx(float(about_mean[large].sum() / about_mean.sum()), rel=1e-9)
-    rest = ~large
-    want = (x - x_hat)[rest].square().sum() / (x[rest] - x[rest].mean(0)).square().sum()
-    assert found["fvu_without"] == pytest.approx(float(want), rel=1e-9)
-    assert (found["num_tokens"], found["norm_threshold"]) == (CONTEXT, 12.0)
+    is_massive = torch.arange(len(x)) % 40 == 3
+    x[is_massive] *= 50
+    x_hat[is_massive] *= 50
+    sae, _ = summed(x[~is_massive], x_hat[~is_massive], f[~is_massive])
+    sae.massive.update(x[is_massive], x_hat[is_massive], f[is_massive])
+    found = massive(sae, 8.0, 12.0)
+    squares, about_mean = x.square().sum(1), (x - x.mean(0)).square().sum(1)
+    assert found["share_of_squares"] == pytest.approx(float(squares[is_massive].sum() / squares.sum()), rel=1e-9)
+    assert found["share_of_variance"] == pytest.approx(float(about_mean[is_massive].sum() / about_mean.sum()), rel=1e-9)
+    assert found["l0"] == pytest.approx(float((f[is_massive] > 0).sum(1).double().mean()))
+    assert (found["num_tokens"], found["max_norm"], found["norm_limit"]) == (int(is_massive.sum()), 8.0, 12.0)
+    assert found["share_of_tokens"] == int(is_massive.sum()) / len(x)
+
+
+def test_without_massive_rows_nothing_is_held():
+    found = massive(summed(*sample())[0], None, float("inf"))
+    assert (found["num_tokens"], found["share_of_squares"], found["l0"], found["norm_limit"]) == (0, 0, None, None)
 
 
 def test_firing_counts_every_living_latent_once():

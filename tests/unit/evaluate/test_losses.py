@@ -28,7 +28,7 @@ def test_a_position_counts_if_it_and_its_target_are_unmasked():
 
 def test_losses_and_divergences_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch):
     losses, divergences = losses_and_divergences(logits(0), logits(1), INPUT_IDS, MASK)
-    monkeypatch.setattr("everyscope.evaluate.losses.CHUNK_LOGITS", 3 * 64)
+    monkeypatch.setattr("everyscope.evaluate.losses.CHUNK_LOGITS", {"cpu": 3 * 64})
     assert_close(next_token_losses(logits(0), INPUT_IDS, MASK), losses, rtol=0, atol=0)
     for got, want in zip(losses_and_divergences(logits(0), logits(1), INPUT_IDS, MASK), (losses, divergences), strict=True):
         assert_close(got, want, rtol=0, atol=0)

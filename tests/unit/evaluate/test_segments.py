@@ -9,7 +9,7 @@ from everyscope.evaluate.segments import segments_of, turns_of
 from everyscope.text.blocks import Cursor, pack
 from everyscope.text.chats import END_OF_TURN, MODEL_TURN, USER_TURN, chat
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document
+from everyscope.text.documents import Document
 from everyscope.text.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny-it")

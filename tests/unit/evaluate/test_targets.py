@@ -9,9 +9,11 @@ import torch
 from small_scope import build_scope, random_sae
 
 from everyscope.base.errors import ConfigError, DataError
+from everyscope.base.files import write_json
+from everyscope.base.tensors import write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import load_targets
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.sites.names import Site
 
 SITE = Site("resid_post", 1)
@@ -78,20 +80,56 @@ def test_a_kind_that_no_path_tells_is_given_or_asked_for(config: EvaluateConfig,
         load_targets(bare)
     targets = load_targets(bare.model_copy(update={"site_kind": "attn_out"}))
     assert [target.site for target in targets] == [Site("attn_out", 4), Site("attn_out", 5)]
+    root = tmp_path / "resid_post" / "embedding" / "mine"
+    given = released(config, root, "layer_4/width_16k/average_l0_3", site_kind="attn_out")
+    assert [target.site for target in load_targets(given)] == [Site("attn_out", 4)]  # names above do not gainsay what is given
+    above = load_targets(given.model_copy(update={"site_kind": None}))
+    assert [(target.site, target.is_of_unscaled_embeddings) for target in above] == [(Site("embed", 0), True)]
     with pytest.raises(ConfigError, match="tells no layer"):
         load_targets(released(config, tmp_path / "b", "mlp_out/sae"))
     with pytest.raises(ConfigError, match="transcoders"):
         load_targets(released(config, tmp_path / "c", "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_5"))
 
 
+@pytest.mark.parametrize(
+    ("hook", "site"),
+    [
+        ("blocks.3.hook_resid_post", Site("resid_post", 3)),
+        ("blocks.0.hook_mlp_out", Site("mlp_out", 0)),
+        ("blocks.11.attn.hook_z", Site("attn_out", 11)),
+        ("hook_embed", Site("embed", 0)),
+    ],
+)
+def test_saelens_folders_name_their_sites(config: EvaluateConfig, tmp_path: Path, hook: str, site: Site):
+    sae = random_sae(16, 32, 0.5, torch.zeros(16), seed=0)
+    folder = tmp_path / "my_sae"
+    write_tensors(folder / "sae_weights.safetensors", sae.tensors())
+    about = {"architecture": "jumprelu", "normalize_activations": "none", "apply_b_dec_to_input": False}
+    write_json(folder / "cfg.json", about | {"metadata": {"hook_name": hook}})
+    for trained in (tmp_path, folder):
+        (target,) = load_targets(config.model_copy(update={"trained": trained, "shards": None, "site_kind": "attn_out"}))
+        assert (target.site, target.name, target.is_of_unscaled_embeddings) == (site, "my_sae", False)
+        assert torch.equal(target.sae().w_enc, sae.w_enc)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in sae.tensors().items()})
+    assert len(load_targets(config.model_copy(update={"trained": tmp_path, "shards": None}))) == 1  # one folder is one SAE
+
+
 def test_an_identity_follows_everything_that_decides(config: EvaluateConfig, tmp_path: Path):
     first = load_targets(config)[0].identity
-    for change in ({"num_sequences": 9}, {"stride": 2}, {"sae_dtype": "int8"}, {"seed": 1}, {"pca_rows": 50}, {"shards": None}):
+    for change in (
+        {"num_sequences": 9},
+        {"stride": 2},
+        {"max_norm": None},
+        {"sae_dtype": "int8"},
+        {"seed": 1},
+        {"pca_rows": 50},
+        {"shards": None},
+    ):
         assert load_targets(config.model_copy(update=change))[0].identity != first
     for change in ({"checkpoint_batches": 9}, {"saes_at_once": 1}, {"out": tmp_path}):
         assert load_targets(config.model_copy(update=change))[0].identity == first
     shutil.copytree(config.trained, tmp_path / "train")
-    save_sae(tmp_path / "train" / "mlp_out/layer_0/w32_0", random_sae(16, 32, 0.4, torch.zeros(16), seed=9), {})
+    write_sae(tmp_path / "train" / "mlp_out/layer_0/w32_0", random_sae(16, 32, 0.4, torch.zeros(16), seed=9), {})
     moved = load_targets(config.model_copy(update={"trained": tmp_path / "train"}))
     assert moved[0].identity != first
     assert moved[1].identity == load_targets(config)[1].identity

@@ -20,10 +20,20 @@ BATCH = Batch(0, INPUT_IDS, MASK, torch.zeros_like(INPUT_IDS), torch.zeros_like(
 
 
 def test_entropies_of_hand_made_attributions():
-    y = torch.tensor([[1.0, -1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0], [1.0, -3.0, 0.0, 0.0]])
-    want = [math.log(4), 0.0, -0.25 * math.log(0.25) - 0.75 * math.log(0.75)]
-    assert attribution_entropy(y).tolist() == pytest.approx(want, abs=1e-12)
-    assert attribution_entropy(torch.zeros(1, 4)).isnan().all()
+    y = torch.tensor([1.0, -1.0, 1.0, 1.0, 0.0, 5.0, 1.0, -3.0, 0.0])
+    found = attribution_entropy(y, torch.tensor([4, 2, 0, 2, 1])).tolist()
+    want = [math.log(4), 0.0, math.nan, -0.25 * math.log(0.25) - 0.75 * math.log(0.75), math.nan]
+    assert found == pytest.approx(want, abs=1e-12, nan_ok=True)
+
+
+def test_silent_latents_add_nothing():
+    """Against the formula over all latents."""
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(20, 50, generator=generator).relu() * (torch.rand(20, 50, generator=generator) < 0.2)
+    y = attributions(f, torch.randn(20, 6, generator=generator), torch.randn(50, 6, generator=generator))
+    p = y.abs().double() / y.abs().double().sum(1, keepdim=True)
+    want = -torch.xlogy(p, p).sum(1)
+    assert_close(attribution_entropy(y[f > 0], (f > 0).sum(1)), want, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_a_hand_made_case_from_codes_and_gradient():

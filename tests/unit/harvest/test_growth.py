@@ -1,13 +1,16 @@
 import json
+import shutil
 
 import pytest
 import torch
 
-from everyscope.base.errors import ConfigError, StorageError
+from everyscope.base.errors import ConfigError, StorageError, TextError
 from everyscope.shards.manifest import read_manifest
 from everyscope.shards.reader import Shards, Tokens
 from everyscope.shards.verify import verify_shards
 from everyscope.sites.names import Site
+from everyscope.text.config import TextConfig
+from everyscope.text.identity import text_identity
 from tests.unit.harvest.conftest import activations_of, tree
 
 FIRST, SITE = 1300, Site("resid_post", 1)
@@ -38,7 +41,8 @@ def test_a_harvest_goes_on_from_the_end_and_leaves_old_shards_alone(config, reap
         assert shards.num_rows == shards.statistics.count == grown.num_rows <= more
         assert torch.equal(shards.rows(0, FIRST), rows[site])
         assert torch.equal(opened[site].rows(0, FIRST), rows[site])  # who has opened the old manifest reads on
-        assert shards.manifest.parents == {"model": "stand-in", "earlier": opened[site].identity}
+        parents = {"model": "stand-in", "text": text_identity(config.text), "earlier": opened[site].identity}
+        assert shards.manifest.parents == parents
         assert shards.identity != opened[site].identity
     pairs = rows_of(grown.folders[SITE])
     assert len(set(pairs)) == len(pairs)
@@ -125,6 +129,72 @@ def test_a_text_that_has_ended_adds_nothing_and_changes_nothing(config, reap, mo
     assert "text ends" in capsys.readouterr().err
     assert tree(config.out) == before
     assert model.loads == 1
+
+
+def changed(corpus):
+    """One document with other words, as long as before."""
+    path = corpus / "07.txt"
+    path.write_text(path.read_text().replace("return x + 0", "return x - 0"))
+
+
+def test_growing_over_text_that_changed_is_refused_and_nothing_is_written(config, reap, corpus, model):
+    reap(config, num_tokens=FIRST)
+    before, loads = tree(config.out), model.loads
+    changed(corpus)
+    with pytest.raises(
+        ConfigError, match=rf"the text \({corpus}\) has changed since this harvest began: parents\.text is '\w+' there"
+    ):
+        reap(config, num_tokens=1900)
+    assert tree(config.out) == before
+    assert model.loads == loads
+
+
+def test_a_finished_harvest_outlives_its_text(config, reap, corpus, capsys):
+    whole, before = reap(config, num_tokens=FIRST), tree(config.out)
+    changed(corpus)
+    assert reap(config, num_tokens=FIRST) == whole
+    assert f"{corpus} has changed since it was harvested" in capsys.readouterr().err
+    shutil.rmtree(corpus)
+    assert reap(config, num_tokens=FIRST) == whole
+    with pytest.raises(TextError, match="no such file or folder"):
+        reap(config, num_tokens=1900)
+    assert tree(config.out) == before
+
+
+def test_an_interrupted_harvest_goes_on_only_over_the_same_text(config, reap, corpus, model):
+    def broken(sites, input_ids):
+        if model.passes == 9:
+            raise KeyboardInterrupt
+        return model.activations(sites, input_ids)
+
+    model.capture = broken
+    with pytest.raises(KeyboardInterrupt):
+        reap(config)
+    model.capture = model.activations
+    (corpus / "40.txt").write_text("one more document")
+    with pytest.raises(ConfigError, match=r"parents\.text"):
+        reap(config)
+    (corpus / "40.txt").unlink()
+    reap(config)
+    reap(config, out=config.out.parent / "undisturbed")
+    assert tree(config.out) == tree(config.out.parent / "undisturbed")
+
+
+def test_a_folder_of_before_texts_had_identities_may_grow(config, reap):
+    reap(config, num_tokens=FIRST)
+    owner = json.loads((config.out / "harvest.json").read_text())
+    del owner["parents"]["text"]
+    (config.out / "harvest.json").write_text(json.dumps(owner))
+    assert reap(config, num_tokens=1900).num_rows == 1900
+
+
+def test_shards_of_the_library_have_the_identity_they_always_had(config, reap):
+    text = TextConfig(source="arithmetic", context=32)
+    result = reap(config, text=text, num_tokens=600)
+    assert read_manifest(result.folders[SITE]).parents == {"model": "stand-in"}
+    owner = json.loads((config.out / "harvest.json").read_text())
+    assert owner["parents"] == {"model": "stand-in", "text": text_identity(text)}
+    assert "bos" not in owner["config"]["text"], "fields that came later are left out at their defaults"
 
 
 def test_fewer_rows_than_there_are_is_another_harvest(config, reap):

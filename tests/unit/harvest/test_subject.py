@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants, file_download
 
 from everyscope.base.errors import ConfigError, ModelError
 from everyscope.harvest import subject
@@ -72,4 +73,23 @@ def test_identity_follows_the_weights(tmp_path, tiny_random_model_folder):
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(settings | {"final_logit_softcapping": 1.0}))
     assert model_identity(ModelConfig(name=str(copy))) != identity
-    assert model_identity(ModelConfig(name="google/gemma-2-2b", revision="abc")) == "google/gemma-2-2b@abc"
+    (copy / "config.json").write_text(json.dumps(settings))
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert model_identity(ModelConfig(name=str(copy))) != identity
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    """The hub's cache, as huggingface_hub lays it out."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(file_download, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert model_identity(ModelConfig(name="some/model")) == f"some/model@{commit}"
+    other = commit[::-1]
+    assert model_identity(ModelConfig(name="some/model", revision=other)) == f"some/model@{other}"
+    with pytest.raises(ModelError, match="no model 'another/model'"):
+        model_identity(ModelConfig(name="another/model"))

@@ -23,8 +23,8 @@ FIXED = {"learning_rate": 2e-3, "learning_rate_warmup_steps": 3, "sparsity_warmu
 NESTED = SaeRecipe(bandwidth=0.1, initial_threshold=0.4, frequency_limit=0.1, prefix_shares=(0.1, 0.5, 1.0), **FIXED)
 SAES = (
     SaeConfig(width=64, sparsity_coefficient=1e-2, recipe=SaeRecipe(bandwidth=0.05, initial_threshold=0.5, **FIXED)),
-    SaeConfig(width=61, sparsity_coefficient=4, target_l0=4, recipe=fast(D_IN)),
-    SaeConfig(width=50, sparsity_coefficient=1, target_l0=6, recipe=NESTED),
+    SaeConfig(width=61, target_l0=4, recipe=fast(D_IN)),
+    SaeConfig(width=50, target_l0=6, target_weight=1, recipe=NESTED),
 )
 MESHES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (3, 2)]
 
@@ -87,7 +87,7 @@ def test_shared_gradients_are_those_of_the_whole_loss(in_threads, config, shards
     sae = new_sae(config, D_IN)
     sae.parameters["b_dec"].normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     p = {name: tensor.double() for name, tensor in sae.parameters.items()}
-    coefficient = config.sparsity_coefficient * (min(1, step / 5) if config.recipe.sparsity_warmup_steps else 1)
+    coefficient = config.sparsity_weight * (min(1, step / 5) if config.recipe.sparsity_warmup_steps else 1)
     want = loss_gradients(
         x,
         **p,

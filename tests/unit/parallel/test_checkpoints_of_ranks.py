@@ -10,7 +10,7 @@ from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import read_json
 from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.files import TENSOR_FILE, read_sae, save_sae
+from everyscope.sae.files import TENSOR_FILE, read_sae, write_sae
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
@@ -30,7 +30,7 @@ D_IN, ROWS, STEPS = 10, 24, 8
 RECIPE = SaeRecipe(learning_rate=1e-2, learning_rate_warmup_steps=2, bandwidth=0.1, initial_threshold=0.4)
 SAES = (
     SaeConfig(width=37, sparsity_coefficient=0.1, recipe=RECIPE),
-    SaeConfig(width=24, sparsity_coefficient=4, target_l0=3, recipe=fast(D_IN)),
+    SaeConfig(width=24, target_l0=3, recipe=fast(D_IN)),
 )
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
 
@@ -187,7 +187,7 @@ def test_what_is_published_is_the_same_bytes_for_any_number_of_ranks(
             assembly.save_assembled(
                 tmp_path / f"together_{number}", parts, number, config, Normalisation(3.0), {"width": config.width}
             )
-            save_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], Normalisation(3.0)), {"width": config.width})
+            write_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], Normalisation(3.0)), {"width": config.width})
             for name in (TENSOR_FILE, "sae.json"):
                 ours, theirs = ((tmp_path / f"{kind}_{number}" / name).read_bytes() for kind in ("together", "alone"))
                 assert ours == theirs

@@ -35,9 +35,7 @@ RECIPE = SaeRecipe(
     epsilon=0.05,
     frequency_limit=0.3,
 )
-NESTED = SaeConfig(
-    width=31, sparsity_coefficient=0.05, target_l0=3, recipe=RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)})
-)
+NESTED = SaeConfig(width=31, target_l0=3, target_weight=0.05, recipe=RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)}))
 PLAIN = SaeConfig(width=26, sparsity_coefficient=0.05, recipe=RECIPE)
 
 

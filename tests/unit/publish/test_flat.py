@@ -33,5 +33,9 @@ def test_every_column_is_documented(published: PublishConfig):
     documented = set(re.findall(r"`([^`]+)`", text))
     for name in pyarrow.parquet.read_schema(published.out / "table.parquet").names:
         parts = re.sub(r"^(baseline)_(zero|mean|pca|random_dictionary|neuron_basis)_", r"\1_<name>_", name)
-        parts = re.sub(r"^(l0|fvu|delta_loss|kl|loss_recovered|cosine)_(low|high)$", r"<metric>_\2", parts)
+        parts = re.sub(
+            r"^(l0|fvu|fvu_usual|delta_loss|delta_loss_zero|delta_loss_mean|kl|loss_recovered|cosine)_(low|high)$",
+            r"<metric>_\2",
+            parts,
+        )
         assert parts in documented, name

@@ -53,11 +53,11 @@ def test_every_file_but_the_index_and_the_cost_has_a_checksum(published: Publish
 def test_headlines_say_what_the_metrics_say(published: PublishConfig):
     for entry in load_suite(published.out):
         metrics, headline = json.loads((entry.folder / "metrics.json").read_text()), entry.metrics
-        for name in ("l0", "fvu", "delta_loss", "kl", "cosine"):
+        for name in ("l0", "fvu", "fvu_usual", "delta_loss", "kl", "cosine"):
             assert getattr(headline, name) == metrics[name]
         assert list(headline.intervals.fvu or ()) == metrics["intervals"]["fvu"]
         assert headline.intervals.loss_recovered is None
-        assert headline.baselines_fvu["pca"] == metrics["baselines"]["pca"]["fvu"]
+        assert headline.baselines_fvu["pca"] == metrics["baselines"]["pca"]["fvu_usual"]
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -260,7 +260,7 @@ def test_missing_scores_and_missing_saes_are_named(few: PublishConfig):
     with pytest.raises(DataError, match="everyscope train"):
         publish.run(few.model_copy(update={"trained": few.out / "nothing"}))
     path = few.scores / SITES[-1].folder / "w512_0.2" / "metrics.json"
-    edit(path, kl="absent", intervals="absent", firing="absent", high_norm="absent")
+    edit(path, kl="absent", intervals="absent", firing="absent", massive="absent")
     with pytest.raises(DataError, match=r"metrics\.json: lacks kl, intervals, firing and 1 more; .*everyscope evaluate. again"):
         publish.run(few)
     path.unlink()

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from everyscope.publish.config import PublishConfig
-from everyscope.publish.table import number_text, suite_table, ties_of
+from everyscope.publish.table import suite_table, ties_of
+from everyscope.suite.numbers import number_text
 from everyscope.suite.reader import load_suite
 from everyscope.suite.records import SuiteIndex
 
@@ -15,8 +16,8 @@ def with_l0_and_fvu(index: SuiteIndex, numbers: list[tuple[float, float, float]]
     saes = []
     for sae, (l0, fvu, half) in zip(index.saes, numbers, strict=False):
         ends = (fvu - half, fvu + half)
-        intervals = sae.metrics.intervals.model_copy(update={"fvu": ends, "delta_loss": ends})
-        changes = {"l0": l0, "fvu": fvu, "delta_loss": fvu, "loss_recovered": 0.97, "intervals": intervals}
+        intervals = sae.metrics.intervals.model_copy(update={"fvu_usual": ends, "delta_loss": ends})
+        changes = {"l0": l0, "fvu": fvu, "fvu_usual": fvu, "delta_loss": fvu, "loss_recovered": 0.97, "intervals": intervals}
         metrics = sae.metrics.model_copy(update=changes)
         saes.append(sae.model_copy(update={"metrics": metrics, "layer": 0, "site": "resid_post"}))
     return index.model_copy(update={"saes": tuple(saes)})
@@ -53,6 +54,20 @@ def test_the_terminal_table_fits_80_columns_and_marks_canonical_saes(published: 
     assert text.count("resid_post") == 36
     assert len(re.findall(r"● \d", text)) == 12
     assert "= 0.139±.004" in text
+
+
+def test_massive_tokens_and_undertrained_saes_are_said_in_80_columns(published: PublishConfig):
+    numbers = [(27.0, 0.139, 0.004), (25.1, 0.141, 0.004), (150.9, 0.071, 0.001)] * 12
+    index = with_l0_and_fvu(load_suite(published.out).index, numbers)
+    worse = {"num_massive_tokens": 7, "fvu": 0.021, "baselines_fvu": {"pca": 0.9, "neuron_basis": 0.01}}
+    saes = [sae.model_copy(update={"metrics": sae.metrics.model_copy(update=worse)}) for sae in index.saes[:3]]
+    console = Console(width=80, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    console.print(suite_table(index.model_copy(update={"saes": (*saes, *index.saes[3:])})))
+    text = " ".join(console.export_text().split())
+    assert "…" not in text
+    assert "= 0.139±.004 * 0.021" in text
+    assert "Massive tokens: at 1 of 1 sites" in text
+    assert "Undertrained: 3 of 36 SAEs, marked *, leave more variance unexplained than single neurons at their L0" in text
 
 
 def test_the_card_shows_every_sae_and_pictures_that_are_there(published: PublishConfig):

@@ -74,7 +74,7 @@ def test_a_group_may_have_banks_of_its_own_on_several_devices(tmp_path):
 def test_an_sae_asked_for_twice_is_refused(tmp_path):
     config = find_recipe("tiny")
     twice = config.model_copy(update={"groups": config.groups * 2})
-    with pytest.raises(ConfigError, match="asked for twice"):
+    with pytest.raises(ConfigError, match="2 SAEs named width_512_l0_12_seed_0"):
         twice.train_configs(tmp_path)
 
 

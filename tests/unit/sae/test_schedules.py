@@ -3,7 +3,7 @@
 import pytest
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.schedules import learning_rate_share, sparsity_coefficient
+from everyscope.sae.schedules import learning_rate_share, sparsity_weight
 
 
 def test_the_papers_warm_ups():
@@ -12,7 +12,7 @@ def test_the_papers_warm_ups():
     assert learning_rate_share(recipe, 500, 10**6) == pytest.approx(0.55)
     assert [learning_rate_share(recipe, step, 10**6) for step in (1000, 500_000, 999_999)] == [1.0, 1.0, 1.0]
     config = SaeConfig(width=1, sparsity_coefficient=6e-4)
-    assert [sparsity_coefficient(config, step) for step in (0, 5000, 10_000, 10**6)] == pytest.approx([0, 3e-4, 6e-4, 6e-4])
+    assert [sparsity_weight(config, step) for step in (0, 5000, 10_000, 10**6)] == pytest.approx([0, 3e-4, 6e-4, 6e-4])
 
 
 def test_decay_ends_at_zero():

@@ -19,7 +19,7 @@ def rows(count, seed=0) -> torch.Tensor:
 
 
 def test_a_warm_start_meets_the_target_on_its_batch_and_centres_it():
-    sae = new_sae(SaeConfig(width=200, sparsity_coefficient=0, target_l0=9, recipe=RECIPE), 24)
+    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, recipe=RECIPE), 24)
     x = rows(500)
     warm_start(sae, x)
     torch.testing.assert_close(sae.parameters["b_dec"], x.mean(0))
@@ -27,7 +27,7 @@ def test_a_warm_start_meets_the_target_on_its_batch_and_centres_it():
 
 
 def test_driven_thresholds_come_to_the_target_and_stay():
-    sae = new_sae(SaeConfig(width=200, sparsity_coefficient=0, target_l0=9, recipe=RECIPE), 24)
+    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, recipe=RECIPE), 24)
     warm_start(sae, rows(500))
     sae.parameters["threshold"].mul_(0.5)
     history = []
@@ -47,7 +47,7 @@ def test_driving_needs_a_target():
 
 def test_silent_latents_come_down_until_they_fire():
     recipe = RECIPE.model_copy(update={"revive_steps": 3})
-    sae = new_sae(SaeConfig(width=200, sparsity_coefficient=0, target_l0=9, recipe=recipe), 24)
+    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, recipe=recipe), 24)
     warm_start(sae, rows(500))
     sae.parameters["threshold"][7] = 5.0
     losses = dense_update(sae, rows(500), 0, 1000)

@@ -85,3 +85,20 @@ def test_no_sites_and_layers_out_of_range_are_refused(gemma2, input_ids):
 def test_hooks_are_gone_after_the_model_failed(model, input_ids):
     with pytest.raises(IndexError):
         capture(model, [Site("resid_post", 0)], input_ids + 1000)  # the fixture checks for hooks left behind
+
+
+def test_one_site_gives_its_activations_and_names_are_sites(gemma2, input_ids):
+    site = Site("resid_post", 1)
+    want = capture(gemma2, [site], input_ids)[site]
+    assert torch.equal(capture(gemma2, site, input_ids), want)
+    assert torch.equal(capture(gemma2, "blocks.1.hook_resid_post", input_ids), want)
+    several = capture(gemma2, ["model.layers.1", "mlp_out.0"], input_ids)
+    assert list(several) == [site, Site("mlp_out", 0)]
+    assert torch.equal(several["resid_post.1"], want)
+    with capturing(gemma2, "resid_post.1") as found:
+        gemma2(input_ids=input_ids, use_cache=False)
+    assert torch.equal(found["resid_post.1"], want)
+    with pytest.raises(ConfigError, match="did you mean"):
+        capture(gemma2, "resid_pots.1", input_ids)
+    with pytest.raises(ConfigError, match="load_language_model"):
+        capture("gpt2", "resid_post.1", input_ids)

@@ -1,3 +1,6 @@
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -159,3 +162,104 @@ def test_resuming_puts_back_a_forward_that_was_there_before(gemma2, input_ids, r
         assert vars(block)["forward"] is wrapped
     finally:
         del block.forward
+
+
+class Halves(torch.nn.Module):
+    """An autoencoder with an error of its own: it forgets the second half of the coordinates, and its latents are the first."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def encode(self, x):
+        return self.gain * x[..., : x.shape[-1] // 2]
+
+    def decode(self, f):
+        return torch.cat([f, torch.zeros_like(f)], -1)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_the_error_kept_a_pass_without_edits_changes_no_bit(gemma2, input_ids, run, dtype):
+    model = deepcopy(gemma2).to(dtype)
+    clean = run(model, input_ids)
+    edits = dict.fromkeys(sites_of(SUBLAYERS, None, 3), Halves())
+    with splice(model, edits, keep_error=True) as spliced:
+        assert torch.equal(run(model, input_ids), clean)
+    assert set(spliced.latents) == set(edits)
+    with splice(model, edits):
+        assert not torch.equal(run(model, input_ids), clean)
+
+
+def test_latents_come_back_and_can_be_edited(gemma2, input_ids, run):
+    site, sae = Site("resid_post", 1), Halves()
+    x = capture(gemma2, site, input_ids)
+    everywhere = torch.ones_like(input_ids, dtype=torch.bool)
+
+    def push(f):
+        return f + 3 * (torch.arange(f.shape[-1]) == 5)
+
+    with splice(gemma2, {"resid_post.1": sae}, everywhere) as spliced:
+        plain = run(gemma2, input_ids)
+        assert torch.equal(spliced.latents["resid_post.1"], sae.encode(x))
+    with splice(gemma2, {site: sae}, everywhere, edit_latents=push) as spliced, capturing(gemma2, site) as found:
+        run(gemma2, input_ids)
+    assert torch.equal(spliced.latents[site], push(sae.encode(x)))
+    assert torch.equal(found[site], sae.decode(push(sae.encode(x))))
+    with (
+        splice(gemma2, {site: sae}, everywhere, edit_latents={"resid_post.1": push}, keep_error=True),
+        capturing(gemma2, site) as found,
+    ):
+        run(gemma2, input_ids)
+    change = torch.zeros(32)
+    change[5] = 3
+    torch.testing.assert_close(found[site], x + change, rtol=1e-5, atol=1e-5)
+    with splice(gemma2, {site: sae.forward}, everywhere):  # a function, whose latents nobody sees, replaces the same
+        assert torch.equal(run(gemma2, input_ids), plain)
+
+
+def test_gradients_reach_latents_and_see_the_error_as_a_constant(gemma2, input_ids):
+    sae = Halves(0.5)
+    with splice(gemma2, {"resid_post.0": sae}, keep_error=True) as spliced:
+        loss = gemma2(input_ids=input_ids, use_cache=False).logits.logsumexp(-1).sum()
+        latents = spliced.latents["resid_post.0"]
+        by_latents, by_gain = torch.autograd.grad(loss, [latents, sae.gain])
+    assert (by_latents != 0).any()
+    # The forward pass does not depend on the gain, for the error makes up for it; its gradient is that of the latents alone.
+    torch.testing.assert_close(by_gain, (by_latents * latents / 0.5).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_that_knows_its_site_stands_alone(gemma2, input_ids, run):
+    sae = Halves()
+    sae.metadata = SimpleNamespace(site=Site("mlp_out", 2))
+    with splice(gemma2, {Site("mlp_out", 2): sae}):
+        want = run(gemma2, input_ids)
+    with splice(gemma2, sae):
+        assert torch.equal(run(gemma2, input_ids), want)
+    with pytest.raises(ConfigError, match="does not say at which site"), splice(gemma2, torch.clone):
+        pass
+
+
+def test_options_that_nothing_follows_are_refused(gemma2):
+    site = Site("resid_post", 1)
+    for options, complaint in (
+        ({"keep_error": True}, "keep_error needs an SAE"),
+        ({"edit_latents": torch.clone}, "edit_latents needs an SAE"),
+        ({"edit_latents": {"mlp_out.1": torch.clone}}, "mlp_out layer 1, where nothing is spliced"),
+    ):
+        with pytest.raises(ConfigError, match=complaint), splice(gemma2, {site: torch.clone}, **options):
+            pass
+    with pytest.raises(ConfigError, match="named twice"), splice(gemma2, {site: torch.clone, "model.layers.1": torch.clone}):
+        pass
+    with pytest.raises(ConfigError, match="no function"), splice(gemma2, {site: 3}):
+        pass
+
+
+def test_edited_latents_of_another_shape_are_refused(gemma2, input_ids, run):
+    with (
+        pytest.raises(ShapeMismatch, match="edit_latents"),
+        splice(gemma2, {"resid_post.1": Halves()}, edit_latents=lambda f: f[..., 1:]),
+    ):
+        run(gemma2, input_ids)

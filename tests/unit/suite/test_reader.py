@@ -13,8 +13,9 @@ from torch.testing import assert_close
 
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
 from everyscope.publish.formats import write_npz, write_saelens
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
+from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site
 from everyscope.suite.reader import load_sae
 
@@ -36,7 +37,7 @@ def assert_same(sae: Sae) -> None:
 
 def test_every_format_gives_identical_reconstructions(tmp_path: Path):
     write_npz(tmp_path / "gemma_scope", SAE)
-    save_sae(tmp_path / "ours", SAE, {})
+    write_sae(tmp_path / "ours", SAE, {})
     for path in ("gemma_scope", "gemma_scope/params.npz", "ours"):
         assert_same(load_sae(tmp_path / path))
     assert_same(load_sae(str(saelens_folder(tmp_path / "saelens"))))
@@ -140,3 +141,36 @@ def test_a_cfg_that_is_no_object_is_one_line(tmp_path, value):
     (folder / "cfg.json").write_text(json.dumps(value))
     with pytest.raises(DataError, match=r"cfg\.json: holds .*expected a JSON object"):
         load_sae(folder)
+
+
+def test_device_and_dtype_are_the_callers(tmp_path: Path):
+    write_npz(tmp_path, SAE)
+    for dtype in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
+        sae = load_sae(tmp_path, dtype=dtype)
+        assert sae.dtype == torch.bfloat16
+        assert torch.equal(sae.W_enc, SAE.W_enc.bfloat16())
+    assert load_sae(tmp_path, device="meta").device.type == "meta"
+    with pytest.raises(ConfigError, match="dtype='int8'"):
+        load_sae(tmp_path, dtype="int8")
+    with pytest.raises(ConfigError, match="dtype='floaty'"):
+        load_sae(tmp_path, dtype="floaty")
+    with pytest.raises(ConfigError, match="device='gpu'") as caught:
+        load_sae(tmp_path, device="gpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_say_where_an_sae_sits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    site = Site("resid_post", 3)
+    write_saelens(tmp_path / "suite", SAE, site, "tiny", {"scale": 2.0, "num_tokens": 7}, {"l0": 5.5})
+    assert load_sae(tmp_path / "suite").metadata == SaeMetadata(site, "tiny", 5.5, 2.0, 7)
+    write_sae(tmp_path / "run", SAE, {"site": "mlp_out", "layer": 1, "scale": 3.0, "num_tokens": 9})
+    assert load_sae(tmp_path / "run").metadata == SaeMetadata(Site("mlp_out", 1), None, None, 3.0, 9)
+    old = saelens_folder(tmp_path / "old", metadata={}, hook_name="blocks.5.attn.hook_z", model_name="gpt2-small")
+    assert load_sae(old).metadata == SaeMetadata(Site("attn_out", 5), "gpt2-small")
+    unknown = saelens_folder(tmp_path / "unknown", metadata={"hook_name": "blocks.5.hook_resid_mid"})
+    assert load_sae(unknown).metadata.site is None
+    write_npz(tmp_path / "hub/layer_20/width_16k/average_l0_71", SAE)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    found = load_sae("google/gemma-scope-9b-it-att/layer_20/width_16k/average_l0_71").metadata
+    assert found == SaeMetadata(Site("attn_out", 20), "google/gemma-2-9b-it", 71.0)
+    assert load_sae("someone/gemma-scope-9b-it-att/layer_20/width_16k/average_l0_71").metadata == SaeMetadata()

@@ -1,14 +1,19 @@
 """Laws of packing: every token once and in order, one mask, and a cursor from which the rest follows bit by bit."""
 
+import hashlib
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from everyscope.base.errors import TextError
-from everyscope.text.blocks import NO_DOCUMENT, Cursor, markers_of, pack, read_blocks, token_mask
+from everyscope.text.blocks import NO_DOCUMENT, Cursor, pack, read_blocks
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document
+from everyscope.text.documents import Document
+from everyscope.text.encoding import encoded
+from everyscope.text.markers import markers_of
+from everyscope.text.tokenizer import load_tokenizer
 
 TEXTS = (
     "def first(items):\n    return items[0]\n",
@@ -139,7 +144,7 @@ def fake_tokenizer(bos, eos, pad):
 def test_markers(bos, eos, pad, first, fill, masked):
     markers = markers_of(fake_tokenizer(bos, eos, pad))
     assert (markers.bos, markers.eos, markers.pad) == (first, eos, fill)
-    assert set(markers.masked) == masked
+    assert set(markers.always_masked) == masked
 
 
 def test_a_tokenizer_without_markers_is_refused():
@@ -147,11 +152,67 @@ def test_a_tokenizer_without_markers_is_refused():
         markers_of(fake_tokenizer(None, None, 0))
 
 
-def test_the_mask_of_many_blocks_is_the_mask_of_each(tokenizer):
-    markers = markers_of(tokenizer)
-    blocks = blocks_of(tokenizer, config(20, prefix="user: "))
-    together = token_mask(np.stack([block.input_ids for block in blocks]), markers, len(ids_of(tokenizer, "user: ")))
-    assert np.array_equal(together, np.stack([block.mask for block in blocks]))
+def test_blocks_of_generated_text_have_the_bits_they_always_had(tokenizer):
+    """Arithmetic is the same on every machine; the hashes are of blocks from before fields were added to TextConfig."""
+    for split, want in (("train", "c9c0d919eec023d1"), ("held_out", "3d33c40577fb8bac")):
+        digest = hashlib.sha256()
+        for block in islice(read_blocks(TextConfig(source="arithmetic", context=64), tokenizer, split), 3000):
+            digest.update(block.input_ids.tobytes() + block.document.tobytes() + block.mask.tobytes() + str(block.after).encode())
+        assert digest.hexdigest()[:16] == want
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("skip", [1, 3, 7])
+def test_skipped_positions_are_read_and_not_measured(tokenizer, framing, skip):
+    measured, skipped = (
+        blocks_of(tokenizer, config(20, **framing)),
+        blocks_of(tokenizer, config(20, skip_positions=skip, **framing)),
+    )
+    for one, other in zip(measured, skipped, strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.after == other.after
+        assert other.mask.tolist() == [False] * (1 + skip) + one.mask[1 + skip :].tolist()
+
+
+def test_tokens_that_the_model_does_not_know_are_replaced_and_not_measured(capsys):
+    """Gemma 3's tokenizer has a token for images that its smaller models have no embedding for."""
+    tokenizer = load_tokenizer("tiny")
+    assert tokenizer.convert_tokens_to_ids("<unk>") == 3
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == 4096
+    texts = ["look at <image_soft_token> here", "x = 1", "<image_soft_token><image_soft_token>"]
+    documents = [Document(f"{number}.txt", text, text) for number, text in enumerate(texts)]
+    (block,) = blocks_of(tokenizer, config(32), documents=documents)
+    ids = [token for text in texts for token in [*ids_of(tokenizer, text), tokenizer.eos_token_id]]
+    unknown = [place for place, token in enumerate(ids) if token == 4096]
+    assert len(unknown) == 3
+    assert block.input_ids[1 : 1 + len(ids)].tolist() == [3 if token == 4096 else token for token in ids]
+    assert block.mask[1 : 1 + len(ids)].tolist() == [token not in (4096, tokenizer.eos_token_id) for token in ids]
+    place = "0.txt: '<image_soft_token>' is token 4096, the model has 4096"
+    what = "tokens that the model has no embedding for"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{place}: {what}; they are replaced and not measured",
+        f"3 {what} in all, the first in {place}; they are replaced and not measured",
+    ]
+
+
+def test_what_was_read_before_an_error_is_given_out_before_it(tmp_path, tokenizer):
+    """Documents are tokenised many at a time: a bad one must not take those before it with it."""
+    path = jsonl(tmp_path, [f"document number {number} is here" for number in range(50)])
+    with path.open("a") as file:
+        file.write("no json\n")
+    cfg = TextConfig(source="files", paths=(path,), context=8, held_out_fraction=1e-9)
+    seen = []
+    with pytest.raises(TextError, match=r"text\.jsonl:51: not JSON"):
+        seen.extend(block.after.documents for block in read_blocks(cfg, tokenizer, "train"))
+    assert seen[-1] >= 49
+
+
+def test_batches_of_documents_are_the_documents_one_by_one(tokenizer):
+    documents = [Document(str(number), TEXTS[number % len(TEXTS)] * (1 + number % 5), "") for number in range(300)]
+    seen = list(encoded(enumerate(documents), config(), tokenizer))
+    assert [number for number, _, _ in seen] == list(range(300))
+    assert all(its.ids.tolist() == [*ids_of(tokenizer, document.text), tokenizer.eos_token_id] for _, document, its in seen)
 
 
 def jsonl(tmp_path, texts):

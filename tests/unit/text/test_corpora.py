@@ -1,17 +1,22 @@
 """Laws of the corpora: the same documents in the same order wherever they lie, split by content, and clear refusals."""
 
 import json
+import os
 import sys
 from itertools import islice
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from everyscope.base.errors import MissingExtra, ModelError, TextError
+from everyscope.text.blocks import read_blocks
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document, read_documents, standard_library, standard_library_docstrings
+from everyscope.text.corpora import read_documents, standard_library, standard_library_docstrings
+from everyscope.text.documents import Document
+from everyscope.text.order import shuffled
 from everyscope.text.tokenizer import load_tokenizer
 
 TEXTS = ["first document", "zweites Dokument: äöü", "third\nwith two lines", "last one"]
@@ -141,6 +146,158 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert texts_of(files(tmp_path)) == ["one"]
 
 
+def corpus_of(tmp_path, kind, cells):
+    """The same cells, as bytes, in one kind of file."""
+    folder = tmp_path / kind
+    folder.mkdir()
+    if kind == "txt":
+        for number, cell in enumerate(cells):
+            (folder / f"{number}.TXT").write_bytes(cell)
+    elif kind == "jsonl":
+        lines = [b'{"text": "' + cell.replace(b"\r", b"\\r").replace(b"\n", b"\\n") + b'"}\r\n' for cell in cells]
+        (folder / "a.JSONL").write_bytes(b"".join(lines))
+    else:
+        column = pa.array(cells, pa.binary()).view(pa.string())  # as a careless writer would
+        pq.write_table(pa.table({"text": column}), folder / "a.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_one_rule_for_bytes_in_every_kind_of_file(tmp_path, kind, capsys):
+    cells = ["one\r\ntwo äöü\r".encode(), b"bad \xff\xfe byte", b" \r\n", "a real \ufffd".encode()]
+    assert texts_of(files(corpus_of(tmp_path, kind, cells))) == ["one\ntwo äöü\n", "bad \ufffd\ufffd byte", "a real \ufffd"]
+    first, total = capsys.readouterr().err.splitlines()
+    place = {"txt": "1.TXT", "jsonl": "a.JSONL:2", "parquet": "a.parquet:2"}[kind]
+    assert first == f"{tmp_path / kind / place}: bytes that are not in the file's encoding; each is read as \ufffd"
+    assert (
+        total
+        == f"2 bytes that are not in the file's encoding in all, the first in {tmp_path / kind / place}; each is read as \ufffd"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_encodings_are_recognised(tmp_path, encoding, seed):
+    texts = ["Eins, zwei", "drei äöü 東"]
+    (tmp_path / "a.jsonl").write_bytes(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode(encoding)
+    )
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_bytes(text.encode(encoding))
+    config = TextConfig(source="files", paths=(tmp_path,), shuffle_seed=seed)
+    assert sorted(texts_of(read_documents(config))) == sorted(2 * texts)
+
+
+def test_hidden_files_are_not_searched_but_may_be_named(tmp_path):
+    for name in (".git/x.txt", "._b.txt", "a/.cache/c.jsonl", "a/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(files(tmp_path)) == ["a/b.txt"]
+    assert texts_of(files(tmp_path / "._b.txt")) == ["._b.txt"]
+
+
+def test_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(TextError, match=r"a\.txt: is a pipe or a device"):
+            files(path)
+
+
+@pytest.mark.parametrize("rows", [[{"text": "x"}, {}, {"text": "y"}, {}], [{}, {}, {"text": "x"}, {"text": "y"}]])
+def test_rows_without_the_column_are_left_out_and_reported(tmp_path, rows, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert texts_of(files(path)) == ["x", "y"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}:{1 + rows.index({})}: rows without 'text'; they are left out",
+        f"2 rows without 'text' in all, the first in {path}:{1 + rows.index({})}; they are left out",
+    ]
+
+
+def test_the_column_of_conversations_is_proposed(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [], "id": 5}])
+    with pytest.raises(TextError, match=r"a\.jsonl:1: no column 'text', only \['id', 'messages'\].*column='messages'"):
+        files(path)
+
+
+# order
+
+
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    """Files of every kind, 900 documents in many pieces."""
+    monkeypatch.setattr("everyscope.text.files.PIECE_BYTES", 500)
+    monkeypatch.setattr("everyscope.text.order.BUFFER_DOCUMENTS", 50)
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"text": f"jsonl {number}" + " long" * (number % 90)} for number in range(400)])
+    pq.write_table(pa.table({"text": [f"parquet {number}" for number in range(450)]}), folder / "b.parquet", row_group_size=60)
+    for number in range(50):
+        (folder / f"c{number:02d}.txt").write_text(f"txt {number}")
+    return TextConfig(source="files", paths=(folder,))
+
+
+def test_a_shuffle_has_every_document_once_under_its_own_name(mixed):
+    stored = list(read_documents(mixed))
+    orders = [list(read_documents(mixed.model_copy(update={"shuffle_seed": seed}))) for seed in (0, 0, 1)]
+    assert len(stored) == 900
+    by_name = sorted(stored, key=lambda document: document.name)
+    assert all(sorted(order, key=lambda document: document.name) == by_name for order in orders)
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    places = {document.name: place for place, document in enumerate(stored)}
+    for order in orders[1:]:
+        where = np.array([places[document.name] for document in order])
+        assert abs(np.corrcoef(where, np.arange(900))[0, 1]) < 0.5
+        kinds = [document.text.split()[0] for document in order[:300]]
+        assert {kinds.count(kind) > 5 for kind in ("jsonl", "parquet")} == {True}
+
+
+def test_a_shuffle_holds_a_bounded_number_of_documents():
+    alive, most = 0, 0
+
+    def documents():
+        nonlocal alive, most
+        for number in range(1000):
+            alive += 1
+            most = max(most, alive)
+            yield Document(str(number), "x" * 100, str(number))
+
+    for limit in ({"BUFFER_DOCUMENTS": 64}, {"BUFFER_CHARACTERS": 6400}):
+        alive, most, found = 0, 0, []
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in limit.items():
+                patch.setattr(f"everyscope.text.order.{name}", value)
+            for document in shuffled(documents(), 0):
+                alive -= 1
+                found.append(document.name)
+        assert most <= 66
+        assert sorted(found, key=int) == list(map(str, range(1000)))
+
+
+def test_reading_a_shuffled_corpus_resumes_from_any_cursor(mixed):
+    config, tokenizer = mixed.model_copy(update={"shuffle_seed": 3, "context": 64}), load_tokenizer("tiny")
+    for split in ("train", "held_out"):
+        whole = list(read_blocks(config, tokenizer, split))
+        for index in range(0, len(whole), 29):
+            rest = list(read_blocks(config, tokenizer, split, whole[index].after))
+            assert [block.input_ids.tolist() for block in rest] == [block.input_ids.tolist() for block in whole[index + 1 :]]
+    names = {document.name for document in read_documents(mixed) if document.split(0.05) == "held_out"}
+    assert names == {document.name for document in read_documents(config) if document.split(0.05) == "held_out"}
+
+
+def test_a_shuffled_dataset_has_every_row_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("everyscope.text.order.BUFFER_DOCUMENTS", 10)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for part in range(4):
+        write_parquet(folder / f"train-{part}.parquet", {"text": [f"part {part} row {row}" for row in range(50)]})
+    stored = texts_of(dataset(folder))
+    orders = [texts_of(dataset(folder, shuffle_seed=seed)) for seed in (0, 0, 1)]
+    assert all(sorted(order) == sorted(stored) for order in orders)
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in (stored, *orders)}) == 3
+
+
 def test_many_rows_keep_their_order(tmp_path):
     texts = [f"row {number}" for number in range(1000)]
     assert texts_of(files(write_parquet(tmp_path / "a.parquet", {"text": texts}))) == texts
@@ -153,7 +310,9 @@ def test_many_rows_keep_their_order(tmp_path):
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1: a JSON list"),
         ("a.jsonl", b'{"body": "x"}\n', r"no column 'text', only \['body'\].*column=\.\.\."),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: column 'text' holds int, not text"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: cannot be read: 'utf-8' codec"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, r"a\.jsonl:1: nested too deeply"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n' * 2000 + b'{"text": "x"}', r"a\.jsonl:1: no column 'text', only \['body'\]"),
         ("a.parquet", b"no parquet at all", r"a\.parquet: cannot be read"),
         ("a.csv", b"text\nx\n", r"cannot read \.csv; expected \.txt, \.jsonl or \.parquet"),
         ("README", b"x", "cannot read a file without ending"),
@@ -229,6 +388,9 @@ def test_a_bad_dataset_is_named(tmp_path):
         dataset(folder, dataset_config="other")
     with pytest.raises(TextError, match="cannot be read"):
         dataset(tmp_path / "nowhere")
+    (folder / "train.jsonl").write_text("")
+    with pytest.raises(TextError, match="split 'train': its first file is empty"):
+        dataset(folder, column="body")
     (folder / "train.jsonl").write_text('{"body": "x"}\nno json\n')
     with pytest.raises(TextError, match="cannot be read"):
         dataset(folder, column="body")

@@ -23,7 +23,7 @@ def clean_rows() -> torch.Tensor:
 
 def trained(rows: torch.Tensor, usual: torch.Tensor, **settings) -> tuple[float, float]:
     """FVU of the usual rows, and the share of latents silent on them."""
-    config = SaeConfig(width=WIDTH, sparsity_coefficient=4.0, target_l0=L0, recipe=fast(D_IN))
+    config = SaeConfig(width=WIDTH, target_l0=L0, recipe=fast(D_IN))
     (sae,) = train_saes(rows, [config], num_tokens=600 * 256, batch_rows=256, **settings)
     x = rows[usual]
     f = sae.encode(x)

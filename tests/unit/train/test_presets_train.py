@@ -31,7 +31,7 @@ def train(activations, recipe, **fields):
 
 
 def test_fast_meets_its_target_and_leaves_few_latents_dead(activations):
-    f, fvu = train(activations, fast(D_IN), sparsity_coefficient=4.0, target_l0=5)
+    f, fvu = train(activations, fast(D_IN), target_l0=5)
     assert (f > 0).sum(1).double().mean().item() == pytest.approx(5, rel=0.15)
     assert fvu < 0.2  # five principal components leave 0.55
     assert (f > 0).any(0).double().mean() > 0.6  # there are only sixty directions for 96 latents
@@ -40,7 +40,7 @@ def test_fast_meets_its_target_and_leaves_few_latents_dead(activations):
 def test_a_frequency_limit_keeps_latents_below_it(activations):
     # The limit is part of the loss that thresholds learn from, so they are given half of the run to learn in.
     recipes = [fast(D_IN).model_copy(update={"frequency_limit": limit, "driven_share": 0.5}) for limit in (None, 0.1)]
-    without, with_limit = (train(activations, recipe, sparsity_coefficient=4.0, target_l0=5)[0] for recipe in recipes)
+    without, with_limit = (train(activations, recipe, target_l0=5)[0] for recipe in recipes)
     assert (without > 0).double().mean(0).max() > 0.25  # the first direction is there on half of the rows
     assert (with_limit > 0).double().mean(0).max() < 0.13
 
@@ -50,7 +50,7 @@ def test_prefixes_reconstruct_by_themselves(activations):
     nested = plain.model_copy(update={"prefix_shares": (0.25, 1.0)})
     shares = []
     for recipe in (plain, nested):
-        config = SaeConfig(width=96, sparsity_coefficient=4.0, target_l0=5, recipe=recipe)
+        config = SaeConfig(width=96, target_l0=5, recipe=recipe)
         sae = train_saes(activations, [config], num_tokens=128_000, batch_rows=128)[0]
         f = sae.encode(activations)
         f[:, 24:] = 0

@@ -11,6 +11,7 @@ from everyscope.browse.queries import Index, SaeFacts, packed
 from everyscope.browse.search import PAGE, TablePage, TableRequest, latent_page, sorted_by
 from everyscope.browse.svg.charts import Curve, Estimate, curves, estimates, histogram
 from everyscope.suite.layout import width_label
+from everyscope.suite.records import beaten_by
 
 BASELINES = {
     "zero": "zero",
@@ -23,7 +24,8 @@ BASELINES = {
 """The baselines that metrics.json may have, and what to call them."""
 NUMBERS = (
     ("l0", "L0 [latents]"),
-    ("fvu", "FVU [1]"),
+    ("fvu_usual", "FVU [1]"),
+    ("fvu", "Plain FVU, massive tokens too [1]"),
     ("delta_loss", "Delta loss [nats/token]"),
     ("loss_recovered", "Loss recovered [1]"),
     ("kl", "KL [nats/token]"),
@@ -66,6 +68,7 @@ def sae_view(index: Index, links: Links, sae: SaeFacts, request: TableRequest) -
         "metrics": metrics,
         "numbers": numbers(metrics),
         "basis": basis(metrics),
+        "warnings": warnings(metrics),
         "baselines": _baselines(metrics),
         "positions": _positions(metrics),
         "firing": _firing(index, sae, metrics),
@@ -97,18 +100,37 @@ def numbers(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"name": name, "title": title, "value": metrics[name], "interval": intervals.get(name)}
         for name, title in NUMBERS
-        if metrics.get(name) is not None
+        if metrics.get(name) is not None and (name != "fvu" or metrics["fvu"] != metrics["fvu_usual"])
     ]
+
+
+def warnings(metrics: dict[str, Any]) -> list[str]:
+    """What must be known of the numbers: massive tokens, baselines that do better; a sentence each."""
+    found, massive = [], metrics.get("massive") or {}
+    if massive.get("num_tokens"):
+        found.append(
+            f"{massive['num_tokens']:,} tokens have massive activations, {massive['share_of_squares']:.0%} of the sum of "
+            "squares; they are in no number but plain FVU."
+        )
+    rivals = beaten_by(metrics["fvu_usual"], metrics.get("baselines_fvu") or {})
+    if rivals:
+        found.append(f"Undertrained: {' and '.join(rivals)} of its L0 leave less variance unexplained.")
+    return found
 
 
 def _baselines(metrics: dict[str, Any]) -> list[tuple[str, Markup]]:
     """FVU and delta loss beside the same of each baseline."""
     measured = dict(metrics.get("baselines") or {})
-    if not measured and metrics.get("fvu_pca") is not None:
-        measured = {"pca": {"fvu": metrics["fvu_pca"]}}
+    if not measured and metrics.get("fvu_pca_usual") is not None:
+        measured = {"pca": {"fvu_usual": metrics["fvu_pca_usual"]}}
     figures = []
-    for name, unit in (("fvu", "FVU [1]"), ("delta_loss", "delta loss [nats/token]")):
-        found = [Estimate(BASELINES[key], value.get(name), None, True) for key, value in measured.items() if key in BASELINES]
+    for name, unit in (("fvu_usual", "FVU [1]"), ("delta_loss", "delta loss [nats/token]")):
+        older = name.removesuffix("_usual")
+        found = [
+            Estimate(BASELINES[key], value.get(name, value.get(older)), None, True)
+            for key, value in measured.items()
+            if key in BASELINES
+        ]
         found = [item for item in found if item.value is not None]
         if found and metrics.get(name) is not None:
             interval = (metrics.get("intervals") or {}).get(name)

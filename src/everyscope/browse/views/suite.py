@@ -26,7 +26,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure("fvu", "FVU", "FVU [1]", "Fraction of variance unexplained: lower is better."),
+    Measure("fvu_usual", "FVU", "FVU [1]", "Fraction of variance unexplained: lower is better."),
     Measure("delta_loss", "Delta loss", "Delta loss [nats/token]", "Rise of the model’s loss with the reconstruction in place."),
     Measure(
         "loss_recovered", "Loss recovered", "Loss recovered [1]", "1 where splicing costs nothing, 0 where as much as the mean."
@@ -47,6 +47,7 @@ def suite_view(index: Index, links: Links) -> dict[str, Any]:
         "fronts": [_fronts(index, links, measure, layers, widths) for measure in FRONTS if _has(index, measure)],
         "layers": [(layer, layer_step(layer, layers)) for layer in layers],
         "marks": [(width_label(width), _legend_mark(place)) for place, width in enumerate(widths)],
+        "has_massive": any(sae.headline["num_massive_tokens"] for sae in index.saes),
         "has_canonical": any(sae.is_canonical for sae in index.saes),
         "rows": [_row(sae, links) for sae in index.saes],
         "problems": [sae for sae in index.saes if sae.problem],
@@ -63,7 +64,7 @@ def headlines(index: Index) -> list[tuple[str, str]]:
         (str(len(index.saes)), f"SAEs at {len({sae.site for sae in index.saes})} sites"),
         (f"{total:,}", "latents"),
         (f"{alive / max(1, total):.1%}", "of them fire on the text read"),
-        (f"{median(sae.headline['fvu'] for sae in chosen):.3f}", "median FVU, middle sparsity"),
+        (f"{median(sae.headline['fvu_usual'] for sae in chosen):.3f}", "median FVU, middle sparsity"),
         (f"{median(sae.headline['delta_loss'] for sae in chosen):.3f}", "median delta loss there [nats/token]"),
     ]
     return [*found, (f"{labelled:,}", "latents with a label")] if labelled else found
@@ -89,7 +90,8 @@ def _has(index: Index, measure: Measure) -> bool:
 def tip(sae: SaeFacts) -> str:
     """An SAE and its headline numbers, in a line."""
     numbers = sae.headline
-    return f"{sae.title}: FVU {numbers['fvu']:.3f}, delta loss {numbers['delta_loss']:.3f} nats/token"
+    plain = f" (with massive tokens {numbers['fvu']:.3f})" if numbers["num_massive_tokens"] else ""
+    return f"{sae.title}: FVU {numbers['fvu_usual']:.3f}{plain}, delta loss {numbers['delta_loss']:.3f} nats/token"
 
 
 def _heats(index: Index, links: Links, measure: Measure, layers: list[int], widths: list[int]) -> dict[str, Any]:
@@ -118,13 +120,15 @@ def _fronts(index: Index, links: Links, measure: Measure, layers: list[int], wid
         if value is not None:
             points.setdefault(sae.site.kind, []).append(_point(sae, value, links, measure, layers, widths))
     baselines = [
-        sae.headline["fvu_pca"] for sae in index.saes if measure.name == "fvu" and sae.headline.get("fvu_pca") is not None
+        sae.headline["fvu_pca_usual"]
+        for sae in index.saes
+        if measure.name == "fvu_usual" and sae.headline.get("fvu_pca_usual") is not None
     ]
     ends = pareto_ends([point for group in points.values() for point in group], baselines)
     panels = []
     for kind in sorted(points, key=SITE_KINDS.index):
         label = f"{measure.title} against L0, {SITE_TITLES[kind]}"
-        baseline = _pca(index, kind, layers) if measure.name == "fvu" else []
+        baseline = _pca(index, kind, layers) if measure.name == "fvu_usual" else []
         inside = [line for line in baseline if line]
         svg = pareto(points[kind], inside, ends, measure.unit, label, f"clip-{measure.name}-{kind}")
         panels.append((SITE_TITLES[kind], svg))
@@ -150,9 +154,9 @@ def _pca(index: Index, kind: SiteKind, layers: list[int]) -> list[list[tuple[flo
     """The PCA baseline's line at each layer."""
     return [
         sorted(
-            (max(sae.headline["l0"], 0.1), sae.headline["fvu_pca"])
+            (max(sae.headline["l0"], 0.1), sae.headline["fvu_pca_usual"])
             for sae in index.saes
-            if sae.site.kind == kind and sae.site.layer == layer and sae.headline.get("fvu_pca") is not None
+            if sae.site.kind == kind and sae.site.layer == layer and sae.headline.get("fvu_pca_usual") is not None
         )
         for layer in layers
     ]

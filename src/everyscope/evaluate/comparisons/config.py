@@ -10,6 +10,8 @@ from everyscope.evaluate.config import EvaluateConfig
 from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextConfig, TextSource
 
+BLOCKS_PER_VARIANT, LEAST_BLOCKS = 8, 8
+"""By default a condition reads one block of so many that the scores rest on; but so many at least [blocks]."""
 SLICES, WORK = "slices", "comparisons"
 """Folders below the scores: what is published, and the scores that it was made from."""
 
@@ -37,13 +39,15 @@ class VariantsConfig(ComparisonConfig):
     """What comparisons need that evaluate SAEs again, under other conditions."""
 
     num_sequences: int | None = Field(default=None, ge=1)
-    """Held-out blocks read under each condition; None reads as many as the evaluation [blocks]."""
+    """Held-out blocks read under each condition; None reads an eighth of the evaluation's, 8 at least [blocks]."""
 
     @property
     def base(self) -> EvaluateConfig:
         """The evaluation with so many blocks."""
-        changes = {} if self.num_sequences is None else {"num_sequences": self.num_sequences}
-        return self.evaluate.model_copy(update=changes)
+        num_sequences = self.num_sequences
+        if num_sequences is None:
+            num_sequences = max(min(LEAST_BLOCKS, self.evaluate.num_sequences), self.evaluate.num_sequences // BLOCKS_PER_VARIANT)
+        return self.evaluate.model_copy(update={"num_sequences": num_sequences})
 
 
 class WidthsConfig(ComparisonConfig):
@@ -118,7 +122,7 @@ def built_in_subsets(text: TextConfig) -> tuple[Subset, ...]:
     def subset(name: str, source: TextSource, description: str) -> Subset:
         return Subset(
             name=name,
-            text=TextConfig(source=source, **text.model_dump(include={"context", "prefix", "suffix", "held_out_fraction"})),
+            text=TextConfig(source=source, **text.packing),
             description=description,
         )
 

@@ -17,7 +17,8 @@ from jaxtyping import Int
 
 from everyscope.base.errors import TextError, first_line
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document, read_documents
+from everyscope.text.corpora import read_documents
+from everyscope.text.documents import Document
 
 NO_LABEL = -1
 """Stands where a character or token has no label."""

@@ -7,27 +7,23 @@ from everyscope.evaluate.comparisons.canonical import canonical_of_sites
 from everyscope.evaluate.comparisons.config import PrecisionConfig
 from everyscope.evaluate.comparisons.scored import read_scored
 from everyscope.evaluate.comparisons.slices import is_current, write_slice
-from everyscope.evaluate.comparisons.variants import evaluate_again, identities, row_of
+from everyscope.evaluate.comparisons.variants import Variant, evaluate_variants, identities, row_of
 
 SLICE, FOLDER = "precision.json", "precision"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: PrecisionConfig) -> Path:
     """Write slices/precision.json and return its path: every pair of formats, all on the same text."""
     base = config.base
     chosen = canonical_of_sites(read_scored(config.evaluate), config.canonical_l0)
-    found = {
-        (sae_dtype, model_dtype): evaluate_again(
-            base,
-            chosen,
-            config.work / FOLDER / f"sae_{sae_dtype}_model_{model_dtype}",
-            sae_dtype=sae_dtype,
-            model=base.model.model_copy(update={"dtype": model_dtype}),
-            shards=base.shards,  # another rounding of the same model: its training rows are the same ones
-        )
-        for sae_dtype, model_dtype in config.pairs
-    }
+    variants = {}
+    for sae_dtype, model_dtype in config.pairs:
+        changes = {"sae_dtype": sae_dtype, "model": base.model.model_copy(update={"dtype": model_dtype})}
+        changes["shards"] = base.shards  # another rounding of the same model: its training rows are the same ones
+        out = config.work / FOLDER / f"sae_{sae_dtype}_model_{model_dtype}"
+        variants[sae_dtype, model_dtype] = Variant(chosen, out, changes)
+    found = evaluate_variants(base, variants, "precision")
     path = config.slices / SLICE
     inputs = content_id([VERSION, list(found), identities(found.values())])
     if not is_current(path, inputs):

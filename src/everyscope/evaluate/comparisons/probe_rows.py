@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from everyscope.base.errors import TextError
 from everyscope.evaluate.comparisons.config import ProbingConfig
-from everyscope.evaluate.comparisons.labels import LabelledCorpus, Labels, token_labels
+from everyscope.evaluate.comparisons.labels import NO_LABEL, LabelledCorpus, Labels, token_labels
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site
-from everyscope.text.blocks import markers_of
 from everyscope.text.config import Split, TextConfig
-from everyscope.text.corpora import Document
+from everyscope.text.documents import Document
+from everyscope.text.markers import markers_of
+from everyscope.text.tokenizer import readable_ids, unreadable_tokens
 
 MAX_WITHOUT = 1000
 """Documents without labels in a row after which no more are tried: a corpus may be endless [documents]."""
@@ -56,16 +57,19 @@ def read_rows(corpus: LabelledCorpus, config: ProbingConfig, tokenizer: Any, spl
     blocks: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     documents: list[np.ndarray] = []
-    number, left = 0, num_tokens
+    number, left, unreadable = 0, num_tokens, unreadable_tokens()
     for document, of_characters in _labelled(corpus, text, split):
         if left <= 0:
             break
         encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, spans = np.array(encoded["input_ids"], np.int64), encoded["offset_mapping"]
+        ids, is_readable = readable_ids(tokenizer, encoded["input_ids"], document.name, unreadable)
+        spans = encoded["offset_mapping"]
         for place in _places(len(ids), text, config.blocks_per_document):
             taken = slice(place.start, min(place.stop, place.start + left))
-            blocks.append(ids[taken])
+            blocks.append(ids[taken].astype(np.int64))
             labels.append(token_labels(document.text, of_characters, spans[taken]))
+            labels[-1][: text.skip_positions] = NO_LABEL
+            labels[-1][~is_readable[taken]] = NO_LABEL
             documents.append(np.full(len(ids[taken]), number))
             left -= len(ids[taken])
             if left <= 0:

@@ -14,7 +14,7 @@ from everyscope.evaluate.comparisons.scored import read_scored
 from everyscope.evaluate.comparisons.slices import is_current, write_slice
 
 SLICE = "random_model.json"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: RandomModelConfig) -> Path:
@@ -42,12 +42,13 @@ def run(config: RandomModelConfig) -> Path:
                     "sae": None if nearest is None else nearest.name,
                     "l0": one.l0,
                     "fvu": one.fvu,
-                    "fvu_pca": one.metrics["fvu_pca"],
+                    "fvu_usual": one.fvu_usual,
+                    "fvu_pca_usual": one.metrics["fvu_pca_usual"],
                 }
             )
         note = (
             f"SAEs trained and evaluated in the same way on {public_name(model.name)!r} with transformers' initial weights, seed "
-            f"{model.weights_seed}; fvu_pca is of that model's activations too"
+            f"{model.weights_seed}; fvu_pca_usual is of that model's activations too"
         )
         write_slice(path, inputs, {"rows": rows, "note": note})
     return path

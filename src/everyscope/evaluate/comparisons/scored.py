@@ -42,8 +42,13 @@ class Scored:
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained [1]."""
+        """Fraction of variance unexplained, of all tokens [1]."""
         return self.metrics["fvu"]
+
+    @property
+    def fvu_usual(self) -> float:
+        """The same of usual tokens: massive ones are left out [1]."""
+        return self.metrics["fvu_usual"]
 
     @property
     def delta_loss(self) -> float:

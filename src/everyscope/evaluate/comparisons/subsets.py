@@ -7,19 +7,19 @@ from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import SubsetsConfig
 from everyscope.evaluate.comparisons.scored import read_scored
 from everyscope.evaluate.comparisons.slices import is_current, write_slice
-from everyscope.evaluate.comparisons.variants import evaluate_again, identities, row_of
+from everyscope.evaluate.comparisons.variants import Variant, evaluate_variants, identities, row_of
 
 SLICE, FOLDER = "subsets.json", "subsets"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: SubsetsConfig) -> Path:
     """Write slices/subsets.json and return its path. Corpora are evaluated one after another, each as any evaluation is."""
     chosen = list(canonical_saes(read_scored(config.evaluate), config.canonical_l0).values())
-    found = {
-        subset.name: evaluate_again(config.base, chosen, config.work / FOLDER / subset.name, text=subset.text)
-        for subset in config.subsets
+    variants = {
+        subset.name: Variant(chosen, config.work / FOLDER / subset.name, {"text": subset.text}) for subset in config.subsets
     }
+    found = evaluate_variants(config.base, variants, "subsets")
     path = config.slices / SLICE
     words = [(subset.name, subset.description) for subset in config.subsets]
     inputs = content_id([VERSION, words, identities(found.values())])

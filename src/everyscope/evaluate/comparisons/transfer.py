@@ -15,11 +15,11 @@ from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import TransferConfig
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
 from everyscope.evaluate.comparisons.slices import is_current, write_slice
-from everyscope.evaluate.comparisons.variants import evaluate_again, identities
+from everyscope.evaluate.comparisons.variants import Variant, evaluate_variants, identities
 from everyscope.evaluate.config import EvaluateConfig
 
 SLICE, FOLDER = "transfer.json", "transfer"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: TransferConfig) -> Path:
@@ -34,11 +34,12 @@ def run(config: TransferConfig) -> Path:
         raise DataError(
             f"no site has SAEs both of {config.evaluate.model.name!r} and of {config.tuned.name!r}; train both on the same sites"
         )
-    found = {}
+    variants = {}
     for name, evaluation in evaluations.items():  # the same settings for both, whatever the tuned SAEs were scored under before
         its = {"trained": evaluation.trained, "sites": evaluation.sites, "site_kind": evaluation.site_kind}
         its |= {"model": config.tuned, "text": config.text}
-        found[name] = evaluate_again(config.base, chosen[name], config.work / FOLDER / name, **its)
+        variants[name] = Variant(chosen[name], config.work / FOLDER / name, its)
+    found = evaluate_variants(config.base, variants, "transfer")
     path = config.slices / SLICE
     inputs = content_id([VERSION, identities(found.values())])
     if not is_current(path, inputs):
@@ -76,6 +77,6 @@ def _rows(source: str, one: Scored, metrics: dict[str, Any], config: TransferCon
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: metrics.get(key) for key in ("l0", "fvu", "delta_loss", "num_tokens")} | {
-        "intervals": metrics.get("intervals", {})
-    }
+    """Of all turns or of one side's."""
+    numbers = {key: metrics[key] for key in ("l0", "fvu_usual", "delta_loss", "intervals")}
+    return numbers | {"num_tokens": metrics.get("num_usual_tokens", metrics["num_tokens"])}

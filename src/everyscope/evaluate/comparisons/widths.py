@@ -13,7 +13,7 @@ from everyscope.evaluate.comparisons.scored import Scored, read_scored
 from everyscope.evaluate.comparisons.slices import is_current, left_out, write_slice
 
 SLICE = "widths.json"
-VERSION = 1
+VERSION = 2
 
 
 def run(config: WidthsConfig) -> Path:
@@ -74,7 +74,8 @@ def _point(saes: Sequence[Scored], l0: float) -> dict[str, Any]:
         "sae": nearest.name,
         "l0": nearest.l0,
         "fvu": nearest.fvu,
+        "fvu_usual": nearest.fvu_usual,
         "delta_loss": nearest.delta_loss,
-        "fvu_at_l0": curve_at(places, np.array([one.fvu for one in saes]), l0),
+        "fvu_usual_at_l0": curve_at(places, np.array([one.fvu_usual for one in saes]), l0),
         "delta_loss_at_l0": curve_at(places, np.array([one.delta_loss for one in saes]), l0),
     }

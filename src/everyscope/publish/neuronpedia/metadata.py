@@ -77,9 +77,10 @@ def _source_row(
     hub = {} if config.hf_repo is None else {"hfRepoId": config.hf_repo, "hfFolderId": source.record.folder}
     counts = {"num_prompts": facts.get("num_sequences"), "num_tokens_in_prompt": facts.get("context")}
     metrics = source.record.metrics
+    plain = f" (with massive tokens {metrics.fvu:.3f})" if metrics.num_massive_tokens else ""
     notes = (
-        f"L0 {metrics.l0:.1f}, FVU {metrics.fvu:.3f}, delta loss {metrics.delta_loss:.3f} nats/token on {index.measured.data}; "
-        "examples are from training and held-out documents, bins are fifths of the firings"
+        f"L0 {metrics.l0:.1f}, FVU {metrics.fvu_usual:.3f}{plain}, delta loss {metrics.delta_loss:.3f} nats/token on "
+        f"{index.measured.data}; examples are from training and held-out documents, bins are fifths of the firings"
     )
     if facts.get("logit_path"):
         notes += f"; logits along {facts['logit_path']}"

@@ -49,9 +49,9 @@ FVU = Measure(
     "fvu_against_l0",
     "Fraction of variance unexplained against L0",
     "FVU [1]",
-    lambda sae: sae.metrics.fvu,
-    lambda sae: sae.metrics.intervals.fvu,
-    "fvu",
+    lambda sae: sae.metrics.fvu_usual,
+    lambda sae: sae.metrics.intervals.fvu_usual,
+    "fvu_usual",
 )
 DELTA_LOSS = Measure(
     "delta_loss_against_l0",
@@ -66,8 +66,8 @@ DELTA_LOSS = Measure(
 def fidelity_section(evidence: Evidence) -> Section:
     """The Pareto curves."""
     saes = evidence.index.saes
-    wins = sum(sae.metrics.fvu < sae.metrics.fvu_pca for sae in saes)
-    fvu = middle_text([sae.metrics.fvu for sae in evidence.canonical])
+    wins = sum(sae.metrics.fvu_usual < sae.metrics.fvu_pca_usual for sae in saes)
+    fvu = middle_text([sae.metrics.fvu_usual for sae in evidence.canonical])
     delta = middle_text([sae.metrics.delta_loss for sae in evidence.canonical])
     return Section(
         anchor="fidelity",
@@ -105,11 +105,11 @@ def baseline_curves(evidence: Evidence, measure: Measure, kind: SiteKind) -> dic
             value, l0 = its.get(measure.baseline), its.get("l0") or sae.metrics.l0
             if name in BASELINES and value is not None and l0 > 0:
                 found.setdefault(name, {}).setdefault((sae.layer, sae.width), []).append((l0, value))
-    if measure.baseline == "fvu" and "random_model" not in found:
+    if measure.baseline == "fvu_usual" and "random_model" not in found:
         for row in evidence.slices.get("random_model", {}).get("rows", []):
             if kind_of(row) == kind and row["l0"] > 0:
                 place = (layer_of(row), row["width"])
-                found.setdefault("random_model", {}).setdefault(place, []).append((row["l0"], row["fvu"]))
+                found.setdefault("random_model", {}).setdefault(place, []).append((row["l0"], row["fvu_usual"]))
     return {name: list(places.values()) for name, places in found.items()}
 
 

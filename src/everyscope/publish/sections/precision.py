@@ -11,7 +11,11 @@ from everyscope.publish.sections.dots import Dot, draw_dots
 from everyscope.publish.sections.section import Section, plural
 
 EXACT = ("float32", "float32")
-MEASURES = (("fvu", "Change of FVU [1]"), ("delta_loss", "Change of delta loss [nats/token]"), ("l0", "Change of L0 [latents]"))
+MEASURES = (
+    ("fvu_usual", "Change of FVU [1]"),
+    ("delta_loss", "Change of delta loss [nats/token]"),
+    ("l0", "Change of L0 [latents]"),
+)
 
 Row = dict[str, Any]
 
@@ -58,6 +62,6 @@ def condition(row: Row) -> str:
 def _says(rows: list[Row], exact: dict[str, Row]) -> str:
     parts = []
     for words in dict.fromkeys(map(condition, rows)):
-        changes = [abs(row["fvu"] / exact[row["sae"]]["fvu"] - 1) for row in rows if condition(row) == words]
+        changes = [abs(row["fvu_usual"] / exact[row["sae"]]["fvu_usual"] - 1) for row in rows if condition(row) == words]
         parts.append(f"{median(changes):.2%} for {words.replace(chr(10), ', ')}")
     return f"The FVU changes by, in the median over {plural(len(exact), 'site')}: {'; '.join(parts)}."

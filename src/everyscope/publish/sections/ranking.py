@@ -2,8 +2,8 @@
 
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.sections.section import Cell, Section, Table
-from everyscope.publish.table import interval_text
 from everyscope.suite.layout import width_label
+from everyscope.suite.numbers import interval_text
 from everyscope.suite.ties import estimate, rank_spans
 
 COLUMNS = ("place", "site", "layer", "width", "L0", "delta loss", "interval", "place by FVU", "FVU", "interval of FVU")
@@ -15,7 +15,8 @@ def ranking_section(evidence: Evidence) -> Section | None:
     if len(saes) < 2:
         return None
     deltas = rank_spans([estimate(sae.metrics.delta_loss, sae.metrics.intervals.delta_loss) for sae in saes])
-    fvus = rank_spans([estimate(sae.metrics.fvu, sae.metrics.intervals.fvu) for sae in saes])
+    fvus = rank_spans([estimate(sae.metrics.fvu_usual, sae.metrics.intervals.fvu_usual) for sae in saes])
+    has_massive = any(sae.metrics.num_massive_tokens for sae in saes)
     rows = []
     for sae, delta, fvu in sorted(zip(saes, deltas, fvus, strict=True), key=lambda row: row[0].metrics.delta_loss):
         metrics = sae.metrics
@@ -29,8 +30,9 @@ def ranking_section(evidence: Evidence) -> Section | None:
                 Cell(f"{metrics.delta_loss:.3f}", metrics.delta_loss),
                 Cell(interval_text(metrics.intervals.delta_loss), metrics.delta_loss, is_soft=True),
                 Cell(span_text(fvu), fvu[0] + fvu[1] / 1000, is_soft=fvu[0] != fvu[1]),
-                Cell(f"{metrics.fvu:.3f}", metrics.fvu),
-                Cell(interval_text(metrics.intervals.fvu), metrics.fvu, is_soft=True),
+                Cell(f"{metrics.fvu_usual:.3f}", metrics.fvu_usual),
+                Cell(interval_text(metrics.intervals.fvu_usual), metrics.fvu_usual, is_soft=True),
+                *((Cell(f"{metrics.fvu:.3f}", metrics.fvu),) if has_massive else ()),
             )
         )
     certain = sum(first == last for first, last in deltas)
@@ -43,7 +45,7 @@ def ranking_section(evidence: Evidence) -> Section | None:
             "A place is the span that an SAE’s interval leaves it: behind all that are surely better, before all that are surely "
             f"worse; spans are grey. {evidence.interval_note.replace('Bars are', 'Intervals are')}",
         ),
-        table=Table(COLUMNS, tuple(rows)),
+        table=Table((*COLUMNS, "plain FVU") if has_massive else COLUMNS, tuple(rows)),
     )
 
 

@@ -12,7 +12,7 @@ from everyscope.publish.sections.dots import Dot, draw_dots, interval_of
 from everyscope.publish.sections.section import Cell, Section, Table
 from everyscope.sites.names import SiteKind
 
-MEASURES = (("delta_loss", "Delta loss [nats/token]", True), ("fvu", "FVU [1]", False))
+MEASURES = (("delta_loss", "Delta loss [nats/token]", True), ("fvu_usual", "FVU [1]", False))
 
 Subset = dict[str, Any]
 
@@ -41,7 +41,7 @@ def subsets_section(evidence: Evidence) -> Section | None:
             )
             panels.append(Panel(SITE_TITLES[kind], draw, (3.6, 0.9 + 0.5 * len(subsets))))
         title = f"{label.rpartition(' ')[0]} on each text"
-        pictures.append(Picture(f"{name}_by_text", title, tuple(panels), tuple(evidence.layer_keys)))
+        pictures.append(Picture(f"{name.removesuffix('_usual')}_by_text", title, tuple(panels), tuple(evidence.layer_keys)))
     return Section(
         anchor="texts",
         title="From text to text",
@@ -70,7 +70,7 @@ def _middle(subset: Subset, name: str) -> float:
 
 
 def _says(subsets: list[Subset]) -> str:
-    return f"The median FVU runs {_span(subsets, 'fvu')}, the median delta loss {_span(subsets, 'delta_loss')} nats/token."
+    return f"The median FVU runs {_span(subsets, 'fvu_usual')}, the median delta loss {_span(subsets, 'delta_loss')} nats/token."
 
 
 def _span(subsets: list[Subset], name: str) -> str:
@@ -84,7 +84,7 @@ def _table(subsets: list[Subset]) -> Table:
     columns = ("text", "what it is", "tokens", "loss of the model", "median delta loss", "median FVU")
     rows = []
     for subset in subsets:
-        delta, fvu, loss = _middle(subset, "delta_loss"), _middle(subset, "fvu"), subset.get("loss_clean")
+        delta, fvu, loss = _middle(subset, "delta_loss"), _middle(subset, "fvu_usual"), subset.get("loss_clean")
         rows.append(
             (
                 Cell(subset["name"].replace("_", " ")),

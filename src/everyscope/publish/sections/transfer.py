@@ -15,7 +15,7 @@ from everyscope.publish.sections.dots import FEW_TICKS, Dot, draw_dots, interval
 from everyscope.publish.sections.section import Section, plural
 
 SEGMENTS = {"all": "All turns", "user": "The user's turn", "model": "The model's turn"}
-MEASURES = (("delta_loss", "Delta loss [nats/token]"), ("fvu", "FVU [1]"))
+MEASURES = (("delta_loss", "Delta loss [nats/token]"), ("fvu_usual", "FVU [1]"))
 PLACE = ("site", "width", "segment", "target")
 """What rows must share to be compared."""
 
@@ -42,7 +42,7 @@ def transfer_section(evidence: Evidence) -> Section | None:
         else:
             panels, keys = _base_panels(evidence, slice_["rows"], name, label), evidence.layer_keys
         title = f"{label.rpartition(' ')[0]} on {slice_['tuned']} of SAEs trained on {slice_['base']}"
-        pictures.append(Picture(f"{name}_transferred", title, tuple(panels), tuple(keys)))
+        pictures.append(Picture(f"{name.removesuffix('_usual')}_transferred", title, tuple(panels), tuple(keys)))
     tokens = next((row.get("num_tokens") for row in slice_["rows"] if row["segment"] == "all"), None)
     return Section(
         anchor="transfer",
@@ -130,8 +130,8 @@ def _says(pairs: list[tuple[Row, Row]], slice_: dict[str, Any]) -> str:
         found = [(base["delta_loss"], tuned["delta_loss"]) for base, tuned in _of_segment(pairs, segment, "delta_loss")]
         if found and (segment != "all" or not parts):
             parts.append(f"{median(b for b, _ in found):.3f} against {median(t for _, t in found):.3f} nats/token {words}")
-    ahead = sum(base["fvu"] > tuned["fvu"] for base, tuned in _of_segment(pairs, "all", "fvu"))
-    total = len(_of_segment(pairs, "all", "fvu"))
+    ahead = sum(base["fvu_usual"] > tuned["fvu_usual"] for base, tuned in _of_segment(pairs, "all", "fvu_usual"))
+    total = len(_of_segment(pairs, "all", "fvu_usual"))
     return (
         f"SAEs trained on {slice_['base']} cost {slice_['tuned']} in the median {' and '.join(parts)}, and its own SAEs leave "
         f"less variance unexplained in {ahead} of {plural(total, 'pair')}."

@@ -13,7 +13,7 @@ from everyscope.publish.sections.section import Section, plural
 from everyscope.sites.names import SiteKind
 from everyscope.suite.layout import width_label
 
-MEASURES = (("delta_loss_at_l0", "delta_loss", "Delta loss [nats/token]", True), ("fvu_at_l0", "fvu", "FVU [1]", False))
+MEASURES = (("delta_loss_at_l0", "delta_loss", "Delta loss [nats/token]", True), ("fvu_usual_at_l0", "fvu", "FVU [1]", False))
 
 Group = dict[str, Any]
 
@@ -84,7 +84,7 @@ def _draw(
 def _says(groups: list[Group]) -> str:
     """How many sites the widest serves better than the narrowest."""
     parts = []
-    for key, name in (("fvu_at_l0", "FVU"), ("delta_loss_at_l0", "delta loss")):
+    for key, name in (("fvu_usual_at_l0", "FVU"), ("delta_loss_at_l0", "delta loss")):
         ends = [(known[0][1], known[-1][1]) for group in groups if len(known := _known(group, key)) > 1]
         gains = sum(wide < narrow for narrow, wide in ends)
         parts.append(f"the {name} at {gains} of {plural(len(ends), 'site')}")

@@ -15,11 +15,10 @@ import torch
 from jaxtyping import BFloat16, Float32, Int32, Int64
 from torch import Tensor
 
+from everyscope.sae.gpu_limits import SEGMENT
 from everyscope.sae.kernels.gpu import ROOM
 from everyscope.sae.kernels.gpu_triton import blocks, constexpr, jit, tile_of, tl
 
-SEGMENT = 512
-"""Pairs of a latent that one program sums."""
 LATENTS_AT_ONCE = 256
 """Latents whose shares of b_dec's gradient are summed by one program."""
 

@@ -20,7 +20,7 @@ from everyscope.describe.explanations.traits import traits_of
 from everyscope.sites.config import ModelConfig
 from everyscope.text.blocks import Cursor, pack
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document
+from everyscope.text.documents import Document
 from everyscope.text.tokenizer import load_tokenizer
 
 CONTEXT = 128

@@ -8,7 +8,7 @@ from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passa
 from everyscope.describe.explanations.run import text_pieces
 from everyscope.text.blocks import Block, Cursor, pack
 from everyscope.text.config import TextConfig
-from everyscope.text.corpora import Document
+from everyscope.text.documents import Document
 
 
 def blocks_of(tokenizer: Any, *texts: str) -> list[Block]:

@@ -8,7 +8,7 @@ from small_scope import build_scope, random_sae
 
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.files import save_sae
+from everyscope.sae.files import write_sae
 from everyscope.shards.reader import Shards
 from everyscope.sites.names import Site
 
@@ -21,7 +21,7 @@ def save(config: EvaluateConfig, site: Site, width: int, number: int) -> None:
     rows = shards.rows(0, shards.num_rows)
     sae = random_sae(rows.shape[1], width, THRESHOLDS[number] * float((rows - rows.mean(0)).std()), rows.mean(0), seed=width)
     record = {"width": width, "num_tokens": 1000, "config": {"sparsity_coefficient": 0.1, "target_l0": 10.0 - number}}
-    save_sae(config.trained / site.folder / f"w{width}_{number}", sae, record)
+    write_sae(config.trained / site.folder / f"w{width}_{number}", sae, record)
 
 
 @pytest.fixture(scope="session")

@@ -41,12 +41,14 @@ def test_widths_are_compared_where_both_have_been(scratch: EvaluateConfig):
     for group in groups:
         assert [point["width"] for point in group["points"]] == [16, 48]
         for point in group["points"]:
-            its = sorted((one.l0, one.fvu) for one in scored if (one.site.folder, one.width) == (group["site"], point["width"]))
+            its = sorted(
+                (one.l0, one.fvu_usual) for one in scored if (one.site.folder, one.width) == (group["site"], point["width"])
+            )
             assert its[0][0] <= group["l0"] <= its[-1][0]
             around = [fvu for l0, fvu in its]
-            assert min(around) - 1e-12 <= point["fvu_at_l0"] <= max(around) + 1e-12
+            assert min(around) - 1e-12 <= point["fvu_usual_at_l0"] <= max(around) + 1e-12
     given = content(widths.run(WidthsConfig(evaluate=scratch, l0s=(1e6,))))["groups"]
-    assert {point["fvu_at_l0"] for group in given for point in group["points"]} == {None}
+    assert {point["fvu_usual_at_l0"] for group in given for point in group["points"]} == {None}
 
 
 def test_comparisons_need_the_scores_of_just_this_evaluation(scratch: EvaluateConfig):
@@ -57,7 +59,7 @@ def test_comparisons_need_the_scores_of_just_this_evaluation(scratch: EvaluateCo
 def test_subsets_are_evaluated_each_on_its_own_text(scratch: EvaluateConfig, monkeypatch: pytest.MonkeyPatch):
     own = Subset(name="own", text=scratch.text)
     arithmetic = Subset(name="sums", text=TextConfig(source="arithmetic", context=24), description="invented")
-    config = SubsetsConfig(evaluate=scratch, canonical_l0=6, subsets=(own, arithmetic))
+    config = SubsetsConfig(evaluate=scratch, canonical_l0=6, subsets=(own, arithmetic), num_sequences=scratch.num_sequences)
     path = subsets.run(config)
     found = content(path)["subsets"]
     assert [(subset["name"], len(subset["rows"])) for subset in found] == [("own", 4), ("sums", 4)]
@@ -81,6 +83,11 @@ def test_conditions_may_read_fewer_blocks_than_the_evaluation(scratch: EvaluateC
     few = content(subsets.run(config))["subsets"][0]
     assert few["num_tokens"] < next(iter(read_scored(scratch))).metrics["num_tokens"] / 2
     assert config.evaluate == scratch
+    usual = config.model_copy(update={"num_sequences": None})
+    for blocks, read in ((2048, 256), (64, 8), (16, 8), (5, 5)):
+        assert (
+            usual.model_copy(update={"evaluate": scratch.model_copy(update={"num_sequences": blocks})}).base.num_sequences == read
+        )
 
 
 def test_built_in_subsets_keep_the_blocks_of_the_text():
@@ -98,7 +105,7 @@ def evaluation() -> EvaluateConfig:
 
 
 def test_pairs_of_number_formats_are_measured(scratch: EvaluateConfig):
-    rows = content(precision.run(PrecisionConfig(evaluate=scratch, canonical_l0=6)))["rows"]
+    rows = content(precision.run(PrecisionConfig(evaluate=scratch, canonical_l0=6, num_sequences=scratch.num_sequences)))["rows"]
     assert len(rows) == 2 * (3 + 2)
     exact = {one.name: one for one in read_scored(scratch)}
     of = {(row["sae"], row["sae_dtype"], row["model_dtype"]): row for row in rows}
@@ -133,9 +140,9 @@ def test_transfer_tells_user_and_model_apart_and_sets_tuned_saes_beside(scratch:
         assert whole["target"] in (8.0, 9.0, 10.0)
     # the same SAEs on the same model and text, whichever folder they were taken from
     base, its = ([row for row in rows if row["sae"] == source] for source in ("base", "tuned"))
-    same = {(row["name"], row["segment"]): row["fvu"] for row in base}
+    same = {(row["name"], row["segment"]): row["fvu_usual"] for row in base}
     assert any((row["name"], row["segment"]) in same for row in its)
-    assert all(same.get((row["name"], row["segment"]), row["fvu"]) == row["fvu"] for row in its)
+    assert all(same.get((row["name"], row["segment"]), row["fvu_usual"]) == row["fvu_usual"] for row in its)
 
 
 def test_transfer_needs_turns_and_common_sites(scratch: EvaluateConfig, tmp_path: Path):

@@ -138,14 +138,17 @@ def headline(sae: Shape) -> Headline:
     return Headline(
         l0=sae.l0,
         fvu=0.25,
+        fvu_usual=0.25,
         fvu_pca=0.5,
+        fvu_pca_usual=0.5,
+        num_massive_tokens=0,
         delta_loss=0.125,
         loss_recovered=0.9,
         kl=0.1,
         cosine=0.9,
         dead_fraction=1 / 6,
         dense_fraction=0.0,
-        intervals=Intervals(l0=None, fvu=None, delta_loss=None, loss_recovered=None),
+        intervals=Intervals(l0=None, fvu=None, fvu_usual=None, delta_loss=None, loss_recovered=None),
         baselines_fvu={},
         is_canonical=sae.is_canonical,
     )

@@ -1,0 +1,137 @@
+"""Folders that hold SAEs, and how each tells the site: our training and suites, Gemma Scope's releases, SAELens.
+
+A suite is read by its folders, not by its index, so that suites of any version can be measured.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import nn
+
+from everyscope.base.errors import ConfigError
+from everyscope.base.files import read_object, sha256
+from everyscope.sae.files import TENSOR_FILE, trained_folders, weights_digest
+from everyscope.sae.folded import Sae
+from everyscope.sites.capture import capture
+from everyscope.sites.names import Site, SiteKind, parse_folder
+from everyscope.suite.layout import CONFIG_FILE, NPZ_FILE, WEIGHTS_FILE
+
+RELEASE_KINDS: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "embedding": "embed"}
+"""The last word of a Gemma Scope repository's name, or a folder's name in it, and the site it stands for."""
+UNSCALED = "embedding"
+"""The folder of Gemma Scope's SAEs of the embedding matrix."""
+HOOKS: dict[str, SiteKind] = {"attn.hook_z": "attn_out", "hook_mlp_out": "mlp_out", "hook_resid_post": "resid_post"}
+"""TransformerLens's names of sites within a block, as SAELens keeps them."""
+PROBE_TOKENS = 64
+"""Tokens by which the factor between embedding matrix and embeddings is found [tokens]."""
+PROPORTIONAL = 1e-2
+"""Largest relative error with which embeddings are a multiple of the matrix's rows; bfloat16 takes some of it [1]."""
+
+
+@dataclass(frozen=True)
+class FoundSae:
+    """One SAE on disk."""
+
+    site: Site
+    name: str
+    """Its folder below that of its site."""
+    folder: Path
+    weights: Path
+    """The file that holds its tensors."""
+    digest: str
+    """SHA-256 of that file: the one that an SAE's record has, and so not read again, or the file's own."""
+    is_of_unscaled_embeddings: bool = False
+    """Whether it was trained on rows of the embedding matrix."""
+
+
+def saes_of_training(trained: Path) -> Iterator[FoundSae]:
+    """The finished SAEs of `everyscope train`."""
+    for folder in trained_folders(trained):
+        site = parse_folder(folder.parent.relative_to(trained).as_posix())
+        yield FoundSae(site, folder.name, folder, folder / TENSOR_FILE, weights_digest(folder))
+
+
+def saes_of_release(trained: Path, site_kind: SiteKind | None) -> Iterator[FoundSae]:
+    """The layouts of our suites, <site>/layer_<L>/..., of Gemma Scope, <release>/layer_<L>/... and <release>/embedding/..., and
+    of SAELens, whose files name their hook.
+
+    A site's kind is what the file says, or the folders from `trained` down, or `site_kind`, or the folders above, in this order.
+    ConfigError where none of them tells it, and for transcoders.
+    """
+    root = trained.absolute()
+    folders = {path.parent for name in (NPZ_FILE, WEIGHTS_FILE) for path in root.rglob(name)}
+    for folder in sorted(folder for folder in folders if (folder / NPZ_FILE).exists() or (folder / CONFIG_FILE).exists()):
+        weights = next(path for path in (folder / NPZ_FILE, folder / WEIGHTS_FILE) if path.exists())
+        above, inside = root.parent.parts, (root.name, *folder.relative_to(root).parts)
+        hooked = _hooked(folder)
+        site = hooked or _of_path(weights, above, inside, site_kind)
+        names = [place for place, part in enumerate(inside) if re.fullmatch(rf"layer_\d+|{UNSCALED}", part)]
+        name = "/".join(inside[names[-1] + 1 :] if names else inside[1:]) or (inside[-1] if not names else "sae")
+        embeds = [part for part in (*above, *inside) if part in ("embed", UNSCALED)]
+        is_unscaled = hooked is None and site.kind == "embed" and embeds[-1:] == [UNSCALED]
+        yield FoundSae(site, name, folder, weights, sha256(weights), is_unscaled)
+
+
+def _hooked(folder: Path) -> Site | None:
+    """The site that a SAELens folder's file names; None where there is none, or where the name is not one of ours."""
+    if not (folder / CONFIG_FILE).exists():
+        return None
+    config = read_object(folder / CONFIG_FILE)
+    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    hook = str(metadata.get("hook_name") or config.get("hook_name"))
+    if hook == "hook_embed":
+        return Site("embed", 0)
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+    return Site(HOOKS[found[2]], int(found[1])) if found and found[2] in HOOKS else None
+
+
+def _of_path(weights: Path, above: Sequence[str], inside: Sequence[str], site_kind: SiteKind | None) -> Site:
+    kind = _kind(inside) or site_kind or _kind(above)
+    if kind is None:
+        raise ConfigError(f"{weights}: its path does not tell the kind of site; set site_kind={' or '.join(get_args(SiteKind))}")
+    if kind == "embed":
+        return Site(kind, 0)
+    layers = [part for part in (*above, *inside) if re.fullmatch(r"layer_\d+", part)]
+    if not layers:
+        raise ConfigError(f"{weights}: its path tells no layer; expected a folder like layer_12 above it")
+    return Site(kind, int(layers[-1].removeprefix("layer_")))
+
+
+def _kind(parts: Sequence[str]) -> SiteKind | None:
+    """The kind of site that folders' names tell, the innermost first; ConfigError for transcoders, which join two sites."""
+    for part in reversed(parts):
+        word = part.rpartition("-")[2]
+        if word.startswith("transcoders"):
+            raise ConfigError(f"{part}: transcoders read one site and write another; give SAEs of one site")
+        if part in get_args(SiteKind):
+            return next(kind for kind in get_args(SiteKind) if kind == part)
+        if word in RELEASE_KINDS and (word != part or word == UNSCALED):
+            return RELEASE_KINDS[word]
+    return None
+
+
+def of_embeddings(sae: Sae, scale: float) -> Sae:
+    """An SAE of rows e of the embedding matrix, as one of what enters the first block, x = scale e: the same latents.
+
+    e @ W_enc = x @ (W_enc / scale), and scale (f @ W_dec + b_dec) = f @ (scale W_dec) + scale b_dec; b_enc and threshold stay.
+    """
+    return Sae(sae.W_enc / scale, sae.W_dec * scale, sae.b_enc, sae.b_dec * scale, sae.threshold, metadata=sae.metadata)
+
+
+@torch.no_grad()
+def embedding_scale(model: nn.Module) -> float:
+    """What the model multiplies rows of its embedding matrix by before the first block, as sqrt(d_model) in Gemma.
+
+    1 where what enters is no multiple of them, as with position embeddings.
+    """
+    matrix: torch.Tensor = model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+    ids = torch.linspace(0, len(matrix) - 1, PROBE_TOKENS).long()
+    site = Site("embed", 0)
+    entering, rows = capture(model, [site], ids[None])[site][0].double().cpu(), matrix[ids.to(matrix.device)].double().cpu()
+    scale = float((entering * rows).sum() / rows.square().sum())
+    error = float((entering - scale * rows).norm() / entering.norm())
+    return scale if error < PROPORTIONAL else 1.0

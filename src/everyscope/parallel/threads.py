@@ -1,0 +1,31 @@
+"""Threads of this process that compute side by side, each with torch's operations kept within its own thread.
+
+`torch.set_num_threads` sets the calling thread's count and, besides, what every later thread of the process starts with. The
+first is wanted here, the second would reach into the caller's program, so it is put back.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_SETTING = threading.Lock()
+"""One pool at a time: another would take the count of 1 for the process's own and put that back."""
+
+
+def single_threaded_pool(count: int) -> ThreadPoolExecutor:
+    """A pool of `count` threads, all started, in which torch uses one thread each; the process's other threads keep theirs."""
+    pool, ready = ThreadPoolExecutor(count), threading.Barrier(count)
+
+    def settle() -> int:
+        own = torch.get_num_threads()  # asked first: a thread takes up the process's count at its first question
+        ready.wait()  # so that each thread settles, and none settles twice
+        torch.set_num_threads(1)
+        return own
+
+    with _SETTING:
+        before = [future.result() for future in [pool.submit(settle) for _ in range(count)]]
+        restorer = threading.Thread(target=torch.set_num_threads, args=(before[0],))  # not here: it would set the caller's own
+        restorer.start()
+        restorer.join()
+    return pool
