@@ -1,18 +1,18 @@
 """Invented trained SAEs, scores and slices, quick to make: publishing reads numbers and tensors, and runs no model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 import torch
 from small_scope import random_sae
 
+from everyscope.base.files import write_sealed
+from everyscope.base.tables import write_table
 from everyscope.evaluate.scores import write_scores
 from everyscope.publish.config import PublishConfig
-from everyscope.sae.files import write_sae
+from everyscope.sae.files import weights_digest, write_sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
 
@@ -79,8 +79,9 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
         "mask": "BOS, EOS, padding and prefix excluded",
         "evaluation": "0",
     }
-    write_scores(config.scores / site.folder / name, metrics, sums)
     write_sae(config.trained / site.folder / name, sae, {"num_tokens": 1000, "config": {"sparsity_coefficient": 0.1}})
+    metrics["weights_sha256"] = weights_digest(config.trained / site.folder / name)
+    write_scores(config.scores / site.folder / name, metrics, sums)
     return metrics
 
 
@@ -179,8 +180,7 @@ def add_slices(config: PublishConfig, site: Site, narrow: str, wide: str) -> Non
     for name, content in slices.items():
         _write(config.scores / "slices" / f"{name}.json", content | {"inputs": "0"})
     path = config.scores / "slices" / table
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({"narrow": pyarrow.array([0, 1], pyarrow.int32())}), path)
+    write_table(path, pyarrow.table({"narrow": pyarrow.array([0, 1], pyarrow.int32())}))
     forwards = {"clean": 5, "spliced": 180, "baselines": 40, "calibration": 0}
     _write(config.scores / "cost.json", {"forwards": forwards, "backwards": 2, "seconds": 1.5, "tokens": 480})
 
@@ -229,5 +229,4 @@ def _probes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+    write_sealed(path, value)

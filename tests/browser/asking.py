@@ -2,11 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from everyscope.browse.live import Continuations, Push, TokenReading
+from everyscope.browse.live import Continuations, Push, Stop, TokenReading
 
 
 @dataclass(frozen=True)
@@ -20,33 +20,42 @@ class Answer:
         return self.body.decode()
 
 
-def ask(app: Callable, address: str, host: str = "127.0.0.1:8017") -> Answer:
-    """GET `address` of an ASGI application, in this process."""
-    parts = urlsplit(address)
+def ask(
+    app: Callable,
+    address: str,
+    host: str = "127.0.0.1:8017",
+    headers: Mapping[str, str] | None = None,
+    form: bytes | None = None,
+    receive: Callable | None = None,
+) -> Answer:
+    """GET `address` of an ASGI application in this process, or POST a `form` to it."""
+    parts, given = urlsplit(address), {"host": host, **(headers or {})}
+    if form is not None:
+        given = {"content-type": "application/x-www-form-urlencoded", **given}
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
-        "method": "GET",
+        "method": "GET" if form is None else "POST",
         "scheme": "http",
         "path": unquote(parts.path),
         "raw_path": parts.path.encode(),
         "query_string": parts.query.encode(),
-        "headers": [(b"host", host.encode())],
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
         "server": ("127.0.0.1", 8017),
         "client": ("127.0.0.1", 1),
     }
     sent: list[dict] = []
 
-    async def receive() -> dict:
-        return {"type": "http.request", "body": b"", "more_body": False}
+    async def whole() -> dict:
+        return {"type": "http.request", "body": form or b"", "more_body": False}
 
     async def send(message: dict) -> None:
         sent.append(message)
 
-    asyncio.run(app(scope, receive, send))
-    headers = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
-    return Answer(sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:]))
+    asyncio.run(app(scope, receive or whole, send))
+    got = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+    return Answer(sent[0]["status"], got, b"".join(message.get("body", b"") for message in sent[1:]))
 
 
 class FakeLive:
@@ -65,7 +74,9 @@ class FakeLive:
             readings.append(TokenReading(5 + place, word.encode(), False, tuple(dict(top).items())))
         return readings
 
-    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
+    def steer(
+        self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int, stop: Stop = lambda: False
+    ) -> Continuations:
         self.steered.append((prompt, pushes, {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}))
         plain = tuple(f" word{place}".encode() for place in range(num_tokens))
         is_pushed = any(push.strength for push in pushes)

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from everyscope.base.files import sha256, write_json
+from everyscope.base.files import sha256, write_sealed
 from everyscope.sites.names import Site
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, sae_folder
-from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex
+from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex, write_index
 
 TEXT = """
 def return self import class if else for in not None True False print len range str int list dict open read write line
@@ -112,7 +112,7 @@ def write_invented_suite(folder: Path, shape: Shape = Shape(), seed: int = 0) ->
     index = SuiteIndex(
         version="0", title="Invented scope", model="tiny", measured=measured, inputs="0", saes=tuple(records), files={}
     )
-    write_json(folder / "suite.json", index.as_json())
+    write_index(folder, index)
     return folder
 
 
@@ -145,7 +145,7 @@ def write_text(folder: Path, pieces: list[bytes], blocks: np.ndarray) -> None:
     pyarrow.parquet.write_table(pyarrow.table(table), folder / "text/vocabulary.parquet", compression="zstd")
     pyarrow.parquet.write_table(pyarrow.table(sequences), folder / "text/sequences.parquet", compression="zstd")
     model = {"model": "tiny", "revision": None, "tokenizer": "tiny", "num_layers": 3, "d_model": 128, "logit_softcap": 30.0}
-    write_json(folder / "text/model.json", {**model, "vocab_size": len(pieces), "norm": "rms"})
+    write_sealed(folder / "text/model.json", {**model, "vocab_size": len(pieces), "norm": "rms"})
 
 
 def write_sae(
@@ -172,7 +172,7 @@ def write_sae(
     if shape.is_explained:
         pyarrow.parquet.write_table(explanations(is_dead, pieces, random), home / "explanations.parquet", compression="zstd")
     metrics = invented_metrics(site, width, l0, columns, random)
-    write_json(home / METRICS_FILE, metrics)
+    write_sealed(home / METRICS_FILE, metrics)
     return SaeRecord(
         folder=home.relative_to(folder).as_posix(),
         name=f"width_{width}_l0_{round(l0)}_seed_0",
@@ -423,7 +423,7 @@ def write_slices(folder: Path, records: list[SaeRecord], random: np.random.Gener
         {"site": str(record.where), "sae": record.folder, "l0": record.metrics.l0, "fvu": record.metrics.fvu}
         for record in records
     ]
-    write_json(folder / "slices/subsets.json", {"subsets": [{"name": "code", "num_tokens": 4096, "rows": rows[:6]}]})
+    write_sealed(folder / "slices/subsets.json", {"subsets": [{"name": "code", "num_tokens": 4096, "rows": rows[:6]}]})
     wide = next((record for record in records if record.where == records[0].where and record.width > records[0].width), None)
     if wide is None:
         return
@@ -431,7 +431,7 @@ def write_slices(folder: Path, records: list[SaeRecord], random: np.random.Gener
     table = "splitting/pair.parquet"
     shares = {"matched": 0.4, "split": 0.35, "new": 0.25, "null": {"matched": 0.01, "split": 0.02, "new": 0.97}}
     pair = {"site": str(narrow.where), "narrow": narrow.folder, "wide": wide.folder, **shares, "threshold": 0.42, "table": table}
-    write_json(folder / "slices/splitting.json", {"pairs": [pair]})
+    write_sealed(folder / "slices/splitting.json", {"pairs": [pair]})
     (folder / "slices/splitting").mkdir()
     count = 200
     found = {

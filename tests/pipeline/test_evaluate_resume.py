@@ -12,9 +12,11 @@ import pytest
 from small_scope import build_scope, score_bytes
 
 from everyscope.evaluate import baseline_sweep
+from everyscope.evaluate import run as run_module
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import COST_FILE
 from everyscope.evaluate.run import PROGRESS_FILE, run
+from everyscope.evaluate.scores import write_scores
 from everyscope.sites.names import Site
 
 # Waits between the batches of a sweep, so that the kill falls into the middle of it on any machine.
@@ -96,3 +98,30 @@ def test_progress_on_another_text_is_not_taken_up(tmp_path: Path):
     fresh = config.model_copy(update={"out": tmp_path / "fresh"})
     run(fresh)
     assert score_bytes(config.out) == score_bytes(fresh.out)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_stop_between_the_sweeps_and_the_scores_changes_no_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int):
+    """Behind the baselines, and behind the first SAE's scores: what was done is counted once, and not forgotten."""
+    config = build_scope(tmp_path, (Site("resid_post", 1),)).model_copy(update={"shards": None})
+    run(config)
+    again, done = config.model_copy(update={"out": tmp_path / "again"}), 0
+
+    def stopped(*given) -> None:
+        nonlocal done
+        if done == writes:
+            raise KeyboardInterrupt
+        done += 1
+        write_scores(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "write_scores", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(again)
+    run(again)
+    costs = [json.loads((out / COST_FILE).read_text()) for out in (config.out, again.out)]
+    for cost in costs:
+        del cost["seconds"], cost["entries"], cost["identity"]
+    assert costs[0] == costs[1]
+    assert min(costs[0]["forwards"].values()) > 0
+    assert score_bytes(again.out) == score_bytes(config.out)

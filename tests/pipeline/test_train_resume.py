@@ -12,12 +12,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from everyscope.base.errors import ConfigError, DamagedData, DataError
+from everyscope.base.errors import ConfigError, DamagedData, DataError, StorageError
 from everyscope.base.files import read_json
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.files import read_sae
 from everyscope.shards.manifest import seal_folder, shard_path
 from everyscope.shards.writer import new_activation_shard
 from everyscope.sites.names import Site
+from everyscope.stream.local import LocalSource
+from everyscope.train import checkpoint
+from everyscope.train.bank import Bank
 from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import checkpoint_path, is_finished, run
 
@@ -107,6 +111,115 @@ def test_sigterm_keeps_every_step_done(shards, tmp_path):
     assert steps[0] >= 100
     sae = "width_48_sparsity_0.01_seed_0/sae.safetensors"
     assert (ended.out / sae).read_bytes() == (undisturbed.out / sae).read_bytes()
+
+
+@pytest.mark.parametrize("step", [STEPS - 1, STEPS])
+def test_a_signal_at_the_last_steps_is_heard(shards, tmp_path, step):
+    """Sent behind the question that the step asks, so that only the one behind the last step can hear it."""
+    undisturbed, ended = bank(shards, tmp_path / "undisturbed"), bank(shards, tmp_path / "ended", settings=RARE_CHECKPOINTS)
+    run(undisturbed)
+    done = 0
+
+    def progress(steps: int) -> None:
+        nonlocal done
+        done += steps
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as leaving:
+        run(ended, progress)
+    assert leaving.value.code == 128 + signal.SIGTERM
+    with safe_open(checkpoint_path(ended), "pt") as file:
+        assert file.metadata()["num_steps_done"] == str(STEPS)
+    run(ended)
+    sae = "width_48_sparsity_0.01_seed_0/sae.safetensors"
+    assert (ended.out / sae).read_bytes() == (undisturbed.out / sae).read_bytes()
+
+
+def test_ctrl_c_saves_a_checkpoint_after_the_step_and_says_so_at_once(shards, tmp_path, capfd):
+    config, done = bank(shards, tmp_path, settings=RARE_CHECKPOINTS), 0
+
+    def progress(steps: int) -> None:
+        nonlocal done
+        done += steps
+        if done == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "stopping after this step" in capfd.readouterr().err
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, progress)
+    assert done == 7
+    assert signal.getsignal(signal.SIGINT) is before
+    heard: list[int] = []
+    run(config, heard.append)
+    assert heard[0] == 8
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(shards, tmp_path):
+    def progress(steps: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second one came through")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(bank(shards, tmp_path), progress)
+
+
+def test_a_flipped_bit_of_a_checkpoint_or_a_finished_sae_is_refused_by_name(shards, tmp_path):
+    config = bank(shards, tmp_path / "stopped", settings=RARE_CHECKPOINTS)
+    assert kill_after_lines(config, 20, signal.SIGTERM) == 128 + signal.SIGTERM
+    path = checkpoint_path(config)
+    good = path.read_bytes()
+    for place in (12, 200, len(good) // 2, len(good) - 3):  # header, metadata, a weight's mantissa, a second moment's
+        bad = bytearray(good)
+        bad[place] ^= 4
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=f"{path.name}.*run the same command again"):
+            run(config)
+    path.write_bytes(good)
+    run(config)
+    folder = config.out / "width_32_sparsity_0.001_seed_0"
+    sae, _ = read_sae(folder)
+    assert sae.d_sae == 32
+    for name in ("sae.safetensors", "sae.json"):
+        good = (folder / name).read_bytes()
+        bad = bytearray(good)
+        bad[len(good) // 2] ^= 1
+        (folder / name).write_bytes(bad)
+        with pytest.raises(DataError, match=rf"{folder.name}/{name}.*"):
+            read_sae(folder)
+        (folder / name).write_bytes(good)
+
+
+def test_a_checkpoint_is_of_its_own_step_though_training_goes_on_while_it_is_written(shards, tmp_path, monkeypatch):
+    config, moments = bank(shards, tmp_path), []
+    write = checkpoint.write_tensors
+
+    def slow(path, tensors, metadata=None, **more):
+        time.sleep(0.05)  # many steps of this bank
+        if metadata and "num_steps_done" in metadata:
+            moments.append((int(metadata["num_steps_done"]), {name: tensor.clone() for name, tensor in tensors.items()}))
+        write(path, tensors, metadata, **more)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    run(config)
+    assert [step for step, _ in moments] == list(range(30, STEPS, 30))
+    for step, tensors in moments[:3]:
+        alone = Bank(config.saes, D_IN, LocalSource(shards).scale, STEPS)
+        source = LocalSource(shards)
+        for number in range(step):
+            alone.step(source.batch(number, BATCH))
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in alone.tensors().items())
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_training(shards, tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(StorageError, match="full"):
+        run(bank(shards, tmp_path))
 
 
 def test_a_finished_bank_is_not_trained_again(shards, tmp_path):

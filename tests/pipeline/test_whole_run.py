@@ -215,3 +215,9 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, capsys):
         main(["run", str(recipe), "--out", str(tmp_path / "run")])
     assert caught.value.code == 1
     assert "in use by another run" in capsys.readouterr().err
+
+
+def test_no_published_file_says_where_the_model_or_the_run_lies(finished, tiny_random_model_folder):
+    for name, content in tree(finished / "suite").items():
+        assert str(tiny_random_model_folder).encode() not in content, name
+        assert str(finished).encode() not in content, name

@@ -4,6 +4,9 @@ import hashlib
 import json
 from typing import Any
 
+IDENTITY = "identity"
+"""The key under which a JSON object holds the `content_id` of all else that it holds."""
+
 
 def content_id(value: Any) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of `value` as canonical JSON."""

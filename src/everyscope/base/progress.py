@@ -5,6 +5,7 @@ Standard output stays free for results, so that `--json` output can be piped.
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,14 +61,22 @@ def meter(title: str, total: float, unit: str) -> Iterator[Meter]:
         yield Meter(title, total, unit, progress, task)
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: escape sequences and other control characters become U+FFFD.
+
+    Titles, names and messages may come out of a file that anybody made.
+    """
+    return "".join(char if char in "\n\t" or not unicodedata.category(char).startswith("C") else "\ufffd" for char in text)
+
+
 def say(message: str) -> None:
     """A line for the person who watches, on standard error."""
-    console.print(message, soft_wrap=True, markup=False)  # as markup, the brackets of 'everyscope[data]' would vanish
+    console.print(printable(message), soft_wrap=True, markup=False)  # as markup, the brackets of 'everyscope[data]' would vanish
 
 
 def heading(title: str) -> None:
     """The title of what follows, such as a stage of a run, on standard error."""
-    console.print(title, style="bold", markup=False)
+    console.print(printable(title), style="bold", markup=False)
 
 
 def human_time(seconds: float) -> str:

@@ -5,8 +5,10 @@ answer forbids scripts, styles and pictures from elsewhere, and requests under a
 page of a stranger can read this server through the user's browser.
 """
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,8 +21,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everyscope.base.errors import EveryscopeError
-from everyscope.browse.links import Served
-from everyscope.browse.live import LiveFactory, LiveModel
+from everyscope.browse.guard import FORM_SECONDS, Forbidden, read_form, require_own
+from everyscope.browse.links import Links, Served
+from everyscope.browse.live import MAX_ASKED, Asking, Busy, LiveFactory, LiveModel, Stopped
 from everyscope.browse.pages import TYPES, environment, render, stamps, static_files
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
@@ -36,12 +39,14 @@ HEADERS = {
         "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
 HOSTS = ["127.0.0.1", "localhost"]
 """The names under which this server answers: a stranger's domain that points at this machine is none of them."""
 SAE_PATH = "/sae/{site}/{layer}/{width}/{l0}"
+WATCH_SECONDS = 0.2
+"""How often a request that waits for the model is looked after: its client may have left [s]."""
 MAX_QUERY = 400
 """Characters of a search that are taken [characters]."""
 
@@ -68,6 +73,16 @@ class NoSuchPage(EveryscopeError):
     """An address that leads nowhere."""
 
 
+LiveView = Callable[[Index, Links, Asking, Mapping[str, Sequence[str]]], dict[str, Any]]
+STATUS = {
+    NoSuchPage: (404, "No such page"),
+    Forbidden: (403, "Not from here"),
+    Busy: (503, "The language model is busy"),
+    Stopped: (503, "The language model took too long"),
+}
+"""What errors are answered with: status and title; others are 422."""
+
+
 class Browser:
     """One suite's pages. Endpoints are plain functions: Starlette runs them in threads, the index has a connection for each."""
 
@@ -80,6 +95,7 @@ class Browser:
         self._templates = environment()
         self._cached: tuple[Index, str] | None = None
         self._lock = threading.Lock()
+        self._waiting = ThreadPoolExecutor(2 * MAX_ASKED, thread_name_prefix="live")
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -88,13 +104,13 @@ class Browser:
             "/comparisons": self._comparisons,
             "/search": self._search,
             "/compare": self._compare,
-            "/text": self._text,
-            "/steer": self._steer,
             f"{SAE_PATH}/": self._sae,
             f"{SAE_PATH}/{{latent:int}}.json": self._raw,
             f"{SAE_PATH}/{{latent:int}}": self._latent,
         }
         routes = [Route(path, self._ready(page)) for path, page in pages.items()]
+        live = {"/text": ("text", text_view), "/steer": ("steer", steer_view)}
+        routes += [Route(path, self._asked(*page), methods=["GET", "POST"]) for path, page in live.items()]
         routes += [Route("/static/{name}", self._static), Route("/state", self._state)]
         handlers = {404: self._not_found, EveryscopeError: self._failed, 500: self._broken}
         hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
@@ -165,13 +181,30 @@ class Browser:
         one, other = (index.find(request.query_params.get(name, "")) for name in ("a", "b"))
         return self._page("compare", index, **compare_view(index, self._links, one, other))
 
-    def _text(self, request: Request, index: Index) -> Response:
-        return self._page("text", index, **text_view(index, self._links, self._live, dict(request.query_params)))
+    def _asked(self, name: str, view: LiveView) -> Callable[[Request], Awaitable[Response]]:
+        """A page that may ask the language model. It waits in threads of its own, so that no other page ever waits for it."""
 
-    def _steer(self, request: Request, index: Index) -> Response:
-        names = request.query_params.keys()
-        query = {name: request.query_params.getlist(name) for name in names}
-        return self._page("steer", index, **steer_view(index, self._links, self._live, query))
+        async def endpoint(request: Request) -> Response:
+            if request.method == "POST":
+                require_own(request)
+                query = await asyncio.wait_for(read_form(request), FORM_SECONDS)
+            else:
+                query = {key: request.query_params.getlist(key) for key in request.query_params}
+                if any(any(query.get(field, ())) for field in ("text", "prompt")):
+                    require_own(request)
+            asking = self._live.asking()
+            page = self._ready(lambda request, index: self._page(name, index, **view(index, self._links, asking, query)))
+            answer = asyncio.get_running_loop().run_in_executor(self._waiting, page, request)
+            try:
+                while not (await asyncio.wait({answer}, timeout=WATCH_SECONDS))[0]:
+                    if await request.is_disconnected():
+                        asking.give_up()
+            except asyncio.CancelledError:
+                asking.give_up()
+                raise
+            return await answer
+
+        return endpoint
 
     def _static(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -191,9 +224,11 @@ class Browser:
         return self._page("error", self._preparation.index, 404, title="No such page", message=message)
 
     def _failed(self, request: Request, error: Exception) -> Response:
-        is_missing = isinstance(error, NoSuchPage)
-        title = "No such page" if is_missing else "That did not work"
-        return self._page("error", self._preparation.index, 404 if is_missing else 422, title=title, message=str(error))
+        status, title = next((its for kind, its in STATUS.items() if isinstance(error, kind)), (422, "That did not work"))
+        answer = self._page("error", self._preparation.index, status, title=title, message=str(error))
+        if status == 503:
+            answer.headers["retry-after"] = "5"
+        return answer
 
     def _broken(self, request: Request, error: Exception) -> Response:
         """A fault of ours: the page says so, the terminal has the traceback."""

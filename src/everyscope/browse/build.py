@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 
 from everyscope.base.errors import DamagedData, DataError
-from everyscope.base.files import read_json
+from everyscope.base.files import read_sealed
 from everyscope.base.progress import say
 from everyscope.browse.latent_rows import EXPLANATIONS, flat, open_latents, read_columns
 from everyscope.browse.postings import Matches, Postings
@@ -58,7 +58,7 @@ def build_index(path: Path, suite: Path, index: SuiteIndex, advance: Advance) ->
         database.executemany("INSERT INTO slices VALUES (?, ?)", read_slices(suite))
         facts = {"index": json.dumps(index.model_copy(update={"saes": (), "files": {}}).as_json())}
         if (suite / MODEL_FILE).is_file():
-            facts["model"] = json.dumps(read_json(suite / MODEL_FILE))
+            facts["model"] = json.dumps(read_sealed(suite / MODEL_FILE))
         database.executemany("INSERT INTO suite VALUES (?, ?)", facts.items())
         database.executescript(INDEXES)
         database.commit()
@@ -111,8 +111,7 @@ class _SaeWriter:
     ) -> None:
         self._database, self._suite, self._number, self._record, self._first = database, suite, number, record, first
         self._matches, self._postings = matches, Postings()
-        # A walk through all latents in an order that looks random and never changes.
-        self._shuffled = np.random.default_rng(number).permutation(record.width).tolist()
+        self._shuffled = np.empty(0, np.int64)
 
     def write(self, advance: Advance) -> None:
         folder = self._suite / self._record.folder
@@ -122,6 +121,8 @@ class _SaeWriter:
         try:
             labels = self._read_labels(folder / EXPLANATIONS_FILE)
             file = open_latents(folder / LATENTS_FILE, self._record.width)
+            # A walk through all latents in an order that looks random and never changes; now that there are so many.
+            self._shuffled = np.random.default_rng(self._number).permutation(self._record.width)
             facts, schema = file.facts, file.schema.serialize().to_pybytes()
             is_described = "examples" in file.schema.names
             for batch in file.batches():
@@ -154,9 +155,9 @@ class _SaeWriter:
         )
 
     def _metrics(self, folder: Path) -> bytes | None:
-        """metrics.json, compressed; None where it is missing or no JSON, for the headline then stands in."""
+        """metrics.json, compressed; None where it is missing or was changed, for the headline then stands in."""
         try:
-            return zlib.compress(json.dumps(read_json(folder / METRICS_FILE)).encode(), LEVEL)
+            return zlib.compress(json.dumps(read_sealed(folder / METRICS_FILE)).encode(), LEVEL)
         except DataError as error:
             say(f"  {error}")
             return None
@@ -185,7 +186,7 @@ class _SaeWriter:
         chosen = [labels.get(latent, {}) for latent in latents]
         texts = [[label.get(name) for label in chosen] for name in ("label", "method", "kind", "detection", "fuzzing")]
         ids = [self._first + latent for latent in latents]
-        shuffled = [self._shuffled[latent] for latent in latents]
+        shuffled = self._shuffled[latents].tolist()
         saes = [self._number] * batch.num_rows
         rows: Iterable[tuple[Any, ...]] = zip(ids, saes, latents, shuffled, *scalars, nearest, top, *texts, strict=True)
         self._database.executemany(f"INSERT INTO latents VALUES ({', '.join('?' * 17)})", rows)

@@ -14,6 +14,8 @@ class BrowseConfig(Schema):
     """The suite's folder, or that of the run that holds it."""
     port: int | None = Field(default=None, ge=0, le=65535)
     """Port on 127.0.0.1, 0 for any that is free; None takes 8017 and, where that is taken, any that is free."""
+    model: str | None = None
+    """The suite's language model, as a local folder or hub id, where the name in suite.json does not find it."""
     open: bool = True
     """Whether the web browser is opened on the first page, where there is a screen."""
     cache: Path | None = None

@@ -61,7 +61,7 @@ class _Export:
 
     def __init__(self, index: Index, out: Path, max_latents: int | None) -> None:
         self._index, self._out = index, out
-        self._templates, self._live = environment(), LiveModel(None)
+        self._templates, self._live = environment(), LiveModel(None).asking()
         readable = [sae for sae in index.saes if sae.problem is None]
         self._widths = {sae.folder: min(sae.width, max_latents or sae.width) for sae in readable}
         self._pages = {sae.folder: max(1, -(-sae.num_alive // PAGE)) for sae in index.saes}

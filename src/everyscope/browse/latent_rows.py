@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
-from everyscope.base.errors import DamagedData, first_line
+from everyscope.base.errors import DamagedData
+from everyscope.base.files import unreadable
+from everyscope.base.tables import opened_table, read_table
 
+REMEDY = "download the suite again, or describe and publish it again"
 BATCH = 256
 """Rows taken at a time, which is the row group that describing writes [latents]."""
 
@@ -91,41 +95,49 @@ class LatentFile:
         return ((self.file.schema_arrow.metadata or {}).get(b"everyscope") or b"{}").decode("utf-8", "replace")
 
     def batches(self) -> Iterator[pyarrow.RecordBatch]:
-        """Its rows in order, at most BATCH at a time; DamagedData where they cannot be read or are of other types."""
+        """Its rows in order, at most BATCH at a time; DamagedData where they cannot be read, or hold what no description has."""
         try:
             for batch in self.file.iter_batches(BATCH, columns=self.schema.names):
                 columns = [batch.column(field.name).cast(field.type) for field in self.schema]
+                for field, column in zip(self.schema, columns, strict=True):
+                    _check(self.path, field.name, column)
                 yield pyarrow.RecordBatch.from_arrays(columns, schema=self.schema)
         except (pyarrow.ArrowException, OSError) as error:
-            raise damaged(self.path, error) from error
+            raise unreadable(self.path, "Parquet", error, REMEDY) from error
+
+
+def _check(path: Path, name: str, column: pyarrow.Array) -> None:
+    """DamagedData for a null in a list, and for whole numbers below 0: they count, or name a latent, a token or a place."""
+    if pyarrow.types.is_integer(column.type):
+        if len(column) > column.null_count and pyarrow.compute.min(column).as_py() < 0:
+            raise DamagedData(f"{path}: {name} has numbers below 0; {REMEDY}")
+    elif pyarrow.types.is_list(column.type):
+        items = column.flatten()
+        if items.null_count:
+            raise DamagedData(f"{path}: {name} has lists with nothing in a place; {REMEDY}")
+        if pyarrow.types.is_struct(items.type):
+            for field in items.type:
+                values = items.field(field.name)
+                if values.null_count and pyarrow.types.is_integer(field.type):
+                    raise DamagedData(f"{path}: {name}.{field.name} is missing in places; {REMEDY}")
+                _check(path, f"{name}.{field.name}", values)
+        else:
+            _check(path, name, items)
 
 
 def open_latents(path: Path, width: int) -> LatentFile:
     """The file of an SAE of `width` latents; DamagedData where it cannot be read or has another number of rows."""
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        schema = file.schema_arrow
-    except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
+    file = opened_table(path, REMEDY)
+    schema = file.schema_arrow
     if file.metadata.num_rows != width or "latent" not in schema.names:
-        raise DamagedData(
-            f"{path}: holds {file.metadata.num_rows} rows, expected one for each of {width} latents; describe and publish again"
-        )
+        raise DamagedData(f"{path}: holds {file.metadata.num_rows} rows, expected one for each of {width} latents; {REMEDY}")
     return LatentFile(path, file, pyarrow.schema([(name, kind) for name, kind in COLUMNS.items() if name in schema.names]))
 
 
 def read_columns(path: Path, columns: dict[str, pyarrow.DataType]) -> pyarrow.Table:
     """The `columns` that a small Parquet file has, in these types; DamagedData where it cannot be read."""
-    try:
-        table = pyarrow.parquet.read_table(path)
-        return pyarrow.table({name: table[name].cast(kind) for name, kind in columns.items() if name in table.schema.names})
-    except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: Path, error: BaseException) -> DamagedData:
-    """What to say of a Parquet file that Arrow cannot read."""
-    return DamagedData(f"{path}: cannot be read as Parquet ({first_line(error)[:120]}); publish or download the suite again")
+    known = opened_table(path, REMEDY).schema_arrow.names
+    return read_table(path, [name for name in columns if name in known], REMEDY, columns)
 
 
 def flat(batch: pyarrow.RecordBatch, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -5,17 +5,22 @@ takes a while and everything else must go on answering.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from everyscope.base.errors import ModelError
+from everyscope.base.errors import EveryscopeError, ModelError
 
 MAX_TEXT = 4000
 """Characters of a text or a prompt that are taken [characters]."""
 MAX_NEW_TOKENS = 200
 """Tokens that one continuation may have [tokens]."""
+MAX_ASKED = 4
+"""Requests that the model works on or that wait for it [requests]; a further one is told to come again."""
+MAX_SECONDS = 60.0
+"""What the model may take for one request, loading not counted [s]."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Continuations:
     """Those with the latents pushed; what the SAE does not reconstruct stays as it was."""
 
 
+Stop = Callable[[], bool]
+"""Whether an answer is not wanted any more."""
+
+
 class Live(Protocol):
     """A language model with a suite's SAEs. Called from one thread at a time; may raise any EveryscopeError."""
 
@@ -61,9 +70,22 @@ class Live(Protocol):
         """Every token of `text`, specials too, with the latents of an SAE that are active there."""
         ...
 
-    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
-        """Continue `prompt` by `num_tokens` with and without `pushes`; temperature 0 takes the likeliest token each time."""
+    def steer(
+        self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int, stop: Stop = lambda: False
+    ) -> Continuations:
+        """Continue `prompt` by `num_tokens` with and without `pushes`; temperature 0 takes the likeliest token each time.
+
+        Asks `stop` between tokens, and raises Stopped where it says so.
+        """
         ...
+
+
+class Stopped(EveryscopeError):
+    """The work was given up: nobody waits for it any more, or it took too long."""
+
+
+class Busy(EveryscopeError):
+    """Too many wait for the language model already."""
 
 
 Result = TypeVar("Result")
@@ -80,24 +102,40 @@ class LiveModel:
         self._model: Live | None = None
         self._lock = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
+        self._num_asked = 0
         self.state: State = "asleep" if factory else "absent"
 
-    def active(self, text: str, sae_id: str) -> Sequence[TokenReading]:
-        """See Live; waits for the model. ModelError where there is none or it could not be loaded."""
-        return self._wait(lambda live: live.active(text, sae_id))
+    def asking(self) -> "Asking":
+        """What one request does with the model."""
+        return Asking(self)
 
-    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
-        """See Live; waits for the model. ModelError where there is none or it could not be loaded."""
-        return self._wait(lambda live: live.steer(prompt, pushes, num_tokens=num_tokens, temperature=temperature, seed=seed))
+    def work(self, work: Callable[[Live], Result], asking: "Asking") -> Result:
+        """Wait for `work` in the model's thread.
 
-    def _wait(self, work: Callable[[Live], Result]) -> Result:
+        Busy where MAX_ASKED wait already, Stopped where `asking` was given up, ModelError where there is no model.
+        """
         factory = self._factory
         if factory is None:
             raise ModelError("no language model is attached; start the pages with `everyscope browse SUITE`")
         with self._lock:
+            if self._num_asked >= MAX_ASKED:
+                raise Busy(f"{MAX_ASKED} requests wait for the language model already; try again in a moment")
+            self._num_asked += 1
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="language-model")
-        return self._thread.submit(lambda: work(self._loaded(factory))).result()
+
+        def begin() -> Result:
+            if asking.is_given_up:
+                raise Stopped("nobody waits for it any more")
+            model = self._loaded(factory)
+            asking.begin()
+            return work(model)
+
+        try:
+            return self._thread.submit(begin).result()
+        finally:
+            with self._lock:
+                self._num_asked -= 1
 
     def _loaded(self, factory: LiveFactory) -> Live:
         """The model, loaded if it is not; only the model's own thread calls this."""
@@ -114,3 +152,38 @@ class LiveModel:
         """Take no more work; what runs is left to end."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Asking:
+    """One request to the language model, which may be given up while it waits or works."""
+
+    def __init__(self, model: LiveModel) -> None:
+        """Not begun yet."""
+        self._model, self._given_up, self._deadline = model, threading.Event(), float("inf")
+
+    @property
+    def state(self) -> State:
+        """How far the model is."""
+        return self._model.state
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it was given up, or has taken too long."""
+        return self._given_up.is_set() or time.monotonic() > self._deadline
+
+    def give_up(self) -> None:
+        """Nobody waits for the answer any more."""
+        self._given_up.set()
+
+    def begin(self) -> None:
+        """The model is loaded and works on it: from now on its time is counted."""
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    def active(self, text: str, sae_id: str) -> Sequence[TokenReading]:
+        """See Live; waits for the model. Raises what LiveModel.work does."""
+        return self._model.work(lambda live: live.active(text, sae_id), self)
+
+    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
+        """See Live; waits for the model. Raises what LiveModel.work does."""
+        settings: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}
+        return self._model.work(lambda live: live.steer(prompt, pushes, **settings, stop=lambda: self.is_given_up), self)

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import ValidationError
 from torch import Tensor
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import ConfigError, DataError, TextError
-from everyscope.browse.live import MAX_TEXT, Continuations, Push, TokenReading
+from everyscope.base.files import read_object
+from everyscope.browse.live import MAX_TEXT, Continuations, Push, Stop, Stopped, TokenReading
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
@@ -33,13 +36,26 @@ TOP_LATENTS = 12
 """Latents told per token, the strongest [latents]."""
 
 
+def model_of(suite: Path, name: str) -> ModelConfig:
+    """The model that a suite calls `name`: that of the run in whose folder the suite lies, if it is published under this name."""
+    recipe = suite.resolve().parent / "recipe.json"
+    if recipe.is_file():
+        try:
+            found = ModelConfig.model_validate(read_object(recipe).get("model"))
+            if public_name(found.name) == name:
+                return found
+        except (DataError, ValidationError):
+            pass  # a recipe of another version: the name is all there is
+    return ModelConfig(name=name)
+
+
 class SuiteModel:
     """The model that a suite is of, and its SAEs as they are asked for."""
 
     def __init__(self, suite: Path, model: ModelConfig | None = None) -> None:
         """Load the model that `suite` names, or another one; ModelError where it cannot be had."""
         loaded = load_suite(suite)
-        config = model or ModelConfig(name=loaded.index.model)
+        config = model or model_of(suite, loaded.index.model)
         self._entries = {entry.record.folder: entry for entry in loaded}
         self._model: Any = load_language_model(config).model
         self._tokenizer = load_tokenizer(config.name, config.revision)
@@ -61,14 +77,19 @@ class SuiteModel:
             readings.append(TokenReading(token, self._pieces[token], is_special, top))
         return readings
 
-    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
-        """Continue `prompt` by `num_tokens` with and without `pushes`, from the same seed; temperature 0 takes the likeliest."""
+    def steer(
+        self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int, stop: Stop = lambda: False
+    ) -> Continuations:
+        """Continue `prompt` by `num_tokens` with and without `pushes`, from the same seed; temperature 0 takes the likeliest.
+
+        Stopped as soon as `stop` says so.
+        """
         input_ids = self._encoded(prompt)
         num_tokens = min(num_tokens, self._longest - input_ids.shape[1])
         edits = self._edits(pushes)
-        plain = self._continue(input_ids, num_tokens, temperature, seed)
+        plain = self._continue(input_ids, num_tokens, temperature, seed, stop)
         with splice(self._model, edits):
-            steered = self._continue(input_ids, num_tokens, temperature, seed)
+            steered = self._continue(input_ids, num_tokens, temperature, seed, stop)
         return Continuations(self._bytes(plain), self._bytes(steered))
 
     def _encoded(self, text: str) -> Int[Tensor, "1 ctx"]:
@@ -109,12 +130,14 @@ class SuiteModel:
         }
 
     @torch.no_grad()
-    def _continue(self, input_ids: Int[Tensor, "1 ctx"], num_tokens: int, temperature: float, seed: int) -> list[int]:
+    def _continue(self, input_ids: Int[Tensor, "1 ctx"], num_tokens: int, temperature: float, seed: int, stop: Stop) -> list[int]:
         """Up to `num_tokens` more tokens, drawn from a generator of our own; ends before EOS."""
         generator = torch.Generator().manual_seed(seed)
         continued: list[int] = []
         cache, fed = None, input_ids
         for _ in range(num_tokens):
+            if stop():
+                raise Stopped(f"{num_tokens} tokens took too long, or nobody waits for them any more; ask for fewer")
             output = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits[0, -1].float()
             if temperature:

@@ -1,32 +1,23 @@
 """From a suite's folder to its open index, building that if need be: in this thread, or behind pages that say how far it is."""
 
-import re
 import threading
 from pathlib import Path
 
-from everyscope.base.errors import DataError, EveryscopeError
+from everyscope.base.errors import DataError, EveryscopeError, first_line
 from everyscope.base.progress import meter
 from everyscope.browse.build import build_index, input_files
 from everyscope.browse.cache import ensure_index, index_path, suite_folder
 from everyscope.browse.queries import Index
-from everyscope.sites.names import SITE_KINDS
 from everyscope.suite.layout import INDEX_FILE
 from everyscope.suite.records import SuiteIndex, read_index
-
-FOLDER = re.compile(rf"({'|'.join(SITE_KINDS)})/layer_\d+/width_\w+/average_l0_\w+", re.ASCII)
-"""The names that SAEs' folders may have: a suite comes from anywhere, and its index must not lead out of it."""
 
 
 def read_suite(path: Path) -> tuple[Path, SuiteIndex]:
     """The folder of the suite in `path` and its suite.json; ConfigError or DataError where it is none that can be browsed."""
     suite = suite_folder(path)
     index = read_index(suite)
-    names = [sae.folder for sae in index.saes]
-    strange = next((name for name in names if not FOLDER.fullmatch(name)), None)
-    if strange is not None:
-        raise DataError(f"{suite / INDEX_FILE}: names the folder {strange[:200]!r}; expected site/layer_L/width_W/average_l0_N")
-    if not names or len(set(names)) < len(names):
-        raise DataError(f"{suite / INDEX_FILE}: lists no SAE, or one twice; publish the suite again")
+    if not index.saes:
+        raise DataError(f"{suite / INDEX_FILE}: lists no SAE; publish the suite again")
     return suite, index
 
 
@@ -61,6 +52,8 @@ class Preparation:
                 self.run()
             except EveryscopeError as error:
                 self.error = str(error)
+            except Exception as error:  # whatever it is, the pages must not say "preparing" for ever
+                self.error = f"a fault of everyscope's, or want of memory ({type(error).__name__}: {first_line(error)[:200]})"
 
         thread = threading.Thread(target=work, name="index", daemon=True)
         thread.start()

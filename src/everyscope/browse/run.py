@@ -10,13 +10,16 @@ from contextlib import suppress
 import uvicorn
 
 from everyscope.base.errors import ConfigError
-from everyscope.base.progress import say
+from everyscope.base.progress import printable, say
 from everyscope.browse.app import Browser
 from everyscope.browse.config import BrowseConfig
 from everyscope.browse.live import LiveFactory
+from everyscope.browse.patience import Patient
 from everyscope.browse.preparation import Preparation
 
 HOST, PORT = "127.0.0.1", 8017
+MAX_CONNECTIONS = 256
+"""Connections and requests at once; more get 503."""
 
 
 def run(config: BrowseConfig, live: LiveFactory | None = None) -> None:
@@ -28,13 +31,22 @@ def run(config: BrowseConfig, live: LiveFactory | None = None) -> None:
     preparation = Preparation(config.suite, config.cache)
     listener = listen(config.port)
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
-    server = uvicorn.Server(uvicorn.Config(Browser(preparation, live).app(), log_level="error", lifespan="off", access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Browser(preparation, live).app(),
+            http=Patient,
+            log_level="error",
+            lifespan="off",
+            access_log=False,
+            limit_concurrency=MAX_CONNECTIONS,
+        )
+    )
     if preparation.is_built:
         preparation.run()
     else:
         say("Indexing the suite; once for each of its states")
         threading.Thread(target=_report, args=(preparation,), daemon=True).start()
-    print(f"{preparation.title}: {address}", flush=True)
+    print(f"{printable(preparation.title)}: {address}", flush=True)
     say("Ctrl-C ends it")
     if config.open and has_screen():
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

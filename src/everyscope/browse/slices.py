@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json
+from everyscope.base.files import read_sealed
 from everyscope.base.progress import say
 from everyscope.browse.latent_rows import read_columns
 
@@ -33,7 +33,7 @@ def read_slices(suite: Path) -> Iterator[tuple[str, str]]:
     """Name and JSON of each comparison; one that is no JSON is said and left out."""
     for path in sorted((suite / FOLDER).glob("*.json")):
         try:
-            yield path.stem, json.dumps(read_json(path))
+            yield path.stem, json.dumps(_read(path))
         except DataError as error:
             say(f"  {error}")
 
@@ -44,10 +44,10 @@ def read_splits(suite: Path, numbers: dict[str, int]) -> Iterator[tuple[int, int
     if not path.is_file():
         return
     try:
-        found = read_json(path)
+        found = _read(path)
     except DataError:
         return  # read_slices has said so
-    pairs = found.get("pairs", []) if isinstance(found, dict) else []
+    pairs = found.get("pairs") or []
     for pair in pairs:
         narrow, wide = numbers.get(str(pair.get("narrow"))), numbers.get(str(pair.get("wide")))
         if narrow is None or wide is None:
@@ -56,6 +56,11 @@ def read_splits(suite: Path, numbers: dict[str, int]) -> Iterator[tuple[int, int
             yield narrow, wide, json.dumps(pair), _stream(_inside(suite / FOLDER, str(pair.get("table", ""))))
         except DataError as error:
             say(f"  {error}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A comparison; DataError where it is no JSON object, or was changed since it was published."""
+    return read_sealed(path, "publish or download the suite again")
 
 
 def _inside(folder: Path, name: str) -> Path:

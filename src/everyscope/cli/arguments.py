@@ -68,7 +68,8 @@ def overview(table: Mapping[str, Command]) -> str:
     width = max(map(len, table)) + 2
     lines = ["usage: everyscope COMMAND ...", "", "Sparse autoencoders on every layer and sub-layer of a language model.", ""]
     lines += [f"  {name:<{width}}{command.help}" for name, command in table.items()]
-    lines += ["", f"RECIPE is one of {RECIPE_WORDS}.", "`everyscope COMMAND --help` lists the flags of a command."]
+    lines += ["", f"RECIPE is one of {RECIPE_WORDS}. A .py file runs as your own program: read a stranger's first."]
+    lines += ["`everyscope COMMAND --help` lists the flags of a command."]
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The command line: one subcommand a stage. Flags are parsed before torch is imported, so that `--help` is quick."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from everyscope.base.bundled import BUNDLED_MODELS
-from everyscope.base.errors import ConfigError, EveryscopeError
+from everyscope.base.errors import ConfigError, EveryscopeError, first_line
+from everyscope.base.progress import printable
 from everyscope.base.schema import one_line
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
 from everyscope.browse.config import BrowseConfig, ExportConfig
@@ -37,6 +39,7 @@ from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.run.stages import Servers, stages_of
 from everyscope.serve.config import ServeConfig
+from everyscope.sites.config import ModelConfig
 
 if TYPE_CHECKING:
     from everyscope.browse.live import Live
@@ -187,7 +190,7 @@ def devices_here(config: RunConfig) -> "Devices | None":
 def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Check shards, a suite, or a run's folder that holds both, against their checksums."""
     from everyscope.shards.verify import verify_shards
-    from everyscope.suite.records import verify_suite
+    from everyscope.suite.verify import verify_suite
 
     path: Path = options.path
     if not path.exists():
@@ -257,7 +260,8 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
         from everyscope.run.pipeline import quiet_transformers
 
         quiet_transformers()
-        return SuiteModel(suite_folder(config.suite))
+        model = None if config.model is None else ModelConfig(name=config.model)
+        return SuiteModel(suite_folder(config.suite), model)
 
     run(config, live)
 
@@ -330,8 +334,18 @@ MAIN_FIELDS = (
 """Fields of a recipe that --help shows; --help-all shows every one."""
 
 
+def complain(message: str) -> None:
+    """One line of error, without what a terminal would obey: names and titles in it may come out of anybody's file."""
+    print(f"everyscope: {printable(message)}", file=sys.stderr)
+
+
 def dispatch(arguments: Sequence[str]) -> None:
     """Parse and run one command; errors go to the caller."""
+    if any(word == "--token" or word.startswith("--token=") for word in arguments):  # not echoed, whatever follows it
+        raise ConfigError(
+            "--token: a secret on a command line shows in lists of processes and in the shell's history; "
+            "set EVERYSCOPE_TOKEN, or give --token-file FILE"
+        )
     if not arguments or arguments[0] in ("--help", "-h"):
         print(overview(COMMANDS))
         if not arguments:
@@ -378,14 +392,17 @@ def show_help(parser: OneLineParser, command: Command, options: argparse.Namespa
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: exit code 0, or non-zero with one line that says what is wrong and what to do."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments is None:  # else this process, and what it does with signals, is somebody else's
+    if arguments is None:  # else this process, its signals and streams, are somebody else's
         leave_on_termination()
+        for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows ? for what it lacks, and ends no run
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
     try:
         dispatch(given)
     except (EveryscopeError, ValidationError) as error:  # the latter where fields of a recipe do not go together
         if "--debug" in given:
             raise
-        print(f"everyscope: {one_line(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        complain(one_line(error) if isinstance(error, ValidationError) else str(error))
         sys.exit(ERROR_EXIT)
     except BrokenPipeError:  # whoever read has had enough, as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it leaves
@@ -393,6 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("everyscope: interrupted; run the same command to resume", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        what = f"{type(error).__name__}: {first_line(error)[:300]}"
+        complain(f"a fault of everyscope, not of your command ({what}); --debug shows where: please report that")
+        sys.exit(ERROR_EXIT)
     except SystemExit as leaving:
         if leaving.code == EXIT_CODE:
             print("everyscope: asked to stop; run the same command to resume", file=sys.stderr)

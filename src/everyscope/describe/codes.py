@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-from everyscope.base.errors import DamagedData, DataError, NonFinite
+from everyscope.base.errors import DataError, NonFinite
 from everyscope.base.files import make_folder, read_json, write_json
-from everyscope.base.tensors import write_tensors
+from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.kernels import append_latents
 from everyscope.describe.sequences import Sequences
@@ -33,6 +32,7 @@ FIRING_BYTES = 8
 """What a firing takes on disk: its place and its strength [bytes]."""
 GROUP_FILE = "group.json"
 """Which SAEs the codes in a folder are of."""
+REMEDY = "delete it and run `everyscope describe` again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +124,8 @@ class CodesFolder:
         name = self.group.index(identity)
         for number in range(self.num_portions):
             path = self.portion(number)
-            try:
-                with safetensors.safe_open(path, framework="np") as file:
-                    yield [file.get_tensor(f"{name}.{field}") for field in fields]
-            except (safetensors.SafetensorError, OSError, KeyError) as error:
-                raise DamagedData(f"{path}: cannot be read ({error}); delete it and run `everyscope describe` again") from error
+            with opened_tensors(path, "np", remedy=REMEDY) as file:
+                yield [file.get_tensor(f"{name}.{field}") for field in fields]
 
 
 def unfinished_group(path: Path) -> tuple[str, ...]:
@@ -170,7 +167,7 @@ def collect(
             codes = joined(part)
             tensors |= {f"{name}.{field}": torch.from_numpy(getattr(codes, field)) for field in ("starts", "places", "values")}
             tensors[f"{name}.massive"] = torch.from_numpy(np.concatenate(places))
-        write_tensors(folder.portion(number), tensors)
+        write_tensors(folder.portion(number), tensors, is_sealed=True)
 
 
 @dataclass(frozen=True)

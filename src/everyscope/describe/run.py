@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow
 import torch
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import ShapeMismatch
-from everyscope.base.files import make_folder, require_free_space, write_json
+from everyscope.base.files import make_folder, require_free_space, write_sealed
 from everyscope.base.progress import meter
 from everyscope.describe.codes import FIRING_BYTES, CodesFolder, collect, unfinished_group
 from everyscope.describe.config import DescribeConfig
@@ -238,10 +239,10 @@ def _write_text(config: DescribeConfig, model: LanguageModel, tokenizer: Any, se
     head: Any = model.model
     norm = final_norm(model.model, model.anatomy)
     kind = "LayerNorm" if gain_of(norm, model.anatomy.d_model).is_centring else "RMSNorm"
-    write_json(
+    write_sealed(
         folder / MODEL_FILE,
         {
-            "model": config.model.name,
+            "model": public_name(config.model.name),
             "revision": config.model.revision,
             "tokenizer": type(tokenizer).__name__,
             "num_layers": model.anatomy.num_layers,

@@ -18,9 +18,9 @@ import pyarrow.parquet
 from jaxtyping import Bool, Int8, Int32, Int64
 
 from everyscope.base.errors import TextError
-from everyscope.base.files import whole_file
 from everyscope.base.ids import unit_interval
 from everyscope.base.progress import say
+from everyscope.base.tables import write_table
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.targets import METADATA_KEY
 from everyscope.text.blocks import NO_DOCUMENT, Block, Cursor, pack
@@ -164,5 +164,4 @@ def write_sequences(path: Path, sequences: Sequences, identity: str) -> None:
         }
     )
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps({"identity": identity})})
-    with whole_file(path) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd", compression_level=9)
+    write_table(path, table, compression="zstd", compression_level=9)

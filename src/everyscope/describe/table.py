@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from everyscope.base.errors import DataError, first_line
-from everyscope.base.files import whole_file
+from everyscope.base.tables import check_table, new_table
 from everyscope.describe.columns import SURROUNDING_COLUMNS
 from everyscope.describe.targets import METADATA_KEY, Target
 from everyscope.suite.latents import SCHEMA
@@ -57,26 +57,24 @@ def ranges_of(width: int) -> Iterator[tuple[int, int]]:
 def write_latents(path: Path, width: int, facts: Mapping[str, Any], columns: Ranges) -> None:
     """Write the table of an SAE, whole or not at all; `columns` gives all of a range's columns."""
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(facts, allow_nan=False)})
-    with (
-        whole_file(path) as partial,
-        pyarrow.parquet.ParquetWriter(
-            partial,
-            schema,
-            compression="zstd",
-            compression_level=COMPRESSION_LEVEL,
-            use_dictionary=False,
-            column_encoding=ENCODINGS,
-            write_statistics=False,
-        ) as writer,
-    ):
+    with new_table(
+        path,
+        schema,
+        compression="zstd",
+        compression_level=COMPRESSION_LEVEL,
+        use_dictionary=False,
+        column_encoding=ENCODINGS,
+        write_statistics=False,
+    ) as writer:
         for first, last in ranges_of(width):
             found = columns(first, last)
-            table = pyarrow.table([found[name] for name in SCHEMA.names], schema=schema)
+            table = pyarrow.table([found[name] for name in SCHEMA.names], schema=writer.schema)
             writer.write_table(table, row_group_size=ROW_GROUP)
 
 
 def measured_before(path: Path) -> Ranges:
     """The columns that an earlier run measured, without those of the surroundings."""
+    check_table(path, "delete it and run `everyscope describe` again")
     table = pyarrow.parquet.read_table(path, schema=SCHEMA)
     names = [name for name in SCHEMA.names if name not in SURROUNDING_COLUMNS]
 
@@ -90,6 +88,7 @@ def measured_before(path: Path) -> Ranges:
 def held_out_columns(target: Target) -> Ranges:
     """How often each latent fires on held-out text, by its evaluation; DataError where that is of another width or form."""
     try:
+        check_table(target.scores, "delete its folder and run `everyscope evaluate` again")
         table = pyarrow.parquet.read_table(target.scores, columns=["firings", "frequency"])
         firings = table["firings"].combine_chunks().cast(pyarrow.int64())
         frequency = pyarrow.array(np.asarray(table["frequency"]).astype(np.float32))

@@ -15,12 +15,13 @@ import pyarrow
 import pyarrow.parquet
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json, sha256
+from everyscope.base.files import sha256
 from everyscope.base.ids import content_id
 from everyscope.describe.config import DescribeConfig
-from everyscope.sae.files import TENSOR_FILE, trained_folders
+from everyscope.sae.files import trained_folders, weights_digest
 from everyscope.sites.names import Site, parse_folder
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
+from everyscope.suite.scores import read_metrics
 
 TEXT_FIELDS = {"model", "text", "num_sequences", "train_stride"}
 """Fields of the config that decide which text is read."""
@@ -150,7 +151,7 @@ def _found(config: DescribeConfig, folder: Path) -> _Found:
     scores = config.scores / place
     if not (scores / METRICS_FILE).exists() or not (scores / LATENTS_FILE).exists():
         raise DataError(f"{scores}: no scores for {folder}; run `everyscope evaluate` first")
-    metrics = read_json(scores / METRICS_FILE)
+    metrics = read_metrics(scores / METRICS_FILE)
     try:
         width, l0 = int(metrics["width"]), float(metrics["l0"])
         limit = (metrics.get("massive") or {}).get("norm_limit")
@@ -158,7 +159,7 @@ def _found(config: DescribeConfig, folder: Path) -> _Found:
         raise DataError(f"{scores / METRICS_FILE}: has no width or no l0; run `everyscope evaluate` again") from error
     site = parse_folder(place.parent.as_posix())
     norm_limit = math.inf if limit is None else float(limit)
-    return _Found(site, folder.name, folder, scores / LATENTS_FILE, width, l0, sha256(folder / TENSOR_FILE), norm_limit)
+    return _Found(site, folder.name, folder, scores / LATENTS_FILE, width, l0, weights_digest(folder), norm_limit)
 
 
 def _relatives(number: int, saes: Sequence[_Found]) -> tuple[tuple[int, int], ...]:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
-from everyscope.base.files import whole_file
+from everyscope.base.tables import write_table
 from everyscope.text.pieces import special_tokens, token_pieces
 
 
@@ -21,5 +20,4 @@ def write_vocabulary(path: Path, tokenizer: Any) -> None:
             "is_special": pyarrow.array([token in special for token in range(len(pieces))], pyarrow.bool_()),
         }
     )
-    with whole_file(path) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd")
+    write_table(path, table, compression="zstd")

@@ -19,12 +19,12 @@ from everyscope.base.ids import content_id
 from everyscope.evaluate.baselines import Baseline, Edit, edit_of
 from everyscope.evaluate.calibration import Calibration, source_of
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.cost import Cost
+from everyscope.evaluate.cost import keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of
 from everyscope.evaluate.losses import next_token_losses
 from everyscope.evaluate.passes import SiteRows, captured, clean_pass, site_rows, spliced_logits
-from everyscope.evaluate.sums import State, cost_of, restore_part, save_part
+from everyscope.evaluate.sums import State, restore_part, save_part
 from everyscope.evaluate.work import Counter
 from everyscope.sites.capture import Activations, capture
 from everyscope.sites.names import Site
@@ -98,7 +98,6 @@ class Measured:
 
     sites: dict[Site, SiteBaselines]
     sizes: dict[tuple[Site, Baseline], BaselineSums]
-    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def measure_baselines(
     sources = _sources(config, held_out, [*wanted], [*parts])
     missing = [name for name, part in parts.items() if not restore_part(_file(config, name), part, sources[name])]
     if not missing:
-        return Measured(sites, sizes, cost_of(config.out / PROGRESS_FILE))
+        return Measured(sites, sizes)
     pending = {key: part for key, part in sizes.items() if _name(*key) in missing}
     sweep = _Sweep(
         model,
@@ -156,9 +155,11 @@ def measure_baselines(
     )
     state = State({name: parts[name] for name in missing}, held_out.identity)
     _run(config, held_out, sweep, state, work)
+    keep_cost(config.out, f"baselines {content_id(sources)}", state.cost)
     for name in missing:
         save_part(_file(config, name), parts[name], sources[name])
-    return Measured(sites, sizes, state.cost)
+    (config.out / PROGRESS_FILE).unlink(missing_ok=True)
+    return Measured(sites, sizes)
 
 
 def _name(site: Site, baseline: Baseline | None = None) -> str:
@@ -195,7 +196,7 @@ def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State,
         state.cost.baselines += passes[state.batches]
         state.cost.seconds += time.monotonic() - began
         state.batches += 1
-        if state.batches % config.checkpoint_batches == 0 or state.batches == len(ranges):
+        if state.batches % config.checkpoint_batches == 0 or state.batches == len(ranges) or state.is_due:
             state.save(progress)
 
 

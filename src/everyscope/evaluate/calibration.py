@@ -6,13 +6,13 @@ the text. Never from held-out rows: the baselines are fitted and tested as the S
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.base.ids import content_id
 from everyscope.base.progress import say
-from everyscope.base.tensors import write_tensors
+from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.sae.normalisation import is_massive
 from everyscope.shards.reader import Shards
 from everyscope.shards.statistics import Sums
@@ -153,26 +154,29 @@ def source_of(config: EvaluateConfig, site: Site) -> str:
 
 def calibrate(
     config: EvaluateConfig, sites: list[Site], language: LanguageModel, advance: Callable[[int], None] = lambda _: None
-) -> tuple[dict[Site, Calibration], int]:
-    """The calibrations of `sites`, and the forward passes that they took; `advance` is called with the blocks of each.
+) -> dict[Site, Calibration]:
+    """The calibrations of `sites`; what forward passes they take goes into the scores' cost, and `advance` gets their blocks.
 
     Each is kept in the scores folder and made once. ShapeMismatch where the shards are of another model.
     """
     found = {site: kept for site in sites if (kept := _kept(config, site)) is not None}
     missing = [site for site in sites if site not in found]
-    passes = 0
+    began = time.monotonic()
     if config.shards is not None:
         made = {site: _of_shards(Shards(config.shards / site.folder), config) for site in missing}
     else:
         made, passes = _of_text(config, missing, language, advance) if missing else ({}, 0)
+        if passes:
+            cost = Cost(calibration=passes, seconds=time.monotonic() - began)
+            keep_cost(config.out, f"calibration {content_id([source_of(config, site) for site in sites])}", cost)
     for site, calibration in made.items():
         tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
-        write_tensors(_path(config, site), tensors, {"source": source_of(config, site)})
+        write_tensors(_path(config, site), tensors, {"source": source_of(config, site)}, is_sealed=True)
     found |= made
     for site, calibration in found.items():
         if (want := language.anatomy.width(site)) != (got := len(calibration.mean)):
             raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; are they of another model?")
-    return found, passes
+    return found
 
 
 def _path(config: EvaluateConfig, site: Site) -> Path:
@@ -185,12 +189,12 @@ def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
     if not path.exists():
         return None
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with opened_tensors(path) as file:
             if (file.metadata() or {}).get("source") != source_of(config, site):
                 return None
             return Calibration(**{field.name: file.get_tensor(field.name) for field in fields(Calibration)})
-    except safetensors.SafetensorError:
-        say(f"{path} is damaged and is made anew")
+    except DataError:
+        say(f"{path} is damaged and is made again")
         return None
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json, write_json
+from everyscope.base.files import read_sealed, write_sealed
 
-COST_FILE = "cost.json"
+COST_FILE, ENTRIES = "cost.json", "entries"
+REMEDY = "delete it, or the scores with it, and run `everyscope evaluate` again"
 
 
 @dataclass
@@ -39,15 +40,28 @@ class Cost:
         return {"forwards": forwards, **flat, "seconds": round(self.seconds, 3)}
 
 
-def add_cost(scores: Path, cost: Cost) -> None:
-    """Add to what cost.json says: the file holds what everything in the scores folder has cost."""
-    write_json(scores / COST_FILE, (read_cost(scores) + cost).as_json())
+def keep_cost(scores: Path, key: str, cost: Cost) -> None:
+    """Enter what a piece of work has cost into cost.json, once: work that `key` names and that is in it already changes nothing.
+
+    To be called before the work's own results are written: whoever is stopped in between does it again, and enters nothing twice.
+    """
+    entries = read_costs(scores)
+    if key not in entries:
+        write_costs(scores, entries | {key: cost})
 
 
-def read_cost(scores: Path) -> Cost:
-    """What cost.json says; nothing where there is none yet, or it is of another form."""
+def read_costs(scores: Path) -> dict[str, Cost]:
+    """What each piece of work has cost, by its key; DamagedData where cost.json was changed."""
+    if not (scores / COST_FILE).exists():
+        return {}
+    said = read_sealed(scores / COST_FILE, REMEDY)
     try:
-        value = read_json(scores / COST_FILE)
-        return Cost(**value.pop("forwards"), **value)
-    except (DataError, TypeError, KeyError, AttributeError):
-        return Cost()
+        return {key: Cost(**its) for key, its in said[ENTRIES].items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{scores / COST_FILE}: is of another version; {REMEDY}") from error
+
+
+def write_costs(scores: Path, entries: dict[str, Cost]) -> None:
+    """Write cost.json: the sum of all entries, then each."""
+    total = sum(entries.values(), Cost())
+    write_sealed(scores / COST_FILE, total.as_json() | {ENTRIES: {key: asdict(cost) for key, cost in sorted(entries.items())}})

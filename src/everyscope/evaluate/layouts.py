@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from everyscope.base.errors import ConfigError
-from everyscope.base.files import read_json
-from everyscope.sae.files import TENSOR_FILE, trained_folders
+from everyscope.base.files import read_object, sha256
+from everyscope.sae.files import TENSOR_FILE, trained_folders, weights_digest
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site, SiteKind, parse_folder
@@ -42,6 +42,8 @@ class FoundSae:
     folder: Path
     weights: Path
     """The file that holds its tensors."""
+    digest: str
+    """SHA-256 of that file: the one that an SAE's record has, and so not read again, or the file's own."""
     is_of_unscaled_embeddings: bool = False
     """Whether it was trained on rows of the embedding matrix."""
 
@@ -50,7 +52,7 @@ def saes_of_training(trained: Path) -> Iterator[FoundSae]:
     """The finished SAEs of `everyscope train`."""
     for folder in trained_folders(trained):
         site = parse_folder(folder.parent.relative_to(trained).as_posix())
-        yield FoundSae(site, folder.name, folder, folder / TENSOR_FILE)
+        yield FoundSae(site, folder.name, folder, folder / TENSOR_FILE, weights_digest(folder))
 
 
 def saes_of_release(trained: Path, site_kind: SiteKind | None) -> Iterator[FoundSae]:
@@ -71,14 +73,14 @@ def saes_of_release(trained: Path, site_kind: SiteKind | None) -> Iterator[Found
         name = "/".join(inside[names[-1] + 1 :] if names else inside[1:]) or (inside[-1] if not names else "sae")
         embeds = [part for part in (*above, *inside) if part in ("embed", UNSCALED)]
         is_unscaled = hooked is None and site.kind == "embed" and embeds[-1:] == [UNSCALED]
-        yield FoundSae(site, name, folder, weights, is_unscaled)
+        yield FoundSae(site, name, folder, weights, sha256(weights), is_unscaled)
 
 
 def _hooked(folder: Path) -> Site | None:
     """The site that a SAELens folder's file names; None where there is none, or where the name is not one of ours."""
     if not (folder / CONFIG_FILE).exists():
         return None
-    config = read_json(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE)
     metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
     hook = str(metadata.get("hook_name") or config.get("hook_name"))
     if hook == "hook_embed":

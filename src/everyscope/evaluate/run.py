@@ -15,6 +15,7 @@ import torch
 
 from everyscope.base.errors import ShapeMismatch
 from everyscope.base.files import PARTIAL
+from everyscope.base.ids import content_id
 from everyscope.base.progress import say
 from everyscope.evaluate import baseline_sweep
 from everyscope.evaluate.baseline_sweep import Measured, measure_baselines
@@ -22,7 +23,7 @@ from everyscope.evaluate.baselines import Baseline, baselines_of
 from everyscope.evaluate.bootstrap import Resampler
 from everyscope.evaluate.calibration import Calibration, calibrate
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.cost import Cost, add_cost
+from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
 from everyscope.evaluate.intervals import resample_ablations, resample_site
@@ -63,8 +64,11 @@ def run(config: EvaluateConfig, progress: Counter | None = None) -> EvaluateResu
     down), ModelError and TextError (model or text cannot be read), ConfigError, StorageError.
     """
     targets = load_targets(config)
-    groups = [[target for target in group if not target.is_scored] for group in _groups(targets, config.saes_at_once)]
-    num_pending = sum(len(group) for group in groups)
+    groups = [
+        _Group(tuple(target for target in group if not target.is_scored), content_id([target.identity for target in group]))
+        for group in _groups(targets, config.saes_at_once)
+    ]
+    num_pending = sum(len(group.pending) for group in groups)
     if num_pending:
         held_out = read_held_out(config)
         if held_out.num_sequences < config.num_sequences:
@@ -72,13 +76,23 @@ def run(config: EvaluateConfig, progress: Counter | None = None) -> EvaluateResu
                 f"The held-out text ends after {held_out.num_sequences} of {config.num_sequences} sequences; "
                 "the scores are of those"
             )
-        pending = [tuple(group) for group in groups if group]
-        with counted("evaluate", config, [len(group) for group in pending], progress) as work:
+        pending = [group for group in groups if group.pending]
+        with counted("evaluate", config, [len(group.pending) for group in pending], progress) as work:
             _evaluate(config, held_out, pending, work)
     for name in (PROGRESS_FILE, baseline_sweep.PROGRESS_FILE):
         for leftover in (config.out / name, config.out / (name + PARTIAL)):
             leftover.unlink(missing_ok=True)
     return EvaluateResult(config.out, num_pending, len(targets) - num_pending)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """SAEs that are measured in one sweep."""
+
+    pending: tuple[Target, ...]
+    """Those without scores."""
+    identity: str
+    """Of all of them, scored or not."""
 
 
 def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:
@@ -87,26 +101,22 @@ def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:
     return (targets[start : start + size] for start in range(0, len(targets), size))
 
 
-def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[tuple[Target, ...]], work: Work) -> None:
+def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], work: Work) -> None:
     """Both sweeps and the scores of each group in turn."""
     language, device = load_language_model(config.model), torch.device(config.model.device)
-    sites = sorted({target.site for group in groups for target in group})
-    began = time.monotonic()
-    calibrations, passes = calibrate(config, sites, language, work.advance)
-    spent = Cost(calibration=passes, seconds=time.monotonic() - began if passes else 0.0)
+    pending = [target for group in groups for target in group.pending]
+    calibrations = calibrate(config, sorted({target.site for target in pending}), language, work.advance)
     calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
-    has_unscaled = any(target.is_of_unscaled_embeddings for group in groups for target in group)
+    has_unscaled = any(target.is_of_unscaled_embeddings for target in pending)
     scale = embedding_scale(language.model) if has_unscaled else 1.0
     for group in groups:
-        saes = {target.identity: _load(target, calibrations[target.site], config, device, scale) for target in group}
-        evaluated = Evaluated(language.model, group, saes, calibrations, config.baseline_blocks)
+        saes = {target.identity: _load(target, calibrations[target.site], config, device, scale) for target in group.pending}
+        evaluated = Evaluated(language.model, group.pending, saes, calibrations, config.baseline_blocks)
         state, cost = _measure(config, held_out, evaluated, work)
-        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group, state), work)
+        keep_cost(config.out, f"saes {group.identity}", cost)
+        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group.pending, state), work)
         _write(config, held_out, evaluated, state, baselines)
-        add_cost(config.out, spent + cost + baselines.cost)
-        spent = Cost()
-        for name in (PROGRESS_FILE, baseline_sweep.PROGRESS_FILE):  # what they have cost is in cost.json now
-            (config.out / name).unlink(missing_ok=True)
+        (config.out / PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device, scale: float) -> Sae:
@@ -168,7 +178,7 @@ def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, wo
             seconds=time.monotonic() - began,
             tokens=batch.input_ids.numel(),
         )
-        if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges):
+        if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges) or sweep.is_due:
             sweep.save(progress)
     return state, sweep.cost
 

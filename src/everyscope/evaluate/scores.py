@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import DataError
-from everyscope.base.files import whole_file, write_json
+from everyscope.base.files import write_sealed
+from everyscope.base.tables import write_table
 from everyscope.evaluate.baseline_sweep import Measured, SiteBaselines
 from everyscope.evaluate.baselines import baselines_of
 from everyscope.evaluate.breakdowns import by_position, by_segment, firing, massive, ratio
@@ -22,6 +23,7 @@ from everyscope.evaluate.intervals import SiteResamples, intervals_of, segment_i
 from everyscope.evaluate.segments import SEGMENTS
 from everyscope.evaluate.sums import SaeState, SaeSums
 from everyscope.evaluate.targets import Target
+from everyscope.sae.files import WEIGHTS
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
 from everyscope.text.config import TextConfig
@@ -71,11 +73,12 @@ def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
         "num_documents": held_out.num_documents,
         "num_sequences": held_out.num_sequences,
         "context": config.text.context,
-        "model": config.model.name,
+        "model": public_name(config.model.name),
         "precision": {"sae": config.sae_dtype, "model": config.model.dtype},
         "data": describe_text(config.text),
         "mask": "BOS, EOS, padding and prefix excluded",
         "evaluation": target.identity,
+        WEIGHTS: target.digest,
     }
 
 
@@ -196,9 +199,8 @@ def describe_text(text: TextConfig) -> str:
 
 def write_scores(folder: Path, metrics: dict[str, Any], sums: ReconstructionSums) -> None:
     """Write latents.parquet, then metrics.json: a folder with metrics is whole."""
-    with whole_file(folder / LATENTS_FILE) as partial:
-        pyarrow.parquet.write_table(latent_table(sums), partial, compression="zstd")
-    write_json(folder / METRICS_FILE, metrics)
+    write_table(folder / LATENTS_FILE, latent_table(sums), compression="zstd")
+    write_sealed(folder / METRICS_FILE, metrics)
 
 
 def latent_table(sums: ReconstructionSums) -> pyarrow.Table:

@@ -4,21 +4,25 @@ A file holds float64 and int64 tensors bit by bit, so a resumed evaluation ends 
 """
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
+from everyscope.base.errors import DataError
 from everyscope.base.progress import say
-from everyscope.base.tensors import write_tensors
+from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.cost import Cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.uniformity import UniformitySums
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
+
+SAVE_SECONDS, SAVE_SHARE = 1.0, 20.0
+"""Sums are saved after so long [s], and so many times what the last saving took [1], whatever the batches."""
 
 
 @dataclass
@@ -53,11 +57,21 @@ class State:
     """Batches done."""
     cost: Cost = field(default_factory=Cost)
     """What they took."""
+    _saved: float = field(default_factory=time.monotonic)
+    _took: float = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether saving costs little by now: so that a process that is killed every few seconds still gets on."""
+        return time.monotonic() > self._saved + max(SAVE_SECONDS, SAVE_SHARE * self._took)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file, whole or not at all."""
+        began = time.monotonic()
         header = {"text": self.text, "batches": self.batches, "cost": asdict(self.cost), "parts": sorted(self.parts)}
-        write_tensors(path, _named(self.parts), {"progress": json.dumps(header)})
+        write_tensors(path, _named(self.parts), {"progress": json.dumps(header)}, is_sealed=True)
+        self._saved = time.monotonic()
+        self._took = self._saved - began
 
     def restore(self, path: Path) -> None:
         """Take up the sums saved in `path`, if they are there and hold every part of ours; else stay as we are, and say so."""
@@ -65,11 +79,11 @@ class State:
             return
         ours = _named(self.parts)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with opened_tensors(path) as file:
                 header = json.loads((file.metadata() or {})["progress"])
                 is_ours = header["text"] == self.text and set(self.parts) <= set(header["parts"])
                 saved = {name: file.get_tensor(name) for name in ours} if is_ours else {}
-        except (safetensors.SafetensorError, KeyError, ValueError):
+        except (DataError, KeyError, ValueError):
             say(f"{path} is damaged; the evaluation starts over")
             return
         if not is_ours:
@@ -78,15 +92,6 @@ class State:
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
         self.batches, self.cost = header["batches"], Cost(**header["cost"])
-
-
-def cost_of(path: Path) -> Cost:
-    """What the sums saved in `path` have cost; nothing where there are none."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return Cost(**json.loads((file.metadata() or {})["progress"])["cost"])
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError):
-        return Cost()
 
 
 @dataclass
@@ -115,7 +120,7 @@ class SaeState:
 
 def save_part(path: Path, part: Any, source: str) -> None:
     """Keep a finished part in a file of its own, with what it was made from."""
-    write_tensors(path, _flat(part), {"source": source})
+    write_tensors(path, _flat(part), {"source": source}, is_sealed=True)
 
 
 def restore_part(path: Path, part: Any, source: str) -> bool:
@@ -123,13 +128,13 @@ def restore_part(path: Path, part: Any, source: str) -> bool:
     if not path.exists():
         return False
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with opened_tensors(path) as file:
             if (file.metadata() or {}).get("source") != source:
                 return False
             for name, tensor in _flat(part).items():
                 tensor.copy_(file.get_tensor(name))
-    except safetensors.SafetensorError:
-        say(f"{path} is damaged and is made anew")
+    except DataError:
+        say(f"{path} is damaged and is measured again")
         return False
     return True
 

@@ -5,12 +5,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from everyscope.base.files import read_json
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import load_targets
 from everyscope.suite.layout import METRICS_FILE
 from everyscope.suite.numbers import number_text
 from everyscope.suite.records import RIVALS, beaten_by
+from everyscope.suite.scores import read_metrics
 
 NUMBERS = (
     "width",
@@ -33,7 +33,7 @@ def score_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
     """The numbers of every SAE that was evaluated, by its folder, with the bounds of its intervals."""
     rows = []
     for target in load_targets(config):
-        metrics = read_json(target.scores / METRICS_FILE)
+        metrics = read_metrics(target.scores / METRICS_FILE)
         rivals = {name: metrics["baselines"][name]["fvu_usual"] for name in RIVALS}
         numbers = {name: metrics[name] for name in NUMBERS}
         row = {"sae": target.place, **numbers, "baselines_fvu": rivals, "intervals": metrics["intervals"]}

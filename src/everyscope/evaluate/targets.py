@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json, sha256
 from everyscope.base.ids import content_id
 from everyscope.evaluate.calibration import source_of
 from everyscope.evaluate.config import EvaluateConfig
@@ -14,6 +13,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site
 from everyscope.suite.layout import CONFIG_FILE, LATENTS_FILE, METRICS_FILE, NPZ_FILE, WEIGHTS_FILE
 from everyscope.suite.reader import load_sae
+from everyscope.suite.scores import read_metrics
 
 DECIDING_FIELDS = {
     "model",
@@ -48,6 +48,8 @@ class Target:
     """The file that holds its tensors."""
     scores: Path
     """Where its scores go."""
+    digest: str
+    """SHA-256 of that file, by which scores know the weights they are of."""
     identity: str
     """Hash of all that decides the scores: SAE, model, text, sizes, calibration."""
     is_of_unscaled_embeddings: bool = False
@@ -62,7 +64,7 @@ class Target:
     def is_scored(self) -> bool:
         """True where the scores of exactly this evaluation are there; metrics.json is written last."""
         path = self.scores / METRICS_FILE
-        return path.exists() and (self.scores / LATENTS_FILE).exists() and read_json(path).get("evaluation") == self.identity
+        return path.exists() and (self.scores / LATENTS_FILE).exists() and read_metrics(path).get("evaluation") == self.identity
 
     def sae(self) -> Sae:
         """Its tensors, float32 on the CPU; raises as `load_sae` does."""
@@ -103,7 +105,9 @@ def _target(config: EvaluateConfig, sae: FoundSae, source: str) -> Target:
         "site": sae.site.folder,
         "name": sae.name,
         "calibration": source,
-        "sae": sha256(sae.weights),
+        "sae": sae.digest,
     }
     scores = config.out / sae.site.folder / sae.name
-    return Target(sae.site, sae.name, sae.folder, sae.weights, scores, content_id(decides), sae.is_of_unscaled_embeddings)
+    return Target(
+        sae.site, sae.name, sae.folder, sae.weights, scores, sae.digest, content_id(decides), sae.is_of_unscaled_embeddings
+    )

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from everyscope.base.bundled import BUNDLED_MODELS, model_location
+from everyscope.base.bundled import BUNDLED_MODELS, NO_CODE, model_location
 from everyscope.base.errors import ConfigError, ModelError
 from everyscope.base.fingerprint import fingerprint
 from everyscope.base.hub import hub_commit
@@ -79,9 +79,9 @@ def subject_of(config: HarvestConfig) -> Subject:
 def _widths(config: HarvestConfig) -> dict[Site, int]:
     name = config.model.name
     try:
-        described = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision)
+        described = AutoConfig.from_pretrained(model_location(name), revision=config.model.revision, **NO_CODE)
         with torch.device("meta"):
-            anatomy = anatomy_of(AutoModelForCausalLM.from_config(described))
+            anatomy = anatomy_of(AutoModelForCausalLM.from_config(described, **NO_CODE))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"no model {name!r}: {reason}; give a bundled model, a local folder or a hub id") from error

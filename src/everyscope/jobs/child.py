@@ -74,9 +74,12 @@ class Child:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        ended = False
+        event, ended = {}, False
         for line in self.process.stdout:
-            event = json.loads(line)
+            event = _event(line)
+            if event is None:  # a library, or the interpreter as it dies, wrote past our own stream
+                self._hear(line)
+                continue
             ended = event["event"] in ENDS
             if ended:
                 break
@@ -84,14 +87,26 @@ class Child:
         code = self.process.wait()
         self._input.close()
         self._threads[1].join()
-        self._tell(event if ended else {"event": "lost", "why": _words(code, list(self._lines))})
+        self._tell(event if ended and event else {"event": "lost", "why": _words(code, list(self._lines))})
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if text := line.rstrip():
-                self._lines.append(text)
-                self._tell({"event": "says", "text": text})
+            self._hear(line)
+
+    def _hear(self, line: str) -> None:
+        if text := line.rstrip():
+            self._lines.append(text)
+            self._tell({"event": "says", "text": text})
+
+
+def _event(line: str) -> Event | None:
+    """The event that a line spells; None where it spells none."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def _words(code: int, lines: list[str]) -> str:

@@ -6,6 +6,8 @@ hosts does not (job.py).
 
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 from everyscope.base.errors import EveryscopeError
-from everyscope.base.progress import Meter, meter
+from everyscope.base.progress import Meter, meter, say
 from everyscope.jobs.job import Job
 
 POLL_SECONDS = 0.2
@@ -69,8 +71,10 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, progress: Meter) -> Non
             "a worker process was killed from outside, most likely for want of memory; "
             "the same command goes on from its last checkpoint: try it with fewer --workers"
         ) from error
-    except BaseException:
-        # Whatever a worker was doing it can do again from its last checkpoint; nobody should wait for it now.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            say("  stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        # A worker that trains saves a checkpoint after its step and leaves; any other leaves at once.
         for process in list(pool._processes.values()):
             process.terminate()
         raise
@@ -87,6 +91,7 @@ class _Worker:
     def start(cls, reports: Any, threads: int) -> None:
         cls.reports = reports
         torch.set_num_threads(threads)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent decides
         parent = multiprocessing.parent_process()
         assert parent is not None
         # A worker must not outlive a killed parent: the next run would find two writers in one folder.
@@ -103,7 +108,11 @@ class _Worker:
                 cls.reports.put(waiting)
                 waiting = 0
 
-        job.run(progress)
+        try:
+            job.run(progress)
+        except SystemExit as leaving:  # asked to stop, it has saved its state: the executor would give it the next job
+            sys.stderr.flush()
+            os._exit(leaving.code if isinstance(leaving.code, int) else 1)
         if waiting:
             cls.reports.put(waiting)
 

@@ -4,6 +4,7 @@ runner.run(jobs, "banks", "steps")       all of them, to their end; the first fi
 runner.side_by_side(resources)           among how many of such jobs work is worth dividing
 """
 
+import fcntl
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,17 @@ def opened_runner(config: EngineConfig, folder: Path, watches: Sequence[Watch] =
     finally:
         place.close()
         for lock in folder.glob("*.lock"):
+            remove_unheld(lock)
+
+
+def remove_unheld(lock: Path) -> None:
+    """Delete a lock that nobody holds. That of a host which is only slow stays, or a second attempt would write beside it."""
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock.unlink(missing_ok=True)
+    except (BlockingIOError, FileNotFoundError):
+        pass
 
 
 def visible_devices() -> list[str]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import PARTIAL, sha256, storage_errors, whole_file
+from everyscope.base.files import PARTIAL, read_sealed, sha256, storage_errors, whole_file
+from everyscope.base.tables import check_table
 from everyscope.publish.sources import Source
 from everyscope.suite.descriptions import ORDER_FILE, read_order
 from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, TEXT_FOLDER
@@ -39,6 +40,16 @@ def description_checksums(descriptions: Path | None, files: dict[str, dict[str, 
     """Hashes of all that is published of descriptions."""
     tables = {f"{name}/{file}": sha256(path) for name, its in files.items() for file, path in its.items()}
     return tables | {path.name: sha256(path) for path in text_files(descriptions)}
+
+
+def check_descriptions(descriptions: Path | None, files: dict[str, dict[str, Path]]) -> None:
+    """DamagedData where a table, or the text that it points into, is not what was written."""
+    tables = [path for its in files.values() for path in its.values()]
+    for path in [*tables, *text_files(descriptions)]:
+        if path.suffix == ".parquet":
+            check_table(path, "delete it and run the same command again, which makes it again")
+        else:
+            read_sealed(path, "delete it and run `everyscope describe` again")
 
 
 def publish_text(descriptions: Path | None, suite: Path) -> list[str]:

@@ -8,6 +8,8 @@ import pyarrow
 import pyarrow.parquet
 
 from everyscope.base.files import whole_file
+from everyscope.base.ids import IDENTITY
+from everyscope.sae.files import WEIGHTS
 from everyscope.suite.layout import TABLE_FILE
 from everyscope.suite.records import SaeRecord
 
@@ -15,7 +17,7 @@ PREFIXES = {"baselines": "baseline_", "by_segment": "segment_"}
 """What columns of a nested object begin with; others begin with the object's name."""
 OPTIONAL = ("by_segment", "uniformity")
 """Objects that may be null: their columns are there where any SAE has them."""
-WITHOUT = ("by_position", "evaluation")
+WITHOUT = ("by_position", "evaluation", IDENTITY, WEIGHTS)
 """Keys whose values are no numbers of the SAE as a whole."""
 
 

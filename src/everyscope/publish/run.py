@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import PARTIAL, make_folder, require_free_space, sha256, storage_errors, whole_file, write_json
+from everyscope.base.files import PARTIAL, make_folder, require_free_space, sha256, storage_errors, whole_file
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter
+from everyscope.base.progress import meter, say
 from everyscope.publish.config import PublishConfig
-from everyscope.publish.descriptions import described_files, description_checksums, publish_text
+from everyscope.publish.descriptions import check_descriptions, described_files, description_checksums, publish_text
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.flat import write_table
 from everyscope.publish.formats import write_npz, write_saelens
@@ -37,7 +37,8 @@ from everyscope.suite.layout import (
     WEIGHTS_FILE,
     sae_folders,
 )
-from everyscope.suite.records import Measured, SaeRecord, SuiteIndex, read_index
+from everyscope.suite.records import Measured, SaeRecord, SuiteIndex, read_index, write_index
+from everyscope.suite.verify import checksums, counts_identity, verify_cost, verify_file, verify_suite
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class PublishResult:
     """Its report, to be opened in a browser."""
 
 
-def run(config: PublishConfig) -> PublishResult:
-    """Write the suite of all trained SAEs below `config.trained`.
+def run(config: PublishConfig, *, by_bytes: bool = True) -> PublishResult:
+    """Write the suite of all trained SAEs below `config.trained`, again where a file of it is not as it was published.
+
+    That is found by every file's bytes, or, not `by_bytes`, by those of the files alone that were written after suite.json.
 
     Raises DataError where nothing is trained, where an SAE has no scores yet or scores of an older form, or where a slice is
     about something else; StorageError where the disk is too small.
@@ -60,8 +63,9 @@ def run(config: PublishConfig) -> PublishResult:
     sources = find_sources(config)
     described = described_files(config.descriptions, sources)
     inputs = _inputs(config, sources, described)
-    if _is_published(config.out, inputs):
+    if _is_published(config.out, inputs, by_bytes):
         return result
+    check_descriptions(config.descriptions, described)
     make_folder(config.out)
     needed = sum(2 * (source.trained / TENSOR_FILE).stat().st_size for source in sources)
     require_free_space(config.out, needed, "publishing the suite")
@@ -84,10 +88,11 @@ def run(config: PublishConfig) -> PublishResult:
         inputs=inputs,
         saes=tuple(records),
         files={},
+        cost=counts_identity(read_cost(config.scores)),
     )
     names = [*results, *_publish_whole(config, sources, index), *publish_text(config.descriptions, config.out)]
     files = {name: sha256(config.out / name) for name in sorted(names)}
-    write_json(config.out / INDEX_FILE, index.model_copy(update={"files": files}).as_json())
+    write_index(config.out, index.model_copy(update={"files": files}))
     return result
 
 
@@ -102,21 +107,31 @@ def _inputs(config: PublishConfig, sources: Iterable[Source], described: dict[st
             "canonical": [source.folder for source in sources if source.is_canonical],
             "slices": slice_checksums(config.scores),
             "descriptions": description_checksums(config.descriptions, described),
-            "cost": {name: count for name, count in (read_cost(config.scores) or {}).items() if name != "seconds"},
+            "cost": counts_identity(read_cost(config.scores)),
         }
     )
 
 
-def _is_published(suite: Path, inputs: str) -> bool:
-    """True where `suite` was made from the very same inputs and none of its files has been taken away."""
+def _is_published(suite: Path, inputs: str, by_bytes: bool) -> bool:
+    """True where `suite` was made from the very same inputs and its files are those that were published."""
     if not (suite / INDEX_FILE).exists():
         return False
     try:
         index = read_index(suite)
-    except DataError:
+        if index.inputs != inputs:
+            return False
+        if by_bytes:
+            verify_suite(suite)
+            return True
+        published = (suite / INDEX_FILE).stat().st_mtime_ns
+        for name, checksum in checksums(index).items():
+            if not (suite / name).is_file() or (suite / name).stat().st_mtime_ns > published:
+                verify_file(suite / name, checksum)
+        verify_cost(suite, index)
+    except DataError as error:
+        say(f"  {error}"[:300].partition("; ")[0] + "; the suite is published again")
         return False
-    names = [*index.files, *(f"{sae.folder}/{name}" for sae in index.saes for name in sae.files)]
-    return index.inputs == inputs and all((suite / name).is_file() for name in names)
+    return True
 
 
 def _remove_stale(suite: Path, folders: set[str]) -> None:

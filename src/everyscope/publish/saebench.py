@@ -12,12 +12,12 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
-import pyarrow.parquet
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.base.files import write_json
+from everyscope.base.tables import read_table
 from everyscope.publish.formats import saelens_config
 from everyscope.publish.sources import Source
 from everyscope.sae.folded import Sae
@@ -118,7 +118,7 @@ def _of_metrics(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _of_latents(path: Path, sae: Sae, num_tokens: int) -> dict[str, dict[str, Any]]:
     """Categories that the latents' table and the weights fill."""
-    table = pyarrow.parquet.read_table(path, columns=["firings", "mean_activation"])
+    table = read_table(path, ("firings", "mean_activation"), "run `everyscope evaluate` again")
     firings = table["firings"].to_numpy().astype(np.float64)
     activations = np.nan_to_num(table["mean_activation"].to_numpy().astype(np.float64))
     frequencies = firings / num_tokens

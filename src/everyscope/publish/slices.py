@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import make_folder, read_json, sha256, storage_errors, whole_file, write_json
+from everyscope.base.files import make_folder, read_sealed, sha256, storage_errors, whole_file, write_sealed
+from everyscope.base.tables import check_table
 from everyscope.suite.layout import COST_FILE, SLICES_FOLDER
 
+REMEDY = "delete it and run `everyscope evaluate` again"
 NAMING = ("sae", "narrow", "wide", "name")
 """Keys under which a slice names an SAE."""
 SOURCES = ("base", "tuned")
@@ -18,7 +20,7 @@ SOURCES = ("base", "tuned")
 def slice_files(scores: Path) -> list[Path]:
     """Every file of the slices below `scores`, JSON and Parquet, in order of path."""
     folder = scores / SLICES_FOLDER
-    return sorted(path for pattern in ("*.json", "**/*.parquet") for path in folder.glob(pattern) if path.is_file())
+    return sorted(path for pattern in ("*.json", "**/*.parquet") for path in folder.glob(pattern))
 
 
 def publish_slices(scores: Path, suite: Path, folders: Mapping[str, str]) -> dict[str, Any]:
@@ -31,9 +33,10 @@ def publish_slices(scores: Path, suite: Path, folders: Mapping[str, str]) -> dic
     for path in slice_files(scores):
         target = suite / SLICES_FOLDER / path.relative_to(scores / SLICES_FOLDER)
         if path.suffix == ".json":
-            slices[path.stem] = _renamed(read_json(path), folders, path)
-            write_json(target, slices[path.stem])
+            slices[path.stem] = _renamed(read_sealed(path, REMEDY), folders, path)
+            write_sealed(target, slices[path.stem])
         else:
+            check_table(path, REMEDY)
             with whole_file(target) as partial, storage_errors(target):
                 shutil.copyfile(path, partial)
     for pair in slices.get("splitting", {}).get("pairs", []):
@@ -44,20 +47,23 @@ def publish_slices(scores: Path, suite: Path, folders: Mapping[str, str]) -> dic
 
 
 def read_cost(scores: Path) -> dict[str, Any] | None:
-    """What the evaluation has cost; None where nothing tells it."""
-    return read_json(scores / COST_FILE) if (scores / COST_FILE).is_file() else None
+    """What the evaluation has cost; None where nothing tells it, DamagedData where it was changed since."""
+    if not (scores / COST_FILE).exists():
+        return None
+    return {name: value for name, value in read_sealed(scores / COST_FILE, REMEDY).items() if name != "entries"}
 
 
 def publish_cost(scores: Path, suite: Path) -> dict[str, Any] | None:
     """Copy what the evaluation has cost, and return it.
 
-    The one file of a suite that no two runs have alike: it holds seconds, so no checksum is kept of it.
+    The one file of a suite that no two runs have alike, for it holds seconds: it has its own checksum, and suite.json that of the
+    rest of it.
     """
     cost = read_cost(scores)
     if cost is None:
         (suite / COST_FILE).unlink(missing_ok=True)
     else:
-        write_json(suite / COST_FILE, cost)
+        write_sealed(suite / COST_FILE, cost)
     return cost
 
 

@@ -9,13 +9,14 @@ from statistics import median_low
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json, sha256
+from everyscope.base.files import sha256
 from everyscope.base.progress import say
 from everyscope.publish.config import PublishConfig
-from everyscope.sae.files import RECORD_FILE, TENSOR_FILE, trained_folders
+from everyscope.sae.files import RECORD_FILE, WEIGHTS, read_record, trained_folders, weights_digest
 from everyscope.sites.names import Site, parse_folder
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, sae_folder
 from everyscope.suite.records import Headline, Intervals
+from everyscope.suite.scores import read_metrics
 
 CANONICAL_L0 = 100.0
 """The L0 that stands for a site and width whose SAEs aimed at none, as in Gemma Scope [latents]."""
@@ -66,6 +67,7 @@ NEEDED = [
     "data",
     "mask",
     "evaluation",
+    WEIGHTS,
 ]
 """Keys that metrics.json must have; null counts as having it."""
 
@@ -89,8 +91,8 @@ class Source:
     @property
     def checksums(self) -> list[str]:
         """Hashes of all files that this SAE is published from."""
-        inputs = (self.trained / TENSOR_FILE, self.trained / RECORD_FILE, self.scores / METRICS_FILE, self.scores / LATENTS_FILE)
-        return [sha256(path) for path in inputs]
+        inputs = (self.trained / RECORD_FILE, self.scores / METRICS_FILE, self.scores / LATENTS_FILE)
+        return [weights_digest(self.trained), *(sha256(path) for path in inputs)]
 
     @property
     def headline(self) -> Headline:
@@ -126,13 +128,16 @@ def _read_source(config: PublishConfig, folder: Path) -> Source:
     scores = config.scores / place
     if not (scores / METRICS_FILE).exists():
         raise DataError(f"{scores}: no scores for {folder}; run `everyscope evaluate` first")
-    metrics = read_json(scores / METRICS_FILE)
+    metrics = read_metrics(scores / METRICS_FILE)
     if missing := [name for name in NEEDED if name not in metrics]:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise DataError(
             f"{scores / METRICS_FILE}: lacks {few}; these scores are of an older version, run `everyscope evaluate` again"
         )
-    target = read_json(folder / RECORD_FILE).get("config", {}).get("target_l0")
+    record = read_record(folder)
+    if metrics[WEIGHTS] != record[WEIGHTS]:
+        raise DataError(f"{scores}: its scores are of other weights than those in {folder}; run `everyscope evaluate` again")
+    target = record.get("config", {}).get("target_l0")
     return Source(parse_folder(place.parent.as_posix()), place.as_posix(), folder, scores, metrics, target)
 
 

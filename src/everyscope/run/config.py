@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema
 from everyscope.describe.config import DescribeConfig
@@ -299,6 +300,6 @@ class RunConfig(Schema):
             descriptions=out / "descriptions",
             out=out / "suite",
             title=self.title,
-            model=self.model.name,
+            model=public_name(self.model.name),
             canonical_l0=self.canonical_l0,
         )

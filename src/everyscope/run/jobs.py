@@ -23,7 +23,7 @@ from everyscope.evaluate.comparisons.config import (
     WidthsConfig,
 )
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.cost import COST_FILE, add_cost, read_cost
+from everyscope.evaluate.cost import read_costs, write_costs
 from everyscope.evaluate.run import run as evaluate
 from everyscope.evaluate.targets import Target, load_targets
 from everyscope.harvest.config import HarvestConfig
@@ -152,9 +152,8 @@ def gather_scores(scores: Path) -> None:
             target = scores / path.relative_to(part)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
-        cost = read_cost(part)
-        (part / COST_FILE).unlink(missing_ok=True)
-        add_cost(scores, cost)
+        entries = {f"{part.name} {key}": cost for key, cost in read_costs(part).items()}
+        write_costs(scores, read_costs(scores) | entries)
         shutil.rmtree(part)
     shutil.rmtree(parts, ignore_errors=True)
 

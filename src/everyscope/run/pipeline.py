@@ -171,10 +171,10 @@ def run_explanation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     run_titled([Job(explain, stages.explain, "explain", resources)], "explain", engine)
 
 
-def run_publication(stages: Stages) -> PublishResult:
-    """SAEs, scores and descriptions to the suite."""
+def run_publication(stages: Stages, *, by_bytes: bool = True) -> PublishResult:
+    """SAEs, scores and descriptions to the suite; see `publish.run.run` for `by_bytes`."""
     heading("publish")
-    return publish(stages.publish)
+    return publish(stages.publish, by_bytes=by_bytes)
 
 
 def run_stages(stages: Stages, engine: EngineConfig = THIS_HOST.settings, watches: Sequence[Watch] = ()) -> PublishResult:
@@ -185,7 +185,7 @@ def run_stages(stages: Stages, engine: EngineConfig = THIS_HOST.settings, watche
         run_evaluation(stages, opened)
         run_description(stages, opened)
         run_explanation(stages, opened)
-        return run_publication(stages)
+        return run_publication(stages, by_bytes=False)  # else a finished run would read every byte of its suite
 
 
 def run_recipe(config: RunConfig, out: Path, engine: EngineConfig = THIS_HOST.settings) -> PublishResult:

@@ -47,11 +47,16 @@ class Sae(nn.Module):
         ShapeMismatch where the five do not fit together, NonFinite where one holds NaN or infinity.
         """
         super().__init__()
+        if W_enc.ndim != 2 or 0 in W_enc.shape:
+            raise ShapeMismatch(f"W_enc has shape {tuple(W_enc.shape)}, expected [d_in, d_sae] with at least one of each")
         d_in, d_sae = W_enc.shape
         want = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
         for name, tensor in zip(PARAMETERS, (W_enc, W_dec, b_enc, b_dec, threshold), strict=True):
             if tuple(tensor.shape) != want[name]:
-                raise ShapeMismatch(f"{name} has shape {tuple(tensor.shape)}, W_enc asks for {want[name]}; the file is damaged")
+                raise ShapeMismatch(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {want[name]} beside W_enc of {(d_in, d_sae)}; "
+                    "is a tensor transposed, or of another SAE?"
+                )
             if not torch.isfinite(tensor).all():
                 raise NonFinite(f"{name} holds NaN or infinity; the SAE is damaged or its training diverged")
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))

@@ -155,7 +155,7 @@ def parse_manifest(data: bytes, name: Path | str) -> Manifest:
     value = parse_json(data, name)
     identity = value.pop(IDENTITY, None) if isinstance(value, dict) else None
     manifest = _validated(Manifest, value, name)
-    if identity not in (None, manifest.identity):  # folders of everyscope 0.1 do not name it
+    if identity != manifest.identity:
         raise DamagedData(f"{name}: differs from its own checksum; {REMEDY}")
     if manifest.num_rows != sum(entry.rows for entry in manifest.shards):
         raise DamagedData(f"{name}: num_rows={manifest.num_rows} is not the sum of its shards; {REMEDY}")

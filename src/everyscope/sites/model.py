@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from everyscope.base.bundled import BUNDLED_MODELS, model_location
-from everyscope.base.errors import ConfigError, ModelError
+from everyscope.base.bundled import BUNDLED_MODELS, NO_CODE, model_location
+from everyscope.base.errors import ConfigError, EveryscopeError, ModelError
 from everyscope.base.extras import import_extra
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.identity import check_residual_identity
@@ -83,7 +82,9 @@ def load_language_model(config: ModelConfig | str, **fields: Any) -> LanguageMod
     device, spread = _device(config.device), spreading(config)
     try:
         model = _untrained(config) if config.weights == "random" else _trained(config, spread)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except EveryscopeError:
+        raise
+    except Exception as error:  # a damaged config.json or index makes transformers raise whatever it meets first
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"model {config.name!r} cannot be loaded: {reason[:300]}; "
@@ -127,6 +128,8 @@ def _trained(config: ModelConfig, spread: dict[str, Any]) -> nn.Module:
         revision=config.revision,
         attn_implementation="eager",
         output_loading_info=True,
+        use_safetensors=True,  # a pickle may run code; torch refuses most, in words of its own
+        **NO_CODE,
         **{DTYPE_KEYWORD: getattr(torch, config.dtype)},
         **spread,
     )
@@ -143,10 +146,12 @@ def _untrained(config: ModelConfig) -> nn.Module:
 
     Drawn in float32 on the CPU and rounded then, so that the weights are the same ones in every format and on every device.
     """
-    described = AutoConfig.from_pretrained(model_location(config.name), revision=config.revision)
+    described = AutoConfig.from_pretrained(model_location(config.name), revision=config.revision, **NO_CODE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.weights_seed)
-        model = AutoModelForCausalLM.from_config(described, attn_implementation="eager", **{DTYPE_KEYWORD: torch.float32})
+        model = AutoModelForCausalLM.from_config(
+            described, attn_implementation="eager", **NO_CODE, **{DTYPE_KEYWORD: torch.float32}
+        )
     return model.to(getattr(torch, config.dtype))
 
 

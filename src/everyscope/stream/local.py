@@ -101,12 +101,12 @@ class ArraySource:
     """An array of activations from anywhere, shuffled once."""
 
     def __init__(self, activations: Float[np.ndarray, "rows d_in"] | Float[Tensor, "rows d_in"], seed: int = 0) -> None:
-        """Take `activations` as they are, without a copy; do not change them afterwards.
+        """Take `activations` as they are, without a copy where torch can; do not change them afterwards.
 
-        ShapeMismatch where they are not [rows, d_in] with at least one of each, DataError where they are no floating-point
-        numbers, NonFinite, naming the first such row, where one is NaN or infinite.
+        ShapeMismatch where they are not [rows, d_in] with at least one of each, DataError where they are no array of
+        floating-point numbers, NonFinite, naming the first such row, where one is NaN or infinite.
         """
-        table = torch.from_numpy(activations) if isinstance(activations, np.ndarray) else activations.detach().cpu()
+        table = _as_tensor(activations)
         if table.ndim != 2 or 0 in table.shape:
             raise ShapeMismatch(
                 f"activations have shape {tuple(table.shape)}, expected [rows, d_in] with at least one row; reshape them"
@@ -122,6 +122,21 @@ class ArraySource:
         """Batch `step`, float32."""
         order = torch.cat([self._order[start:stop] for start, stop in spans(step, rows, self.num_rows)])
         return self._table[order].float()
+
+
+def _as_tensor(activations: object) -> Tensor:
+    """An array as a tensor on the CPU; DataError for what is no array, or holds what torch has no numbers for."""
+    if isinstance(activations, Tensor):
+        return activations.detach().cpu()
+    if not isinstance(activations, np.ndarray):
+        kind = type(activations).__name__
+        raise DataError(f"activations are a {kind}, expected a numpy array or a torch tensor; convert them with numpy.asarray")
+    if activations.dtype.kind != "f" or activations.dtype.itemsize > 8:
+        raise DataError(f"activations are {activations.dtype}, expected floating-point numbers; convert them to float32")
+    native = activations.astype(activations.dtype.newbyteorder("="), copy=False)  # files of other machines are big-endian
+    if min(native.strides, default=0) < 0 or not native.flags.writeable:  # reversed, or mapped: torch has no such tensors
+        native = native.copy()
+    return torch.from_numpy(native)
 
 
 def _measure(table: Float[Tensor, "rows d_in"]) -> tuple[Statistics, str]:

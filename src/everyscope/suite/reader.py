@@ -4,10 +4,10 @@ One function per format; `load_sae` only decides which of them it has before it.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 import huggingface_hub
 import numpy as np
@@ -15,16 +15,24 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from everyscope.base.errors import ConfigError, DataError, first_line
-from everyscope.base.files import read_json
+from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch, first_line
+from everyscope.base.files import read_object, require_file, unreadable
 from everyscope.sae.files import has_sae, read_sae
 from everyscope.sae.folded import PARAMETERS, Sae, from_tensors
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sae.saelens import metadata_of
 from everyscope.sites.names import Site, SiteKind, as_site
 from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE
+from everyscope.suite.npz import array_names, read_arrays
 from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
+from everyscope.suite.verify import checksums, verify_file
+
+SUITE_DEPTH = 4
+"""How far above an SAE's folder its suite lies: site, layer, width, L0."""
+UNFOLDED = ("scal", "norm", "skip")
+"""Parts of names of arrays beside the five that change what an SAE computes, unless they are 1 everywhere (0 for a skip)."""
 
 GEMMA_SCOPE = re.compile(r"google/gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)/layer_(\d+)/width_[0-9a-z]+/average_l0_(\d+)")
 """The hub ids of DeepMind's first release, whose files hold tensors alone."""
@@ -75,6 +83,7 @@ def _read_local(path: Path) -> Sae:
     if path.is_file() and path.suffix == ".npz":
         return read_npz(path)
     if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        _verify_in_suite(path)
         return read_saelens(path)
     if (path / NPZ_FILE).is_file():
         return read_npz(path / NPZ_FILE)
@@ -85,42 +94,95 @@ def _read_local(path: Path) -> Sae:
     raise DataError(f"{path}: holds no SAE; expected {NPZ_FILE}, or {CONFIG_FILE} with {WEIGHTS_FILE}")
 
 
+def _verify_in_suite(folder: Path) -> None:
+    """Where `folder` lies in a suite that lists it: DamagedData unless its weights are those that were published.
+
+    safetensors has no checksum of its own; npz has.
+    """
+    parents = folder.resolve().parents
+    if len(parents) < SUITE_DEPTH or not (parents[SUITE_DEPTH - 1] / INDEX_FILE).is_file():
+        return
+    suite = parents[SUITE_DEPTH - 1]
+    known = _known_files(suite, (suite / INDEX_FILE).stat().st_mtime_ns)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        checksum = known.get(f"{folder.resolve().relative_to(suite).as_posix()}/{name}")
+        if checksum is not None:
+            verify_file(folder / name, checksum)
+
+
+@lru_cache(maxsize=4)
+def _known_files(suite: Path, time: int) -> dict[str, str]:
+    """SHA-256 of a suite's files by path, as of the `time` at which suite.json was written."""
+    return checksums(read_index(suite))
+
+
 def read_npz(path: Path) -> Sae:
-    """The SAE in a Gemma Scope params.npz, with the old names of its keys too; pickled content is refused, as DataError."""
+    """The SAE in a Gemma Scope params.npz, in float32, with the old names of its keys too.
+
+    DataError for what is no npz of plain floating-point numbers or holds a tensor under two names, ConfigError for a scaling
+    factor, or a skip connection, that is not folded into the weights.
+    """
+    found = array_names(path)
+    by_name = {key: [name for name in found if name.lower() == key.lower()] for key in PARAMETERS}
+    doubled = next((names for names in by_name.values() if len(names) > 1), None)
+    if doubled is not None:
+        raise DataError(f"{path}: holds both {' and '.join(doubled)}, which are one tensor; delete one of them")
+    factors = [name for name in found if any(word in name.lower() for word in UNFOLDED)]
+    chosen = {key: names[0] for key, names in by_name.items() if names}
+    arrays = read_arrays(path, [*chosen.values(), *factors])
+    for name in factors:
+        _require_folded(path, name, arrays[name])
+    return _checked(path, {key: torch.from_numpy(arrays[name]) for key, name in chosen.items()})
+
+
+def _require_folded(path: Path, name: str, values: np.ndarray) -> None:
+    neutral = 0 if "skip" in name.lower() else 1
+    if not np.all(values == neutral):
+        raise ConfigError(f"{path}: {name} is not {neutral} everywhere; only folded SAEs are read, rescale W_enc and W_dec first")
+
+
+def _checked(path: Path, tensors: Mapping[str, Tensor], metadata: SaeMetadata | None = None) -> Sae:
+    """The SAE of five tensors out of the file `path`, float32; what is wrong with them names the file."""
+    for name in PARAMETERS:
+        tensor = tensors.get(name)
+        if tensor is not None and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DataError(f"{path}: {name} holds {kind}, expected floating-point numbers; convert it to float32")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = {name.lower(): name for name in arrays.files}
-            tensors = {
-                key: torch.from_numpy(np.asarray(arrays[names[key.lower()]], np.float32).copy())
-                for key in PARAMETERS
-                if key.lower() in names
-            }
-            factor = np.asarray(arrays["scaling_factor"]) if "scaling_factor" in names.values() else np.ones(1)
-    except (ValueError, OSError, BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as an npz of plain arrays ({error}); download or publish it again") from error
-    if not np.all(factor == 1):
-        raise ConfigError(f"{path}: scaling_factor is not 1 everywhere; only folded SAEs are read, rescale W_enc and W_dec first")
-    return from_tensors(tensors)
+        sae = from_tensors({name: tensor.float() for name, tensor in tensors.items() if name in PARAMETERS}, metadata)
+    except (ShapeMismatch, NonFinite) as error:
+        raise type(error)(f"{path}: {error}") from error
+    if bool((sae.threshold < 0).any()):
+        lowest = float(sae.threshold.min())
+        raise DataError(f"{path}: threshold has {lowest:.3g}, expected 0 or more everywhere; JumpReLU would keep negative values")
+    return sae
 
 
 def read_saelens(folder: Path) -> Sae:
     """The JumpReLU SAE in a SAELens folder, folded: b_dec that is subtracted from the input goes into b_enc.
 
     Pre-activations (x - b_dec) @ W_enc + b_enc equal x @ W_enc + (b_enc - b_dec @ W_enc). ConfigError for another
-    architecture, or activations that must be normalised first.
+    architecture, or activations that must be normalised first; ShapeMismatch where weights are not of the sizes in cfg.json.
     """
-    config = read_json(folder / CONFIG_FILE)
+    config, path = read_object(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     architecture, normalised = config.get("architecture"), config.get("normalize_activations") or "none"
     if architecture != "jumprelu" or normalised != "none":
         raise ConfigError(
             f"{folder / CONFIG_FILE}: architecture={architecture!r}, normalize_activations={normalised!r}; "
             "only jumprelu with none can be read, fold the normalisation in first"
         )
+    require_file(path)
     try:
-        tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    except SafetensorError as error:
-        raise DataError(f"{folder / WEIGHTS_FILE}: is no safetensors file ({error}); download or publish it again") from error
-    sae = from_tensors(tensors, metadata_of(config))
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, "safetensors", error) from error
+    for name, tensor in tensors.items():
+        if any(word in name.lower() for word in UNFOLDED):
+            _require_folded(path, name, tensor.numpy())
+    sae = _checked(path, tensors, metadata_of(config))
+    for field, got in (("d_in", sae.d_in), ("d_sae", sae.d_sae)):
+        if (want := config.get(field, got)) != got:
+            raise ShapeMismatch(f"{path}: has {field}={got}, {CONFIG_FILE} says {want!r}; are they of two SAEs? download both")
     # SAELens itself takes a missing flag for true.
     return _subtraction_folded(sae) if config.get("apply_b_dec_to_input", True) else sae
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from transformers import AutoConfig, AutoTokenizer
 
-from everyscope.base.bundled import model_location
+from everyscope.base.bundled import NO_CODE, model_location
 from everyscope.base.errors import ModelError, first_line
 from everyscope.text.tally import Tally
 
@@ -17,7 +17,7 @@ NUM_EMBEDDINGS = "everyscope_num_embeddings"
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
     """The tokenizer of a bundled model, a local folder or a Hugging Face model; ModelError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_location(model), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_location(model), revision=revision, **NO_CODE)
     except Exception as error:  # a damaged tokenizer.json makes the tokenizers library raise Exception itself
         reason = first_line(error)
         raise ModelError(

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from everyscope.base.files import reserve, whole_file, write_json
+from everyscope.base.files import reserve, whole_file
 from everyscope.base.tensors import tensors_header
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.files import RECORD_FILE, TENSOR_FILE
+from everyscope.sae.files import TENSOR_FILE, write_record
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import LATENT_AXIS, TENSORS, TrainableSae, fold
 from everyscope.train.checkpoint import Parts
@@ -52,7 +52,7 @@ def save_assembled(
             tables["b_dec"][:] = piece.b_dec
         for table in tables.values():
             table.flush()
-    write_json(folder / RECORD_FILE, record)
+    write_record(folder, record)
 
 
 def _shard(parts: Parts, number: int, config: SaeConfig, latents: range) -> TrainableSae:

@@ -2,26 +2,30 @@
 
 One process writes one safetensors file, replaced whole. Several write a folder beside it: a file for each shard of the latents,
 and then a manifest that names them. What no manifest names was never finished, and the checkpoint before stands until then.
-Whoever loads takes its own latents out of whatever files there are.
+Each rank that loads takes its own latents out of the files there are. Every file holds its own checksum.
 """
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from everyscope.base.errors import DamagedData, DataError
-from everyscope.base.files import make_folder, read_json, write_json
-from everyscope.base.tensors import write_tensors
+from everyscope.base.files import make_folder, read_sealed, write_sealed
+from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.train.bank import Bank
 
 MANIFEST = "manifest.json"
+REMEDY = "delete it and run the same command again, which trains this bank from its first step"
+FREE_FACTOR = 1.5
+"""Free memory that a copy of the state must leave room in, over its own size [1]."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,30 @@ class Parts:
                 pieces.append(part[first:last] if axis == 0 else part[:, first:last])
             start = stop
         if start < latents.stop:
-            raise DamagedData(f"{name} has {start} latents in the checkpoint, expected {latents.stop}; delete it to train anew")
+            raise DamagedData(f"{name} has {start} latents in the checkpoint, expected {latents.stop}; {REMEDY}")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
 
 @contextmanager
-def opened(files: tuple[Path, ...]) -> Iterator[Parts]:
-    """The tensors in these files, read as they are asked for; DamagedData where one is missing or no safetensors file."""
+def opened(files: tuple[Path, ...], rank: int | None = None, ranks: int = 1) -> Iterator[Parts]:
+    """The tensors in these files, read as they are asked for; DamagedData where a file differs from its checksum.
+
+    Of several ranks each compares some of the files, and a rank that finds damage ends them all; None compares no file, which
+    is for one who wrote them just now.
+    """
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise DamagedData(
+            f"{missing}: a file of the checkpoint is missing; delete {missing.parent} and run the same command again"
+        )
     with ExitStack() as stack:
-        try:
-            parts = [stack.enter_context(safe_open(file, "pt")) for file in files]
-        except (OSError, SafetensorError) as error:
-            raise DamagedData(f"{files[0].parent}: the checkpoint cannot be read ({error}); delete it to train anew") from error
-        yield Parts(parts)
+        checked = range(0) if rank is None else range(rank, len(files), ranks)
+        yield Parts(
+            [
+                stack.enter_context(opened_tensors(file, is_checked=number in checked, remedy=REMEDY))
+                for number, file in enumerate(files)
+            ]
+        )
 
 
 def folder_of_ranks(path: Path) -> Path:
@@ -92,15 +107,25 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     """The one at `path`, by one process or by several: that of more steps, for a kill may leave both."""
     found = []
     if path.exists():
-        with safe_open(path, "pt") as file:
-            said = file.metadata()
-        found.append(Checkpoint(said["run_id"], Place(int(said["num_steps_done"]), int(said["log_bytes"])), (path,)))
+        with opened_tensors(path, is_checked=False, remedy=REMEDY) as file:  # whoever takes its tensors compares it
+            found.append(_checkpoint(file.metadata(), (path,), path))
     folder = folder_of_ranks(path)
     if (folder / MANIFEST).exists():
-        said = read_json(folder / MANIFEST)
-        files = tuple(folder / name for name in said["files"])
-        found.append(Checkpoint(said["run_id"], Place(said["num_steps_done"], said["log_bytes"]), files))
+        said = read_sealed(folder / MANIFEST, f"delete {folder} and run the same command again")
+        files = tuple(folder / str(name) for name in said.get("files", ()))
+        found.append(_checkpoint(said, files, folder / MANIFEST))
     return max(found, key=lambda checkpoint: checkpoint.place.num_steps_done, default=None)
+
+
+def _checkpoint(said: Mapping[str, Any], files: tuple[Path, ...], name: Path) -> Checkpoint:
+    """The checkpoint that a file says it is of; DamagedData where it does not say so."""
+    try:
+        place = Place(int(said["num_steps_done"]), int(said["log_bytes"]))
+        if min(place.num_steps_done, place.log_bytes) < 0 or not files:
+            raise ValueError(f"num_steps_done={place.num_steps_done}, log_bytes={place.log_bytes}, {len(files)} files")
+        return Checkpoint(str(said["run_id"]), place, files)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedData(f"{name}: is no checkpoint of a bank ({type(error).__name__}: {error}); {REMEDY}") from error
 
 
 def save_checkpoint(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None:
@@ -111,9 +136,61 @@ def save_checkpoint(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None
     if bank.collective.mesh.ranks > 1:
         _save_shard(path, bank, run_id, log_bytes)
         return
-    metadata = {"run_id": run_id, "num_steps_done": str(bank.num_steps_done), "log_bytes": str(log_bytes)}
-    write_tensors(path, bank.tensors(), metadata)
+    _write(path, bank.tensors(), _metadata(bank, run_id, log_bytes))
+
+
+def _metadata(bank: Bank, run_id: str, log_bytes: int) -> dict[str, str]:
+    return {"run_id": run_id, "num_steps_done": str(bank.num_steps_done), "log_bytes": str(log_bytes)}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    write_tensors(path, tensors, metadata, is_sealed=True)
     shutil.rmtree(folder_of_ranks(path), ignore_errors=True)
+
+
+class Saver:
+    """Checkpoints of a bank in training, written by a thread from a copy while the next steps are computed.
+
+    The copy holds the state of one step, so a checkpoint has the bits that it would have had otherwise; files are replaced whole.
+    Where the copy would not fit into free memory, and where several ranks must agree that a checkpoint is whole, training waits.
+    """
+
+    def __init__(self, path: Path, run_id: str) -> None:
+        """Checkpoints at `path`, as `save_checkpoint` writes them."""
+        self._path, self._run_id = path, run_id
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def save(self, bank: Bank, log_bytes: int) -> None:
+        """Take the bank's state now and begin to write it; first waits for the checkpoint before, and raises its error."""
+        self.wait()
+        tensors = bank.tensors()
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if bank.collective.mesh.ranks > 1 or num_bytes * FREE_FACTOR > _free_bytes():
+            save_checkpoint(self._path, bank, self._run_id, log_bytes)
+            return
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        metadata = _metadata(bank, self._run_id, log_bytes)
+        self._under_way = self._writer.submit(_write, self._path, copies, metadata)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is whole; raises StorageError where it could not be written."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def close(self) -> None:
+        """Wait for what is under way, whatever becomes of it: nobody else may write this file before."""
+        self._writer.shutdown(wait=True)
+
+
+def _free_bytes() -> int:
+    """Memory that a process may take now without swapping, as Linux tells it [bytes]; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def _save_shard(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None:
@@ -121,11 +198,11 @@ def _save_shard(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None:
     mesh, folder = bank.collective.mesh, make_folder(folder_of_ranks(path))
     names = [f"step_{bank.num_steps_done}_shard_{shard}_of_{mesh.shards}.safetensors" for shard in range(mesh.shards)]
     if mesh.replica == 0:
-        write_tensors(folder / names[mesh.shard], bank.tensors())
+        write_tensors(folder / names[mesh.shard], bank.tensors(), is_sealed=True)
     bank.collective.barrier()
     if mesh.rank == 0:
         said = {"run_id": run_id, "num_steps_done": bank.num_steps_done, "log_bytes": log_bytes, "files": names}
-        write_json(folder / MANIFEST, said)
+        write_sealed(folder / MANIFEST, said)
         for old in folder.iterdir():
             if old.name not in (*names, MANIFEST):
                 old.unlink()
@@ -142,11 +219,15 @@ def load_checkpoint(path: Path, bank: Bank, run_id: str) -> Place:
     if checkpoint is None:
         return Place(0, 0)
     if checkpoint.run_id != run_id:
-        raise DataError(
-            f"{path}: belongs to another run (other shards or SAEs); delete it to train anew, or choose another --out"
-        )
-    with opened(checkpoint.files) as parts:
-        bank.restore(parts.names, parts.read, checkpoint.place.num_steps_done)
+        raise DataError(f"{path}: belongs to another run (other shards or SAEs); {REMEDY}, or choose another --out")
+    if checkpoint.place.num_steps_done > bank.steps:
+        raise DamagedData(f"{path}: is of step {checkpoint.place.num_steps_done}, the bank ends at {bank.steps}; {REMEDY}")
+    mesh = bank.collective.mesh
+    with opened(checkpoint.files, mesh.rank, mesh.ranks) as parts:
+        try:
+            bank.restore(parts.names, parts.read, checkpoint.place.num_steps_done)
+        except (SafetensorError, RuntimeError) as error:  # a tensor that is missing, or of another shape
+            raise DamagedData(f"{path}: does not hold the tensors of this bank ({error}); {REMEDY}") from error
     return checkpoint.place
 
 

@@ -6,7 +6,7 @@ processes calls `run_rank` in each.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from everyscope.stream.source import Source
 from everyscope.train.assembly import save_assembled
 from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.checkpoint import (
+    Saver,
     find_checkpoint,
     folder_of_ranks,
     forget_checkpoint,
@@ -115,13 +116,16 @@ def train(
         if log is not None and (bank.num_steps_done % settings.log_steps == 0 or bank.num_steps_done == config.steps):
             log_losses(log, config, bank.num_steps_done, losses, sinks)
 
+    saver = Saver(checkpoint, run_id)
+
     def keep(bank: Bank, losses: list[StepLosses]) -> None:
         is_due = bank.num_steps_done % settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
         # Asked once: a signal between two questions would leave without saving.
         is_last_chance = _agree_to_stop(collective, bank.num_steps_done, is_asked_to_stop)
         if is_due or is_last_chance:
-            save_checkpoint(checkpoint, bank, run_id, log.num_bytes if log else 0)
+            saver.save(bank, log.num_bytes if log else 0)
         if is_last_chance:
+            saver.wait()
             raise SystemExit(EXIT_CODE)
 
     reported = settings.report_to if leads else ()
@@ -129,16 +133,23 @@ def train(
         opened_sinks(reported, f"{config.site} {config.bank_id}", config.record(), config.out, place.num_steps_done) as sinks,
         termination() as is_asked_to_stop,
     ):
-        fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
-    log_bytes = log.num_bytes if log else 0
-    if log is not None:
-        log.close()
+        with closing(saver):
+            fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
+            saver.wait()
+        log_bytes = log.num_bytes if log else 0
+        if log is not None:
+            log.close()
+        # Asked once more, all ranks alike: what came behind the last step's question would be forgotten with this block.
+        is_stopping = any_of(collective, is_asked_to_stop())
+        if is_stopping or collective.mesh.ranks > 1:
+            save_checkpoint(checkpoint, bank, run_id, log_bytes)
+        if is_stopping:
+            raise SystemExit(EXIT_CODE)
     if collective.mesh.ranks == 1:
         for sae in bank.saes:
             record = record_of(config, sae.config, source, normalisation)
             write_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
     else:
-        save_checkpoint(checkpoint, bank, run_id, log_bytes)
         _save_together(config, source, normalisation, collective)
     if leads:
         forget_checkpoint(checkpoint)
@@ -214,7 +225,7 @@ def has_all_saes(config: TrainConfig, source: Source) -> bool:
     """True where every SAE of the bank is on disk; ConfigError where one of that name comes from another run."""
     folders = {config.out / sae_name(sae): config.identity_of(sae, source.identity) for sae in config.saes}
     for folder, identity in folders.items():
-        if has_sae(folder) and read_record(folder)["run_id"] != identity:
+        if has_sae(folder) and read_record(folder).get("run_id") != identity:
             raise ConfigError(
                 f"{folder}: holds an SAE trained on other shards or with other settings than this one; "
                 "delete the folder to train it again, or choose another --out"

@@ -2,19 +2,25 @@
 
 import errno
 import hashlib
+import os
 
 import pytest
 
-from everyscope.base.errors import DataError, StorageError
+from everyscope.base.bundled import public_name
+from everyscope.base.errors import DamagedData, DataError, StorageError
 from everyscope.base.files import (
     human_bytes,
     make_folder,
+    read_bytes,
     read_json,
+    read_object,
+    read_sealed,
     require_free_space,
     sha256,
     storage_errors,
     whole_file,
     write_json,
+    write_sealed,
     write_text,
 )
 
@@ -114,7 +120,7 @@ def test_read_json_says_what_is_wrong(tmp_path):
         read_json(tmp_path / "binary.json")
     with pytest.raises(DataError, match="no such file"):
         read_json(tmp_path / "half.json" / "below.json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a folder, expected a file"):
         read_json(tmp_path)
 
 
@@ -136,3 +142,88 @@ def test_free_space_is_checked_before_the_folder_exists(tmp_path):
 )
 def test_human_bytes(num_bytes, text):
     assert human_bytes(num_bytes) == text
+
+
+def test_pipes_devices_and_folders_are_refused_at_once(tmp_path):
+    """Each would hang, or never end, if it were opened and read."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "a named pipe"), ("zero", "a device"), (".", "a folder")):
+        for read in (read_bytes, read_json, read_object, read_sealed, sha256):
+            with pytest.raises(DataError, match=kind):
+                read(tmp_path / name)
+
+
+def test_json_is_read_up_to_a_bound(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="larger than"):
+        read_json(tmp_path / "sparse")
+    (tmp_path / "exact").write_bytes(b"1234")
+    assert read_bytes(tmp_path / "exact", at_most=4) == b"1234"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": NaN}', "9" * 5000, '{"a": -Infinity}', "", "\ud800"])
+def test_json_of_no_value_is_one_line_that_names_the_file(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DataError, match=r"a\.json: not readable as JSON") as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer.*git lfs pull"),
+        ("\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", "HTML page"),
+        ("<HTML><body>404</body>", "HTML page"),
+    ],
+)
+def test_what_a_download_left_instead_of_a_file_is_called_what_it_is(tmp_path, content, words):
+    (tmp_path / "cfg.json").write_text(content)
+    with pytest.raises(DataError, match=rf"cfg\.json: is .*{words}"):
+        read_json(tmp_path / "cfg.json")
+
+
+def test_an_object_is_an_object(tmp_path):
+    write_json(tmp_path / "a.json", [1])
+    with pytest.raises(DataError, match=r"a\.json: holds list, expected a JSON object"):
+        read_object(tmp_path / "a.json")
+
+
+def test_every_change_of_a_sealed_object_is_seen(tmp_path):
+    path, value = tmp_path / "a.json", {"fvu": 0.376, "names": ["a", "b"], "none": None}
+    write_sealed(path, value)
+    assert read_sealed(path) == value
+    text = path.read_text()
+    for old, new in (
+        ("0.376", "0.01"),
+        ("0.376", "1e999"),
+        ('"a"', '"c"'),
+        ("null", "0"),
+        ("identity", "identitz"),
+        ("fvu", "fvv"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(DamagedData, match=r"a\.json: its identity.*again"):
+            read_sealed(path)
+    write_json(path, value)
+    with pytest.raises(DamagedData, match="its identity is 'None'"):
+        read_sealed(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("tiny", "tiny"),
+        ("google/gemma-2-2b", "google/gemma-2-2b"),
+        ("/home/me/models/gemma", "gemma"),
+        ("~/models/gemma/", "gemma"),
+        ("./gemma", "gemma"),
+        ("../a/gemma", "gemma"),
+        ("shared/models/gemma", "gemma"),
+        ("C:\\models\\gemma", "gemma"),
+    ],
+)
+def test_published_files_do_not_say_where_a_model_lies(name, published):
+    assert public_name(name) == published

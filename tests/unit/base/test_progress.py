@@ -2,7 +2,7 @@
 
 import pytest
 
-from everyscope.base.progress import heading, human_count, meter, say
+from everyscope.base.progress import heading, human_count, meter, printable, say
 
 
 @pytest.mark.parametrize("speak", [say, heading])
@@ -30,3 +30,13 @@ def test_a_meter_in_a_log_ends_with_the_whole_count(capsys):
 )
 def test_human_count(count, text):
     assert human_count(count) == text
+
+
+def test_nothing_that_a_terminal_obeys_is_shown():
+    hostile = "\x1b]0;title\x07 \x1b[2J\x9b31m plain\ttext\r\u202e é\n"
+    assert printable(hostile) == "\ufffd]0;title\ufffd \ufffd[2J\ufffd31m plain\ttext\ufffd\ufffd é\n"
+
+
+def test_what_is_said_is_printable(capsys):
+    say("a \x1b[31mred\x1b[0m suite")
+    assert "\x1b" not in capsys.readouterr().err

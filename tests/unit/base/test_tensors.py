@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from everyscope.base.tensors import write_tensors
+from everyscope.base.errors import DamagedData, DataError
+from everyscope.base.tensors import opened_tensors, write_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -63,3 +64,38 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         write_tensors(path, {"odd": torch.zeros(2, dtype=torch.complex64)})
     assert path.read_bytes() == before
     assert names(tmp_path) == [path.name]
+
+
+def test_a_sealed_file_is_read_by_the_public_package_and_by_us(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, TENSORS, {"place": "7"}, is_sealed=True)
+    assert torch.equal(load_file(path)["sums"], TENSORS["sums"])
+    with opened_tensors(path) as file:
+        assert file.metadata()["place"] == "7"
+        assert torch.equal(file.get_tensor("weights"), TENSORS["weights"])
+
+
+def test_no_bit_of_a_sealed_file_changes_unseen(tmp_path):
+    """Each byte once, by a bit that moves along: header, metadata, the checksum itself, padding and data."""
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, TENSORS, {"place": "7"}, is_sealed=True)
+    good = path.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << place % 8
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=r"x\.safetensors.*run the same command again"), opened_tensors(path):
+            pass
+    for length in (0, 7, 8, 100, len(good) - 1):
+        path.write_bytes(good[:length])
+        with pytest.raises(DamagedData, match=r"x\.safetensors"), opened_tensors(path):
+            pass
+
+
+def test_what_a_sealed_file_lacks_is_said_with_its_name(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", TENSORS, is_sealed=True)
+    with pytest.raises(DamagedData, match=r"x\.safetensors.*other"), opened_tensors(tmp_path / "x.safetensors") as file:
+        file.get_tensor("other")
+    write_tensors(tmp_path / "open.safetensors", TENSORS)
+    with pytest.raises(DamagedData, match="expected None"), opened_tensors(tmp_path / "open.safetensors"):
+        pass

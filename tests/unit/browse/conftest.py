@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser.asking import Answer, ask
@@ -37,9 +38,9 @@ def index(suite: Path, cache: Path) -> Index:
 def get(suite: Path, cache: Path, index: Index) -> Callable[..., Answer]:
     """Ask the suite's pages; `live` is the language model's factory."""
 
-    def asked(address: str, live: LiveFactory | None = None, host: str = "127.0.0.1:8017") -> Answer:
+    def asked(address: str, live: LiveFactory | None = None, host: str = "127.0.0.1:8017", **more: Any) -> Answer:
         preparation = Preparation(suite, cache)
         preparation.run()
-        return ask(Browser(preparation, live).app(), address, host)
+        return ask(Browser(preparation, live).app(), address, host, **more)
 
     return asked

@@ -70,7 +70,7 @@ def test_a_model_is_made_once_in_its_own_thread():
     model = LiveModel(Threaded)
     assert model.state == "asleep"
     for _ in range(3):
-        model.active("a b", "x")
+        model.asking().active("a b", "x")
     assert model.state == "ready"
     assert len(made) == 4
     assert len(set(made)) == 1
@@ -89,8 +89,8 @@ def test_a_model_that_fails_is_tried_again():
 
     model = LiveModel(factory)
     with pytest.raises(ModelError, match="no such model"):
-        model.active("a", "x")
+        model.asking().active("a", "x")
     assert model.state == "failed"
-    assert model.active("a", "x")
+    assert model.asking().active("a", "x")
     with pytest.raises(ModelError, match="everyscope browse"):
-        LiveModel(None).active("a", "x")
+        LiveModel(None).asking().active("a", "x")

@@ -1,6 +1,7 @@
 """The command line: quick help, overrides, and one line for whatever is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -119,3 +120,39 @@ def test_a_reader_who_leaves_is_no_error_to_tell_of():
     assert b"Traceback" not in planning.stderr.read()
     assert planning.wait() == 1
     planning.stderr.close()
+
+
+@pytest.mark.parametrize("words", [("--token", "hunter2hunter2"), ("--token=hunter2hunter2",)])
+@pytest.mark.parametrize("path", [(), ("shards",)])
+def test_a_secret_on_the_command_line_is_refused_and_not_echoed(capsys, words, path):
+    line = said(capsys, "serve", *path, *words)
+    assert "hunter2" not in line
+    assert "--token-file FILE" in line
+
+
+def test_flags_are_not_guessed_from_their_beginnings(capsys):
+    assert "--model-gpu" in said(capsys, "run", "tiny", "--model-gpu", "2", "--out", "/proc/everyscope")
+
+
+def test_what_nobody_foresaw_is_one_line_that_takes_the_blame(capsys, monkeypatch):
+    def fail(*given) -> None:
+        raise KeyError("\x1b[31mred")
+
+    monkeypatch.setattr("everyscope.cli.main.dispatch", fail)
+    line = said(capsys, "plan", "tiny")
+    assert "a fault of everyscope" in line
+    assert "KeyError" in line
+    assert "\x1b" not in line
+    with pytest.raises(KeyError):
+        main(["plan", "tiny", "--debug"])
+
+
+def test_a_terminal_that_lacks_letters_loses_no_work():
+    code = (
+        "import sys; from everyscope.cli.main import main; sys.argv = ['everyscope', 'plan', 'tiny', '--teraflops', '1']; main()"
+    )
+    child = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code], env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert b"Traceback" not in child.stderr

@@ -9,6 +9,7 @@ from small_scope import build_scope, write_shards
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.evaluate import calibration
 from everyscope.evaluate.calibration import CALIBRATION_FILE, CalibrationSums, calibrate
+from everyscope.evaluate.cost import read_costs
 from everyscope.shards.reader import Shards
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
@@ -37,11 +38,12 @@ def test_mean_components_and_norms_are_those_of_direct_computation():
 def test_shards_and_a_pass_over_training_documents_agree(tmp_path: Path):
     config = build_scope(tmp_path, (SITE,))
     language = load_language_model(config.model)
-    of_shards, passes = calibrate(config, [SITE], language)
-    assert passes == 0
+    of_shards = calibrate(config, [SITE], language)
+    assert not read_costs(config.out)
     without = config.model_copy(update={"shards": None, "out": tmp_path / "other", "calibration_sequences": 10_000})
-    of_text, passes = calibrate(without, [SITE], language)
-    assert passes > 1
+    of_text = calibrate(without, [SITE], language)
+    (cost,) = read_costs(without.out).values()
+    assert cost.calibration > 1
     got, want = of_text[SITE], of_shards[SITE]
     assert torch.allclose(got.mean, want.mean, atol=1e-6)
     assert torch.allclose((got.components.T @ want.components).abs(), torch.eye(16, dtype=torch.float64), atol=1e-3)

@@ -15,6 +15,7 @@ from everyscope.base.errors import ConfigError, EveryscopeError, MissingExtra, S
 from everyscope.jobs import worker
 from everyscope.jobs.job import Job, Resources, spec_of
 from everyscope.jobs.processes import Processes
+from everyscope.jobs.runner import remove_unheld
 from everyscope.jobs.schedule import Schedule
 
 
@@ -190,3 +191,24 @@ def test_a_spec_that_is_not_of_ours_is_refused(tmp_path, work, change):
 def test_work_that_has_no_name_of_its_own_is_refused(work, tmp_path):
     with pytest.raises(ConfigError, match="at the top of a module"):
         spec_of(Job(lambda task: None, work.Task(out=tmp_path), "job"), None)
+
+
+def test_lines_that_are_no_events_are_heard_and_hang_nothing(tmp_path, work):
+    """A library, or the interpreter as it dies, may write to the stream that events go by."""
+    told = run(tmp_path, [Job(work.counted, work.Task(out=tmp_path / "out", what="stray"), "stray", units=10)])
+    assert (tmp_path / "out").read_text() == "10"
+    said = [event["text"] for event in told if event["event"] == "says"]
+    assert {"a stray line", "{}", "[1, 2]"} <= set(said)
+
+
+def test_a_lock_that_somebody_holds_is_not_taken_away(tmp_path):
+    held, left = tmp_path / "held.lock", tmp_path / "left.lock"
+    left.touch()
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for lock in (held, left, tmp_path / "gone.lock"):
+            remove_unheld(lock)
+        assert held.exists()
+        assert not left.exists()
+    remove_unheld(held)
+    assert not held.exists()

@@ -1,7 +1,9 @@
 """Work that tests give to worker processes, which import this module by its name."""
 
+import contextlib
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +48,11 @@ def mischief(task: Task) -> None:
         raise MissingExtra("datasets", "data", "Reading")
     if task.what == "disk":
         raise StorageError("the disk was away")
+    if task.what == "stray":
+        for number in range(3, 64):  # the stream of events is one of these
+            with contextlib.suppress(OSError):
+                if stat.S_ISFIFO(os.fstat(number).st_mode):
+                    os.write(number, b"a stray line\n{}\n[1, 2]\n")
     if task.what == "bug":
         print("on its way to a bug", file=sys.stderr)
         raise ZeroDivisionError("division by nothing")

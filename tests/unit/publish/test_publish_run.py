@@ -8,18 +8,19 @@ from invented_scores import SITES, add_sae, add_slices
 from small_scope import tree_bytes
 
 from everyscope.base.errors import DamagedData, DataError
+from everyscope.base.files import sha256, write_sealed
 from everyscope.publish import report
 from everyscope.publish import run as publish
 from everyscope.publish.config import PublishConfig
 from everyscope.sites.names import Site
 from everyscope.suite.reader import load_suite
-from everyscope.suite.records import verify_suite
+from everyscope.suite.verify import verify_suite
 
 
 def edit(path: Path, **changes) -> None:
-    """Change some keys of a JSON file; "absent" takes one away."""
+    """Change some keys of a sealed JSON file, as the stage that writes it would; "absent" takes one away."""
     value = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: its for key, its in value.items() if its != "absent"}))
+    write_sealed(path, {key: its for key, its in value.items() if its != "absent" and key != "identity"})
 
 
 def test_the_suite_is_the_tree_of_the_contract(published: PublishConfig):
@@ -151,6 +152,108 @@ def test_a_flipped_byte_is_named(few: PublishConfig):
     (few.out / "README.md").unlink()
     with pytest.raises(DamagedData, match=r"README\.md.*missing"):
         verify_suite(few.out)
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("by_bytes", [True, False])
+@pytest.mark.parametrize("name", ["params.npz", "README.md", "cost.json", "suite.json"])
+def test_publishing_again_repairs_what_verify_finds(few: PublishConfig, name: str, by_bytes: bool):
+    add_sae(few, SITES[-1], "w1024_0.5", 1024, 0.5)
+    add_slices(few, SITES[-1], "w512_0.5", "w1024_0.5")
+    publish.run(few)
+    want = tree_bytes(few.out)
+    path = next(few.out.rglob(name))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=f"{name}.*again"):
+        verify_suite(few.out)
+    publish.run(few, by_bytes=by_bytes)
+    verify_suite(few.out)
+    assert tree_bytes(few.out) == want
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_finished_run_reads_no_weights_again(few: PublishConfig, monkeypatch: pytest.MonkeyPatch):
+    publish.run(few)
+    read: list[str] = []
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return sha256(path)
+
+    for module in ("publish.run", "publish.sources", "publish.descriptions", "publish.slices", "suite.verify", "sae.files"):
+        monkeypatch.setattr(f"everyscope.{module}.sha256", counted)
+    publish.run(few, by_bytes=False)
+    assert not [name for name in read if name.endswith((".safetensors", ".npz"))]
+    publish.run(few)
+    assert len([name for name in read if name.endswith((".safetensors", ".npz"))]) == 2 * len(load_suite(few.out))
+
+
+def changed(value, path: str, new):
+    """A copy of a JSON value with `new` at a dotted path."""
+    key, _, rest = path.partition(".")
+    copy = list(value) if isinstance(value, list) else dict(value)
+    place = int(key) if isinstance(value, list) else key
+    copy[place] = changed(value[place], rest, new) if rest else new
+    return copy
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_no_number_or_name_of_suite_json_changes_unseen(few: PublishConfig):
+    """As an accident leaves it, and sealed again, as someone would who means it."""
+    publish.run(few)
+    path = few.out / "suite.json"
+    good = json.loads(path.read_text())
+    body = {key: value for key, value in good.items() if key != "identity"}
+    cases = [
+        ("saes.0.metrics.fvu", 0.01),
+        ("saes.0.metrics.l0", -1.0),
+        ("saes.0.metrics.dead_fraction", 1.5),
+        ("saes.0.metrics.loss_recovered", "much"),
+        ("saes.0.width", 2**40),
+        ("saes.0.width", 513),
+        ("saes.0.d_in", 7),
+        ("saes.0.layer", -5),
+        ("saes.0.folder", "../../elsewhere"),
+        ("saes.0.folder", good["saes"][1]["folder"]),
+        ("saes.0.files", {}),
+        ("saes.0.files", good["saes"][0]["files"] | {"../metrics.json": "0" * 64}),
+        ("saes.0.files", good["saes"][0]["files"] | {"params.npz": "0" * 64}),
+        ("saes.0.site", "mlp_out"),
+        ("files", {"../../../etc/passwd": "0" * 64}),
+        ("files", {"/etc/passwd": "0" * 64}),
+        ("measured.num_tokens", -1),
+        ("cost", "0"),
+    ]
+    for where, new in cases:
+        path.write_text(json.dumps(changed(good, where, new)))
+        with pytest.raises(DamagedData, match=r"suite\.json: its identity"):
+            load_suite(few.out)
+        write_sealed(path, changed(body, where, new))
+        with pytest.raises(DataError, match="again"):
+            verify_suite(few.out)
+    write_sealed(path, body)
+    verify_suite(few.out)
+
+
+def test_scores_know_the_weights_that_they_are_of(few: PublishConfig):
+    folders = [few.trained / SITES[-1].folder / f"w512_{threshold}" for threshold in (0.2, 0.5)]
+    for name in ("sae.safetensors", "sae.json"):  # a whole and valid SAE, but not the one that was scored
+        shutil.copy(folders[0] / name, folders[1] / name)
+    with pytest.raises(DataError, match=r"of other weights.*everyscope evaluate"):
+        publish.run(few)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "latents.parquet"])
+def test_scores_that_were_changed_are_not_published(few: PublishConfig, name: str):
+    path = few.scores / SITES[-1].folder / "w512_0.2" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        publish.run(few)
+    assert not (few.out / "suite.json").exists()
 
 
 def test_missing_scores_and_missing_saes_are_named(few: PublishConfig):

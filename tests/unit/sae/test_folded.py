@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from everyscope.base.errors import DataError, NonFinite, ShapeMismatch
+from everyscope.base.files import sha256
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import PARAMETERS, Sae, from_tensors, save_sae
@@ -40,7 +41,7 @@ def test_saved_and_read_back_is_the_same(tmp_path):
     sae = some_sae()
     write_sae(tmp_path / "a", sae, {"layer": 3})
     again, record = read_sae(tmp_path / "a")
-    assert record == {"layer": 3}
+    assert record == {"layer": 3, "weights_sha256": sha256(tmp_path / "a/sae.safetensors")}
     assert all(torch.equal(sae.tensors()[name], tensor) for name, tensor in again.tensors().items())
     with pytest.raises(DataError, match="no finished SAE"):
         read_sae(tmp_path / "b")

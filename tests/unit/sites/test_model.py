@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -38,6 +39,11 @@ BREAKAGES = {
     "no config": lambda folder: (folder / "config.json").unlink(),
     "config that is no JSON": lambda folder: (folder / "config.json").write_text("{"),
     "weights that are no safetensors": lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"),
+    "weights in a pickle": lambda folder: (torch.save({}, folder / "pytorch_model.bin"), (folder / "model.safetensors").unlink()),
+    "an index that is a list": lambda folder: (
+        (folder / "model.safetensors.index.json").write_text("[]"),
+        (folder / "model.safetensors").unlink(),
+    ),
     "weights cut short": lambda folder: os.truncate(folder / "model.safetensors", 9000),
 }
 
@@ -48,6 +54,20 @@ def test_a_broken_folder_gives_one_clear_line(folder, breakage):
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
         load_language_model(ModelConfig(name=str(folder)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["trained", "random"])
+def test_no_code_of_a_model_runs(folder, tmp_path, weights, monkeypatch):
+    """Not even where someone at the terminal would say yes."""
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_language_model(ModelConfig(name=str(folder), weights=weights))
+    assert not marker.exists()
 
 
 def test_a_model_that_lacks_weights_is_refused(folder):

@@ -166,3 +166,20 @@ def test_arrays_that_are_no_numbers_are_refused():
     table[5000, 1] = torch.nan
     with pytest.raises(NonFinite, match="row 5000 "):
         ArraySource(table)
+
+
+def test_arrays_of_every_layout_are_the_same_rows():
+    rows = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    want = ArraySource(rows)
+    frozen = rows.copy()
+    frozen.flags.writeable = False
+    for form in (rows[::-1].copy()[::-1], np.asfortranarray(rows), rows.astype(">f4"), frozen, torch.from_numpy(rows)):
+        got = ArraySource(form)
+        assert got.identity == want.identity
+        assert torch.equal(got.batch(0, 20), want.batch(0, 20))
+
+
+@pytest.mark.parametrize("odd", [[[1.0, 2.0]], "rows", np.array([[None]]), np.zeros(3, [("a", "f4")]), np.array([["1.5"]])])
+def test_what_is_no_array_of_numbers_is_one_line(odd):
+    with pytest.raises(DataError, match=r"activations are .*; convert"):
+        ArraySource(odd)

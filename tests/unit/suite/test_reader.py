@@ -126,6 +126,23 @@ def test_damaged_saelens_weights_are_refused(tmp_path: Path):
         load_sae(tmp_path)
 
 
+@pytest.mark.parametrize(("field", "value"), [("d_sae", 7), ("d_in", 1), ("d_sae", "many")])
+def test_weights_of_another_cfg_are_refused(tmp_path, field, value):
+    folder = saelens_folder(tmp_path)
+    config = json.loads((folder / "cfg.json").read_text()) | {field: value}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ShapeMismatch, match=rf"sae_weights\.safetensors: has {field}="):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("value", [[], None, 3, "jumprelu"])
+def test_a_cfg_that_is_no_object_is_one_line(tmp_path, value):
+    folder = saelens_folder(tmp_path)
+    (folder / "cfg.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=r"cfg\.json: holds .*expected a JSON object"):
+        load_sae(folder)
+
+
 def test_device_and_dtype_are_the_callers(tmp_path: Path):
     write_npz(tmp_path, SAE)
     for dtype in (torch.bfloat16, "bfloat16", "torch.bfloat16"):

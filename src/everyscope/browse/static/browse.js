@@ -132,6 +132,8 @@ if (copy && navigator.clipboard && byId("permalink").href) {
 
 const WAITING = { asleep: "Waking the language model…", loading: "Loading the language model…", ready: "Working…" };
 
+const LONGEST_ADDRESS = 8000; // what is longer is sent as a form, and the address stays
+
 async function tellState(what, isDone) {
   while (!isDone()) {
     try {
@@ -144,17 +146,19 @@ async function tellState(what, isDone) {
 
 async function ask(form) {
   const working = form.querySelector(".working");
-  const address = `${form.getAttribute("action")}?${new URLSearchParams(new FormData(form))}`;
+  const fields = new URLSearchParams(new FormData(form));
+  const address = `${form.getAttribute("action")}?${fields}`;
+  const isLong = address.length > LONGEST_ADDRESS;
   let isDone = false;
   form.classList.add("busy");
   working.hidden = false;
   tellState(working.querySelector(".what"), () => isDone);
   try {
-    const answer = await fetch(address);
+    const answer = isLong ? await fetch(form.getAttribute("action"), { method: "POST", body: fields }) : await fetch(address);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const result = page.getElementById("result");
     byId("result").replaceChildren(...(result ?? page.getElementById("main")).childNodes);
-    history.replaceState(null, "", address);
+    if (!isLong) history.replaceState(null, "", address);
   } finally {
     isDone = true;
     working.hidden = true;

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from everyscope.base.errors import ConfigError
 from everyscope.browse.links import Links
-from everyscope.browse.live import MAX_NEW_TOKENS, MAX_TEXT, LiveModel, Push, TokenReading
+from everyscope.browse.live import MAX_NEW_TOKENS, MAX_TEXT, Asking, Push, TokenReading
 from everyscope.browse.pieces import Piece, marked_text
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.views.examples import shaded, shaded_token
@@ -21,6 +21,9 @@ PUSHES = 4
 """Latents that the steering form takes at once [latents]."""
 DEFAULT_STRENGTH, MAX_STRENGTH = 1.0, 1000.0
 """Of steering, in multiples of a latent's highest activation [1]."""
+LOWEST_TEMPERATURE = 0.01
+"""Above 0, where the likeliest token is taken each time [1]."""
+MAX_DIGITS = 12
 DEFAULT_TEXT = (
     "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n"
 )
@@ -45,9 +48,9 @@ def read_sae(index: Index, folder: str) -> SaeFacts:
     return sae
 
 
-def text_view(index: Index, links: Links, live: LiveModel, query: Mapping[str, str]) -> dict[str, Any]:
+def text_view(index: Index, links: Links, live: Asking, query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The text page; waits for the model where the address holds a text. ConfigError for what cannot be read."""
-    sae, text = read_sae(index, query.get("sae", "")), query.get("text", "").replace("\r\n", "\n")
+    sae, text = read_sae(index, _first(query, "sae")), _first(query, "text").replace("\r\n", "\n")
     if len(text) > MAX_TEXT:
         raise ConfigError(f"the text has {len(text):,} characters, at most {MAX_TEXT:,} are read at once; shorten it")
     found = {"sae": sae, "text": text or DEFAULT_TEXT, "saes": index.saes, "live": live, "reading": None}
@@ -101,7 +104,7 @@ def _reading(index: Index, links: Links, sae: SaeFacts, readings: Sequence[Token
     }
 
 
-def steer_view(index: Index, links: Links, live: LiveModel, query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def steer_view(index: Index, links: Links, live: Asking, query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The steering page; waits for the model where the address holds a prompt. `query` has every value of each name."""
     prompt = _first(query, "prompt").replace("\r\n", "\n")
     if len(prompt) > MAX_TEXT:
@@ -109,7 +112,7 @@ def steer_view(index: Index, links: Links, live: LiveModel, query: Mapping[str, 
     rows = _push_rows(index, query)
     settings = {
         "num_tokens": int(_number(query, "tokens", 40, 1, MAX_NEW_TOKENS)),
-        "temperature": _number(query, "temperature", 0.7, 0.0, 10.0),
+        "temperature": _temperature(query),
         "seed": int(_number(query, "seed", 0, 0, 2**31 - 1)),
     }
     found = {"prompt": prompt or DEFAULT_PROMPT, "rows": rows, "saes": index.saes, "live": live, "result": None, **settings}
@@ -126,6 +129,14 @@ def steer_view(index: Index, links: Links, live: LiveModel, query: Mapping[str, 
     return found
 
 
+def _temperature(query: Mapping[str, Sequence[str]]) -> float:
+    """0, or enough that logits divided by it stay finite."""
+    value = _number(query, "temperature", 0.7, 0.0, 10.0)
+    if 0 < value < LOWEST_TEMPERATURE:
+        raise ConfigError(f"temperature {value:g}: expected 0, or a number from {LOWEST_TEMPERATURE:g} to 10")
+    return value
+
+
 def _continuation(tokens: Sequence[bytes]) -> Markup:
     return marked_text(b"".join(tokens))
 
@@ -138,7 +149,8 @@ def _push_rows(index: Index, query: Mapping[str, Sequence[str]]) -> list[dict[st
         if not typed.strip():
             continue
         sae = read_sae(index, saes[place] if place < len(saes) else "")
-        if not typed.strip().isdecimal() or int(typed) >= sae.width:
+        # Of a number too long for any SAE Python would refuse to make an int.
+        if not typed.strip().isdecimal() or len(typed.strip()) > MAX_DIGITS or int(typed) >= sae.width:
             raise ConfigError(f"latent {typed[:40]!r}: expected a number from 0 to {sae.width - 1}")
         strength = _number(
             {"strength": [strengths[place] if place < len(strengths) else ""]},

@@ -16,8 +16,9 @@ import pyarrow
 import pyarrow.parquet
 
 from everyscope.base.errors import DamagedData
-from everyscope.base.files import storage_errors, whole_file
+from everyscope.base.files import storage_errors
 from everyscope.base.logs import JsonLines
+from everyscope.base.tables import check_table, write_table
 
 REPLIES_FILE, JOURNAL_FILE = "replies.parquet", "replies.jsonl"
 ANSWERED = "answered"
@@ -89,8 +90,7 @@ class Replies:
     def seal(self) -> None:
         """Write all replies as Parquet and drop the journal."""
         rows = [asdict(reply) for reply in sorted(self._rows, key=lambda reply: (reply.key, reply.status, reply.raw))]
-        with whole_file(self._folder / REPLIES_FILE) as partial:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
+        write_table(self._folder / REPLIES_FILE, pyarrow.Table.from_pylist(rows, schema=SCHEMA), compression="zstd")
         self._journal.close()
         (self._folder / JOURNAL_FILE).unlink()
 
@@ -108,10 +108,12 @@ def num_paid(folder: Path) -> int:
 def _read_parquet(path: Path) -> list[Reply]:
     if not path.exists():
         return []
+    remedy = "its answers are paid for: put it back, or delete it"
+    check_table(path, remedy)
     try:
         return [Reply(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
     except (OSError, pyarrow.ArrowException, TypeError) as error:
-        raise DamagedData(f"{path}: cannot be read ({error}); its answers are paid for: put it back, or delete it") from error
+        raise DamagedData(f"{path}: cannot be read ({error}); {remedy}") from error
 
 
 def _read_journal(path: Path) -> tuple[list[Reply], int]:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from everyscope.base.files import whole_file
+from everyscope.base.tables import write_table
 from everyscope.describe.explanations.scores import Score
 
 EXPLANATIONS_FILE = "explanations.parquet"
@@ -73,8 +73,7 @@ def write_explanations(path: Path, explanations: Sequence[Explanation], facts: d
     rows = [one.row() for one in sorted(explanations, key=lambda one: one.latent)]
     table = pyarrow.Table.from_pylist(rows, schema=SCHEMA)
     table = table.replace_schema_metadata({"everyscope": json.dumps({"format": FORMAT, **facts}, allow_nan=False)})
-    with whole_file(path) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd")
+    write_table(path, table, compression="zstd")
 
 
 def facts_of(path: Path) -> dict[str, Any]:

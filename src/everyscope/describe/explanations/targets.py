@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import sha256
 from everyscope.base.ids import content_id
 from everyscope.describe.explanations.config import EndpointConfig, ExplainConfig
 from everyscope.describe.explanations.table import EXPLANATIONS_FILE, facts_of
-from everyscope.sae.files import TENSOR_FILE, trained_folders
+from everyscope.sae.files import trained_folders, weights_digest
 from everyscope.sites.names import Site, parse_folder
 
 IDLE_FIELDS = {"saes", "out", "trained", "batch_blocks", "saes_per_pass", "endpoint"}
@@ -81,7 +80,7 @@ def _target(config: ExplainConfig, folder: Path) -> Target:
     decides: dict[str, Any] = config.model_dump(mode="json", exclude=IDLE_FIELDS)
     decides |= {
         "version": VERSION,
-        "sae": sha256(folder / TENSOR_FILE),
+        "sae": weights_digest(folder),
         "endpoint": endpoint and endpoint.model_dump(mode="json", include=DECIDING_ENDPOINT_FIELDS),
     }
     return Target(site, folder.name, folder, config.out / name, content_id(decides), endpoint)

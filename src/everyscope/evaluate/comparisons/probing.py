@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json, sha256
+from everyscope.base.files import sha256
 from everyscope.base.ids import content_id
 from everyscope.base.progress import Meter, meter
 from everyscope.evaluate.bootstrap import bootstrap_interval
@@ -34,7 +34,7 @@ from everyscope.evaluate.comparisons.probes import (
     tasks_of,
 )
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
-from everyscope.evaluate.comparisons.slices import is_current, write_slice
+from everyscope.evaluate.comparisons.slices import is_current, read_slice, write_slice
 from everyscope.sae.folded import Sae
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
@@ -70,7 +70,7 @@ def run(config: ProbingConfig) -> Path:
     pending = [one for one in scored if not is_current(_kept(config, one), _inputs(common, one))]
     if pending:
         _probe_all(config, pending, common)
-    rows = [row for one in scored for row in read_json(_kept(config, one))["rows"]]
+    rows = [row for one in scored for row in read_slice(_kept(config, one))["rows"]]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     write_slice(path, inputs, {"tasks": tasks, "rows": rows, "seeds": config.num_seeds})
     return path

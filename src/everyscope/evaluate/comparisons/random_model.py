@@ -6,6 +6,7 @@ suite without this row says little. Loss is left out: a model with random weight
 
 from pathlib import Path
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.evaluate.comparisons.config import RandomModelConfig
@@ -46,7 +47,7 @@ def run(config: RandomModelConfig) -> Path:
                 }
             )
         note = (
-            f"SAEs trained and evaluated in the same way on {model.name!r} with transformers' initial weights, seed "
+            f"SAEs trained and evaluated in the same way on {public_name(model.name)!r} with transformers' initial weights, seed "
             f"{model.weights_seed}; fvu_pca_usual is of that model's activations too"
         )
         write_slice(path, inputs, {"rows": rows, "note": note})

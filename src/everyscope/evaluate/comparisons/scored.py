@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import Target, load_targets
 from everyscope.sae.files import has_sae, read_record
 from everyscope.sites.names import Site
 from everyscope.suite.layout import METRICS_FILE
+from everyscope.suite.scores import read_metrics
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ def read_scored(config: EvaluateConfig) -> list[Scored]:
     for target in load_targets(config):
         if not target.is_scored:
             raise DataError(f"{target.scores}: no scores of this SAE under these settings; run `everyscope evaluate` first")
-        scored.append(Scored(target, read_json(target.scores / METRICS_FILE)))
+        scored.append(Scored(target, read_metrics(target.scores / METRICS_FILE)))
     return scored

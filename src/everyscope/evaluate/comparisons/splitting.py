@@ -23,15 +23,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import whole_file
 from everyscope.base.ids import content_id
-from everyscope.base.progress import meter
+from everyscope.base.progress import meter, say
+from everyscope.base.tables import check_table, write_table
 from everyscope.evaluate.codes import Codes, codes_of
 from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import SplittingConfig
 from everyscope.evaluate.comparisons.dictionaries import nearest, null_nearest, p_values, relations, shares, unit_rows
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
-from everyscope.evaluate.comparisons.slices import INPUTS, is_current, write_slice
+from everyscope.evaluate.comparisons.slices import INPUTS, is_current, left_out, write_slice
 
 SLICE, FOLDER = "splitting.json", "splitting"
 VERSION = 1
@@ -54,6 +54,11 @@ class Pair:
     def is_made(self) -> bool:
         """True where the table is there and of these inputs."""
         if not self.table.exists():
+            return False
+        try:
+            check_table(self.table, "it is measured again")
+        except DataError as error:
+            say(f"  {error}")
             return False
         metadata = pyarrow.parquet.read_schema(self.table).metadata or {}
         return metadata.get(INPUTS.encode()) == self.inputs.encode()
@@ -83,12 +88,11 @@ class Firings:
 def run(config: SplittingConfig) -> Path:
     """Write slices/splitting.json and a table for each pair below slices/splitting/; return the path of the JSON.
 
-    DataError where no site has SAEs of two widths. Pairs whose table is there are not computed again.
+    Where no site has SAEs of two widths, it is left out. Pairs whose table is there are not computed again.
     """
-    pairs = pairs_of(config)
+    pairs, path = pairs_of(config), config.slices / SLICE
     if not pairs:
-        raise DataError(f"{config.evaluate.trained}: no site has SAEs of two widths; train more widths to see how latents split")
-    path = config.slices / SLICE
+        return left_out(path, "no site has SAEs of two widths; train more widths to see how latents split")
     inputs = content_id([pair.inputs for pair in pairs])
     if is_current(path, inputs) and all(pair.is_made for pair in pairs):
         return path
@@ -197,8 +201,7 @@ def _write_table(pair: Pair, kin: Kinship, firings: Firings) -> None:
             "relation": pyarrow.array(kin.relation),
         }
     ).replace_schema_metadata({INPUTS: pair.inputs, "summary": json.dumps(summary)})
-    with whole_file(pair.table) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd")
+    write_table(pair.table, table, compression="zstd")
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> pyarrow.Array:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.evaluate.comparisons.canonical import canonical_saes
@@ -44,7 +45,8 @@ def run(config: TransferConfig) -> Path:
     if not is_current(path, inputs):
         rows = [row for name, saes in chosen.items() for one in saes for row in _rows(name, one, found[name][one.name], config)]
         data = next(iter(found["base"].values()))["data"]
-        content = {"base": config.evaluate.model.name, "tuned": config.tuned.name, "data": data, "rows": rows}
+        models = {"base": public_name(config.evaluate.model.name), "tuned": public_name(config.tuned.name)}
+        content = {**models, "data": data, "rows": rows}
         write_slice(path, inputs, content)
     return path
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from everyscope.base.files import read_json
 from everyscope.base.progress import meter
 from everyscope.evaluate.comparisons.scored import Scored
 from everyscope.evaluate.config import LEAST_CALIBRATION_TOKENS, EvaluateConfig
 from everyscope.evaluate.run import run as evaluate
 from everyscope.evaluate.work import UNIT, Work, planned_blocks
 from everyscope.suite.layout import METRICS_FILE
+from everyscope.suite.scores import read_metrics
 
 Key = TypeVar("Key")
 Scores = dict[str, dict[str, Any]]
@@ -42,7 +42,7 @@ def evaluate_variants(base: EvaluateConfig, variants: Mapping[Key, Variant], tit
             work = Work(progress, planned[key])
             evaluate(config, work)
             work.finish()
-            found[key] = {one.name: read_json(config.out / one.name / METRICS_FILE) for one in variants[key].chosen}
+            found[key] = {one.name: read_metrics(config.out / one.name / METRICS_FILE) for one in variants[key].chosen}
     return found
 
 

@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.evaluate.comparisons.config import WidthsConfig
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
-from everyscope.evaluate.comparisons.slices import is_current, write_slice
+from everyscope.evaluate.comparisons.slices import is_current, left_out, write_slice
 
 SLICE = "widths.json"
 VERSION = 2
 
 
 def run(config: WidthsConfig) -> Path:
-    """Write slices/widths.json and return its path; DataError where no site has SAEs of two widths."""
+    """Write slices/widths.json and return its path; where no site has SAEs of two widths that compare, it is left out."""
     scored = read_scored(config.evaluate)
     path = config.slices / SLICE
     inputs = content_id([VERSION, config.l0s, config.num_l0s, [one.evidence for one in scored]])
@@ -26,9 +25,7 @@ def run(config: WidthsConfig) -> Path:
         sites = sorted({one.site for one in scored})
         groups = [group for site in sites for group in _groups(config, [one for one in scored if one.site == site])]
         if not groups:
-            raise DataError(
-                f"{config.evaluate.trained}: no site has SAEs of two widths that meet at one L0; train more widths or L0s"
-            )
+            return left_out(path, "no site has SAEs of two widths that meet at one L0; more L0s of each width would compare")
         write_slice(path, inputs, {"groups": groups})
     return path
 

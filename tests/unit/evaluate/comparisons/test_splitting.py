@@ -6,10 +6,9 @@ import pytest
 import torch
 from small_scope import tree_bytes
 
-from everyscope.base.errors import DataError
 from everyscope.evaluate.codes import Codes, codes_of
-from everyscope.evaluate.comparisons import canonical, splitting
-from everyscope.evaluate.comparisons.config import SplittingConfig
+from everyscope.evaluate.comparisons import canonical, splitting, widths
+from everyscope.evaluate.comparisons.config import SplittingConfig, WidthsConfig
 from everyscope.evaluate.comparisons.scored import read_scored
 from everyscope.evaluate.comparisons.splitting import Firings
 from everyscope.evaluate.config import EvaluateConfig
@@ -123,7 +122,20 @@ def test_groups_of_pairs_change_nothing(scratch: EvaluateConfig):
     assert tree_bytes(scratch.out) == before
 
 
-def test_one_width_alone_is_refused(scratch: EvaluateConfig):
+def test_of_one_width_alone_the_comparison_is_left_out(scratch: EvaluateConfig, capsys: pytest.CaptureFixture[str]):
+    """A run goes on without it: all has been trained by then."""
     narrow = tuple(one.name for one in read_scored(scratch) if one.width == 16)
-    with pytest.raises(DataError, match="no site has SAEs of two widths"):
-        splitting.run(settings(scratch.model_copy(update={"saes": narrow})))
+    config = settings(scratch.model_copy(update={"saes": narrow}))
+    path = splitting.run(settings(scratch))
+    assert path.exists()
+    assert splitting.run(config) == path
+    assert not path.exists()
+    assert "left out: no site has SAEs of two widths" in capsys.readouterr().err
+    # Of each width one SAE, of the lowest L0 and the highest: their curves do not meet.
+    scored = read_scored(scratch)
+    narrowest = min((one for one in scored if one.width == 16), key=lambda one: one.l0)
+    widest = max((one for one in scored if one.width == 32 and one.site == narrowest.site), key=lambda one: one.l0)
+    assert narrowest.l0 < widest.l0
+    alone = scratch.model_copy(update={"saes": (narrowest.name, widest.name)})
+    assert not widths.run(WidthsConfig(evaluate=alone, canonical_l0=10)).exists()
+    assert "left out: no site has SAEs of two widths that meet" in capsys.readouterr().err

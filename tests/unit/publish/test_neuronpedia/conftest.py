@@ -14,7 +14,7 @@ import pytest
 from everyscope.base.files import sha256, write_json
 from everyscope.sites.names import Site
 from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, LATENTS_FILE, sae_folder
-from everyscope.suite.records import Headline, Intervals, Measured, SaeRecord, SuiteIndex
+from everyscope.suite.records import Headline, Intervals, Measured, SaeRecord, SuiteIndex, write_index
 
 WORDS = ["<pad>", "<eos>", "<bos>", "def", " return", " self", "(", ")", ":", "\n    ", " the", " of", "é", "—"]
 HOSTILE = ["\0", "a\0b", "\\u0000", "\\\\u0000", "\ufffd", '"', "\\", "</script>", "\u2028", "\u202e", "x" * 10_000, ""]
@@ -86,7 +86,7 @@ def write_suite(folder: Path, shape: SuiteShape) -> Path:
     index = SuiteIndex(
         version="0", title="Golden scope", model="org/Some-Model", measured=measured, inputs="0", saes=tuple(records), files=files
     )
-    write_json(folder / "suite.json", index.as_json())
+    write_index(folder, index)
     return folder
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from everyscope.base.errors import ConfigError, DamagedData, DataError
-from everyscope.base.files import read_json, sha256, write_json
+from everyscope.base.files import read_json, read_sealed, sha256, write_sealed
 from everyscope.publish.neuronpedia import run as export
 from everyscope.publish.neuronpedia.batches import MAX_FILES, Batches, latents_per_file
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
@@ -497,8 +497,8 @@ def test_tokens_that_no_vocabulary_has_are_one_clear_error(suite: Path, tmp_path
 
 def forge(suite: Path, path: Path) -> None:
     """Let suite.json say that `path` is as it was published."""
-    index = read_json(suite / "suite.json")
+    index = read_sealed(suite / "suite.json")
     for sae in index["saes"]:
         if path.parent == suite / sae["folder"]:
             sae["files"][path.name] = sha256(path)
-    write_json(suite / "suite.json", index)
+    write_sealed(suite / "suite.json", index)

@@ -1,0 +1,119 @@
+"""Parquet files of ours, which hold their own checksum, and Parquet files of anybody's, read within bounds. Torch-free."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import xxhash
+
+from everyscope.base.errors import DamagedData
+from everyscope.base.files import human_bytes, require_file, unreadable, whole_file
+
+CHECKSUM, UNSEALED = "checksum", "0" * 32
+"""Key in the metadata of a sealed file: xxh3-128 of the whole file, with this in the checksum's place."""
+CHUNK_BYTES, FOOTER_BYTES = 1 << 24, 1 << 20
+"""Read at once, and the end of a file in which its checksum stands [bytes]."""
+MAX_TABLE_BYTES = 1 << 30
+"""What a table may take in memory by what its file says of itself [bytes]."""
+VALUE_BYTES = 8
+"""What a value is reckoned to take at least: an encoding may spell a million of them in a few bytes [bytes]."""
+
+
+@contextmanager
+def new_table(path: Path, schema: pyarrow.Schema, **options: Any) -> Iterator[pyarrow.parquet.ParquetWriter]:
+    """A writer of tables of `schema` into a sealed file, whole or not at all. Equal tables give equal bytes."""
+    sealed = schema.with_metadata({**(schema.metadata or {}), CHECKSUM: UNSEALED})
+    with whole_file(path) as partial:
+        with pyarrow.parquet.ParquetWriter(partial, sealed, **options) as writer:
+            yield writer
+        _seal(partial)
+
+
+def write_table(path: Path, table: pyarrow.Table, **options: Any) -> None:
+    """Write a table into a sealed file, whole or not at all."""
+    with new_table(path, table.schema, **options) as writer:
+        writer.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM: UNSEALED}))
+
+
+def _seal(path: Path) -> None:
+    """Put the file's checksum into its footer, where UNSEALED stands."""
+    digest, place = _digest(path, UNSEALED.encode())
+    assert place is not None, f"{path}: no place for a checksum in its footer"
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def check_table(path: Path, remedy: str) -> None:
+    """DamagedData, which ends with `remedy`, unless `path` is a sealed Parquet file whose bytes agree with its checksum."""
+    require_file(path)
+    try:
+        want = (pyarrow.parquet.read_metadata(path).metadata or {}).get(CHECKSUM.encode(), b"")
+        got, _ = _digest(path, want) if len(want) == len(UNSEALED) else ("none", None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise unreadable(path, "Parquet", error, remedy) from error
+    if got.encode() != want:
+        raise DamagedData(f"{path}: its checksum is {got[:12]}…, expected {want[:12].decode('ascii', 'replace')}…; {remedy}")
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a Parquet file that can be read says that it holds its own checksum."""
+    return CHECKSUM.encode() in (pyarrow.parquet.read_metadata(path).metadata or {})
+
+
+def _digest(path: Path, held: bytes) -> tuple[str, int | None]:
+    """The checksum of a file in whose last bytes `held` counts as UNSEALED, and where that stands."""
+    digest, size = xxhash.xxh3_128(), path.stat().st_size
+    left = size - min(size, FOOTER_BYTES)
+    with path.open("rb") as file:
+        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+        start, footer = file.tell(), file.read()
+    place = footer.rfind(held)
+    digest.update(footer if place < 0 else footer[:place] + UNSEALED.encode() + footer[place + len(held) :])
+    return digest.hexdigest(), None if place < 0 else start + place
+
+
+def opened_table(path: Path, remedy: str) -> pyarrow.parquet.ParquetFile:
+    """An open Parquet file that is worth its memory; DamagedData where it cannot be read, or says that it unpacks to too much."""
+    require_file(path)
+    try:
+        if is_sealed(path):  # a file of ours, and damage that unpacks to other numbers would not be seen otherwise
+            check_table(path, remedy)
+        file = pyarrow.parquet.ParquetFile(path)
+        metadata = file.metadata
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            columns = [group.column(place) for place in range(group.num_columns)]
+            needed = sum(max(column.total_uncompressed_size, VALUE_BYTES * column.num_values) for column in columns)
+            if not 0 <= needed <= MAX_TABLE_BYTES:
+                raise DamagedData(f"{path}: a group of its rows would take {human_bytes(needed)} in memory; {remedy}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise unreadable(path, "Parquet", error, remedy) from error
+    return file
+
+
+def read_table(
+    path: Path, columns: Sequence[str], remedy: str, types: Mapping[str, pyarrow.DataType] | None = None
+) -> pyarrow.Table:
+    """These columns of a Parquet file, cast where `types` names them.
+
+    DamagedData where one is missing, of another type, or cannot be read, or where the whole would take too much memory.
+    """
+    file = opened_table(path, remedy)
+    metadata = file.metadata
+    needed = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    if not 0 <= max(needed, VALUE_BYTES * metadata.num_rows) <= MAX_TABLE_BYTES:
+        raise DamagedData(f"{path}: would take {human_bytes(needed)} in memory; {remedy}")
+    missing = [name for name in columns if name not in file.schema_arrow.names]
+    if missing:
+        raise DamagedData(f"{path}: has no column {missing[0]!r}; {remedy}")
+    try:
+        table = file.read(list(columns))
+        return pyarrow.table({name: table[name].cast((types or {}).get(name, table[name].type)) for name in columns})
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise unreadable(path, "Parquet", error, remedy) from error

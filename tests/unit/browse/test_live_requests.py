@@ -1,0 +1,212 @@
+"""The language model works for this server's own pages alone, for a few at a time, and no longer than somebody waits."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from browser.asking import FakeLive, ask
+
+from everyscope.base.errors import EveryscopeError
+from everyscope.browse import live as live_module
+from everyscope.browse.app import Browser
+from everyscope.browse.live import MAX_ASKED, Busy, LiveModel, Stopped
+from everyscope.browse.patience import Patient
+from everyscope.browse.preparation import Preparation
+
+OWN, FOREIGN = "http://127.0.0.1:8017", "http://evil.example"
+
+
+class SlowLive(FakeLive):
+    """Steers until it is told to stop, or is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.free, self.was_stopped = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def steer(self, prompt, pushes, *, num_tokens, temperature, seed, stop=lambda: False):
+        self.begun.release()
+        while not self.free.wait(0.01):
+            if stop():
+                self.was_stopped.set()
+                raise Stopped("stopped")
+        return super().steer(prompt, pushes, num_tokens=num_tokens, temperature=temperature, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_own"),
+    [
+        ({}, True),
+        ({"sec-fetch-site": "same-origin"}, True),
+        ({"sec-fetch-site": "none"}, True),
+        ({"sec-fetch-site": "same-origin", "origin": OWN}, True),
+        ({"sec-fetch-site": "same-origin", "origin": "null"}, True),
+        ({"origin": OWN, "referer": f"{OWN}/steer"}, True),
+        ({"sec-fetch-site": "cross-site"}, False),
+        ({"sec-fetch-site": "same-site"}, False),
+        ({"sec-fetch-site": "cross-site", "origin": OWN}, False),
+        ({"sec-fetch-site": "same-origin", "origin": FOREIGN}, False),
+        ({"origin": FOREIGN}, False),
+        ({"origin": "null"}, False),
+        ({"origin": "http://127.0.0.1:9999"}, False),
+        ({"referer": f"{FOREIGN}/page"}, False),
+    ],
+)
+@pytest.mark.parametrize("path", ["/steer", "/text"])
+def test_another_sites_page_makes_no_model_work(get: Callable, path: str, headers: dict[str, str], is_own: bool):
+    made: list[FakeLive] = []
+
+    def factory() -> FakeLive:
+        made.append(FakeLive())
+        return made[-1]
+
+    field = "prompt" if path == "/steer" else "text"
+    for answer in (
+        get(f"{path}?{field}=a", factory, headers=headers),
+        get(path, factory, headers=headers, form=f"{field}=a".encode()),
+    ):
+        assert answer.status == (200 if is_own else 403)
+    assert len(made) == (2 if is_own else 0)
+    assert get(path, factory, headers=headers).status == 200  # the page itself computes nothing, and may be linked to
+
+
+def test_a_form_may_be_longer_than_an_address(get: Callable):
+    text = "é" * 4000
+    live = FakeLive()
+    answer = get("/text", lambda: live, form=("text=" + "%C3%A9" * 4000).encode())
+    assert answer.status == 200
+    assert live.asked[0][0] == text
+    for form, kind in ((b"text=" + b"a" * (1 << 16), None), (b"&".join([b"a=1"] * 100), None), (b"{}", "application/json")):
+        answer = get("/text", FakeLive, form=form, headers={} if kind is None else {"content-type": kind})
+        assert answer.status == 422
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "temperature=1e-300",
+        "temperature=1e-40",
+        "temperature=nan",
+        "temperature=inf",
+        "latent=" + "9" * 5000,
+        "latent=%C2%B2",
+        "latent=-1",
+        "tokens=1e400",
+        "tokens=0",
+        "seed=99999999999999999999",
+        "seed=-1",
+        "latent=1&strength=1e400",
+        "sae=%00",
+    ],
+)
+def test_odd_numbers_are_told_and_are_no_fault_of_ours(get: Callable, query: str):
+    live = FakeLive()
+    assert get(f"/steer?prompt=a&{query}", lambda: live).status == 422
+    assert not live.steered
+
+
+@pytest.mark.parametrize("query", ["page=" + "9" * 5000, "page=-1", "page=1e9", f"token={'9' * 5000}", "sort=%00&order=%FF"])
+def test_odd_tables_are_pages(get: Callable, query: str):
+    assert get(f"/sae/resid_post/layer_1/width_256/average_l0_11/?{query}").status in (200, 422)
+
+
+def test_a_latent_of_five_thousand_digits_is_a_page_that_says_no(get: Callable):
+    assert get(f"/sae/resid_post/layer_1/width_256/average_l0_11/{'9' * 5000}").status in (404, 422)
+
+
+def test_only_a_few_wait_and_the_others_are_told_at_once(suite: Path, cache: Path):
+    preparation = Preparation(suite, cache)
+    preparation.run()
+    live = SlowLive()
+    app = Browser(preparation, lambda: live).app()
+    statuses: list[int] = []
+    threads = [threading.Thread(target=lambda: statuses.append(ask(app, "/steer?prompt=a").status)) for _ in range(MAX_ASKED)]
+    for thread in threads:
+        thread.start()
+    live.begun.acquire()
+    while True:
+        answer = ask(app, "/steer?prompt=a")
+        if answer.status == 503:
+            break
+    assert answer.headers["retry-after"]
+    assert ask(app, "/").status == 200  # no other page waits for the model
+    live.free.set()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * MAX_ASKED
+
+
+def test_work_ends_when_the_client_has_left(suite: Path, cache: Path):
+    preparation = Preparation(suite, cache)
+    preparation.run()
+    live = SlowLive()
+    app = Browser(preparation, lambda: live).app()
+    asked = 0
+
+    async def leave() -> dict:
+        nonlocal asked
+        asked += 1
+        return {"type": "http.request", "body": b"", "more_body": False} if asked == 1 else {"type": "http.disconnect"}
+
+    assert ask(app, "/steer?prompt=a", receive=leave).status == 503
+    assert live.was_stopped.is_set()
+
+
+def test_work_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(live_module, "MAX_SECONDS", 0.05)
+    live = SlowLive()
+    model = LiveModel(lambda: live)
+    with pytest.raises(Stopped):
+        model.asking().steer("a", [], num_tokens=1, temperature=0, seed=0)
+    assert live.was_stopped.is_set()
+    given_up = model.asking()
+    given_up.give_up()
+    with pytest.raises(Stopped):
+        given_up.active("a", "x")
+    assert not live.asked
+    model.close()
+    assert issubclass(Busy, EveryscopeError)
+
+
+def test_whatever_ends_the_index_the_pages_say_so(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*given) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("everyscope.browse.preparation.build_index", fail)
+    preparation = Preparation(suite, tmp_path)
+    preparation.start().join()
+    answer = ask(Browser(preparation, None).app(), "/")
+    assert answer.status == 500
+    assert "MemoryError" in answer.text
+
+
+SERVE = """
+import sys, everyscope.browse.patience as patience
+patience.Patient.head_seconds = 0.3
+from pathlib import Path
+from everyscope.browse.config import BrowseConfig
+from everyscope.browse.run import run
+run(BrowseConfig(suite=Path(sys.argv[1]), cache=Path(sys.argv[2]), port=0, open=False))
+"""
+
+
+def test_a_head_that_never_ends_is_not_waited_for(suite: Path, cache: Path, index: object):
+    assert Patient.head_seconds == 10
+    process = subprocess.Popen([sys.executable, "-c", SERVE, str(suite), str(cache)], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(process.stdout.readline().rstrip().rstrip("/").rpartition(":")[2])
+        for start in (b"", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: "):
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                connection.sendall(start)
+                assert connection.recv(1) == b""  # hung up, where uvicorn alone would wait for ever
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(b"GET /state HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["is_ready"]
+    finally:
+        process.kill()
+        process.wait()
