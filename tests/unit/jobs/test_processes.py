@@ -17,6 +17,8 @@ from everyscope.jobs.job import Job, Resources, spec_of
 from everyscope.jobs.processes import Processes
 from everyscope.jobs.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("forked_interpreters")
+
 
 @pytest.fixture
 def work(monkeypatch):
