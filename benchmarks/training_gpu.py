@@ -293,7 +293,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in options.only] if options.only else SIZES
     if options.interpret:
-        device, sizes, options.batch, options.l0, options.rounds, options.calls = "cpu", ((3584, 70), (3584, 64)), 16, 5.0, 1, 1
+        device, sizes, options.batch, options.l0, options.rounds, options.calls = "cpu", ((3584, 70),), 16, 5.0, 1, 1
     elif torch.cuda.is_available():
         device = "cuda"
     else:
