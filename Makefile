@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BUILT := .venv/.built
 
-.PHONY: help demo test test-browser test-cluster check bench bench-serving bench-harvest bench-scaling agreement
+.PHONY: help demo test test-all test-browser ray test-cluster check bench bench-serving bench-harvest bench-scaling agreement
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a small Gemma Scope of the bundled model, in runs/tiny"
-	@echo "make test    all tests"
+	@echo "make test    the tests of each commit, two at a time; make test WORKERS=8 on a larger machine"
+	@echo "make test-all       these and the thorough ones: every kill moment"
 	@echo "make check   style, types, floors and house rules"
 	@echo "make test-cluster   tests on a Ray cluster of this host; installs Ray"
 	@echo "make bench   training beside other trainers, which are installed the first time; options in BENCH='...'"
@@ -16,16 +17,27 @@ help:
 demo: $(BUILT)
 	.venv/bin/everyscope run tiny --out runs/tiny
 
+# Files stay whole, for their tests share what is costly to build, and start in the order of their names: the slow ones early.
+WORKERS ?= 2
+PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+
 test: $(BUILT)
-	.venv/bin/python -m pytest
+	$(PYTEST)
+
+test-all: $(BUILT)
+	$(PYTEST) -m "not cluster"
 
 test-browser: $(BUILT)
 	.venv/bin/python -m pytest tests/browser
 
 # Ray is large and only these tests need it, so it is not in the lock.
-test-cluster: $(BUILT)
-	.venv/bin/python -m pip install -q "ray==2.60.0"
-	.venv/bin/python -m pytest -m cluster tests/pipeline/test_ray.py
+RAY := ray==2.60.0
+
+ray: $(BUILT)
+	.venv/bin/python -m pip install -q "$(RAY)"
+
+test-cluster: ray
+	.venv/bin/python -m pytest -m cluster --durations=10 tests/pipeline/test_ray.py
 
 check: $(BUILT)
 	.venv/bin/ruff format --check .
@@ -56,6 +68,6 @@ $(BUILT): requirements.lock pyproject.toml
 	 $$($(PYTHON) --version 2>&1). Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install torch==2.13.0
-	.venv/bin/pip install -r requirements.lock
+	.venv/bin/pip install --require-hashes --no-deps -r requirements.lock
 	.venv/bin/pip install --no-deps --no-build-isolation -e .
 	@touch $@

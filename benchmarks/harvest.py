@@ -77,7 +77,8 @@ def time_disk(path: Path, num_bytes: int) -> float:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A record a round; the first round, which warms up, is left out."""
     config, records = config_of(options), []
-    model = load_language_model(config.model).model.get_decoder()
+    whole: Any = load_language_model(config.model).model
+    model = whole.get_decoder()
     time_harvest(config)
     tokens = Tokens(config.out / "tokens")
     blocks = tokens.input_ids(0, tokens.num_blocks).long()

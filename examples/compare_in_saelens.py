@@ -5,6 +5,8 @@
 docs/guides/saelens.md says how the two examples work together.
 """
 
+# pyright: reportMissingImports=false
+
 import sys
 from pathlib import Path
 

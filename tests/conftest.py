@@ -5,15 +5,28 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: kernels for a GPU keep their laws here too
+
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
-import torch
+from built_once import built_once
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from everyscope.text.tokenizer import load_tokenizer
 
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="module")
+def forked_interpreters() -> Iterator[None]:
+    """In this module interpreters start in milliseconds (tests/forked.py)."""
+    with forked.forked_interpreters():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +35,10 @@ def tiny_random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Its name is good for `ModelConfig(name=str(folder))`. Tests share it: read it, never write to it.
     """
-    folder = tmp_path_factory.mktemp("tiny_random_model")
+    return built_once(tmp_path_factory, "tiny_random_model", _write_tiny_random_model)
+
+
+def _write_tiny_random_model(folder: Path) -> None:
     tokenizer = load_tokenizer("tiny")
     config = Gemma2Config(
         vocab_size=len(tokenizer),
@@ -45,4 +61,3 @@ def tiny_random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         Gemma2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder

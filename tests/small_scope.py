@@ -63,7 +63,7 @@ def tiny_gemma(vocab_size: int = 4096) -> Gemma2ForCausalLM:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
     return Gemma2ForCausalLM(config).eval().requires_grad_(False)
 

@@ -3,6 +3,8 @@
 Initial values and schedules are everyscope's, so that both train the same SAE; the arithmetic of a step is this file's own.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from everyscope.sae.schedules import learning_rate_share, sparsity_weight
 from everyscope.sae.trainable import new_sae
 from peers.worker import Rows, Settings, serve, threshold_for
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "learning_rate": 3e-3,
     "learning_rate_warmup_steps": 20,
     "learning_rate_decay": 0.3,
@@ -23,10 +25,10 @@ RECIPE = {
 
 def config_of(settings: Settings, d_in: int) -> SaeConfig:
     """The SAE to train; every knob but `coefficient` is a field of SaeRecipe."""
-    knobs = dict(settings.knobs)
+    knobs: dict[str, Any] = dict(settings.knobs)
     coefficient = knobs.pop("coefficient", 1e-3)
     # 0.1 at a d_in of 128, and what as many first pre-activations pass at others: they have size 1 / sqrt(d_in).
-    start = {"initial_threshold": 0.1 * (128 / d_in) ** 0.5, "sparsity_warmup_steps": settings.steps // 4}
+    start: dict[str, Any] = {"initial_threshold": 0.1 * (128 / d_in) ** 0.5, "sparsity_warmup_steps": settings.steps // 4}
     recipe = SaeRecipe(**start | RECIPE | knobs)
     return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, seed=settings.seed, recipe=recipe)
 
@@ -95,6 +97,7 @@ class DenseAutograd:
         loss.backward()
         with torch.no_grad():
             w_dec, gradient = p["w_dec"], p["w_dec"].grad
+            assert gradient is not None
             gradient -= (gradient * w_dec).sum(1, keepdim=True) * w_dec
             share = learning_rate_share(self._config.recipe, self._done, self._steps)
             self._optimiser.param_groups[0]["lr"] = self._config.recipe.learning_rate * share

@@ -4,6 +4,9 @@ Rows above ten times a batch's median norm are left out, as its activation buffe
 value that it recommends; what is left is brought to unit mean squared norm, as its `trainSAE` does.
 """
 
+# pyright: reportMissingImports=false
+# The package is in an environment of its own (peers/launch.py).
+
 from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 from torch import Tensor
 

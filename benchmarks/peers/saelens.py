@@ -1,5 +1,8 @@
 """SAELens' JumpReLU SAE, by its SAETrainer's own `step`, with its defaults and its own normalisation to mean norm sqrt(d_in)."""
 
+# pyright: reportMissingImports=false
+# The package is in an environment of its own (peers/launch.py).
+
 from itertools import count
 
 from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, LoggingConfig, SAETrainer

@@ -3,6 +3,9 @@
 Tokens come from a file instead of a data set: `run_evals` asks its store for batches of tokens and for nothing else.
 """
 
+# pyright: reportMissingImports=false
+# The package is in an environment of its own (peers/launch.py).
+
 import json
 import sys
 from importlib.metadata import version

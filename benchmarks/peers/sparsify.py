@@ -3,6 +3,9 @@
 Its loss is the FVU of a batch, its L0 is k: a yardstick of speed more than the same SAE.
 """
 
+# pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# The package is in an environment of its own (peers/launch.py), and pyright takes this file for it.
+
 import os
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its kernels are CUDA's; read when it is imported

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import uvicorn
@@ -19,6 +20,10 @@ from browser.invented_suite import SCRIPT, Shape, vocabulary, write_invented_sui
 from everyscope.browse.app import Browser as Pages
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.run import listen
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser as Chromium
+    from playwright.sync_api import Page, Route
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 CHROMIUM = os.environ.get("EVERYSCOPE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -53,7 +58,7 @@ UNNAMED = """() => [...document.querySelectorAll("a[href], button, input:not([ty
 class Watched:
     """A page, and everything about it that should not be."""
 
-    page: "playwright.Page"
+    page: "Page"
     base: str
     wrong: list[str] = field(default_factory=list)
 
@@ -78,7 +83,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator["playwright.Browser"]:
+def chromium() -> Iterator["Chromium"]:
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -86,12 +91,12 @@ def chromium() -> Iterator["playwright.Browser"]:
 
 
 @pytest.fixture
-def watched(request: pytest.FixtureRequest, chromium: "playwright.Browser", base: str) -> Iterator[Watched]:
+def watched(request: pytest.FixtureRequest, chromium: "Chromium", base: str) -> Iterator[Watched]:
     """A page that records foreign requests, errors and dialogs; at the end there must be none. Parameters are the context's."""
     context = chromium.new_context(**{"viewport": DESKTOP, "locale": "en", **getattr(request, "param", {})})
     watched = Watched(context.new_page(), base)
 
-    def only_ours(route: "playwright.Route") -> None:
+    def only_ours(route: "Route") -> None:
         if route.request.url.startswith(base):
             route.continue_()
         else:
@@ -100,7 +105,7 @@ def watched(request: pytest.FixtureRequest, chromium: "playwright.Browser", base
 
     context.route("**/*", only_ours)
     watched.page.on("pageerror", lambda error: watched.wrong.append(f"error: {error}"))
-    watched.page.on("dialog", lambda dialog: (watched.wrong.append("a dialog"), dialog.dismiss()))
+    watched.page.on("dialog", lambda dialog: watched.wrong.append("a dialog") or dialog.dismiss())
     watched.page.on(
         "console", lambda message: watched.wrong.append(message.text) if message.type in ("error", "warning") else None
     )

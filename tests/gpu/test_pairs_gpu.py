@@ -1,7 +1,7 @@
 """Training by pairs on a GPU against the dense formulas in float64.
 
-Runs on a CUDA device, or, with TRITON_INTERPRET=1 set before the start, in Triton's interpreter on the CPU, as
-tests/unit/sae/test_gpu_kernels.py does. The interpreter is slow: sizes are small, but odd.
+Runs on a CUDA device or, where there is none, in Triton's interpreter on the CPU (tests/conftest.py), which is slow: sizes are
+small, but odd.
 
 Tolerances are relative to the norm of what is compared: 1e-5 is some hundred roundings of a float32, about what sums of a few
 thousand terms lose; no pre-activation lies so near to a border that rounding decides, which the counts of pairs show.
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not (INTERPRETED or torch.cuda.is_available()),
-        reason="torch sees no CUDA device; tests/unit/sae/test_gpu_kernels.py runs these in Triton's interpreter",
+        reason="torch sees no CUDA device, and triton, which could interpret, is not installed",
     ),
 ]
 if INTERPRETED or torch.cuda.is_available():

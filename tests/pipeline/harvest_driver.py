@@ -3,13 +3,14 @@
     python harvest_driver.py JSON
 
 JSON has `config` (of a HarvestConfig, without `out`), `base` (a folder) and `kills`: a list of lives, each a list of moments;
-"every" stands for one life per moment, for as long as there are moments. A harvest is killed at each of its moments in turn
-and then runs to its end, in a folder of its own below `base`; `base`/undisturbed is never killed. Moments count
+a number n stands for one life per n-th moment, for as long as there are moments. A harvest is killed at each of its moments in
+turn and then runs to its end, in a folder of its own below `base`; `base`/undisturbed is never killed. Moments count
 the changes made to the disk, and a kill comes just before one: a rename, a sync, a batch of rows put, a file deleted.
 With `is_preloaded` the model is loaded once, before forking; without, each harvest is the whole command.
 Prints, as JSON, for each folder how often its harvest was killed.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -74,14 +75,8 @@ def is_killed(run: Callable[[HarvestConfig], object], config: HarvestConfig, mom
     return False
 
 
-def lives(kills: str | list[list[int]]) -> Iterator[list[int]]:
-    if kills != "every":
-        yield from kills
-        return
-    moment = 0
-    while True:
-        yield [moment]
-        moment += 1
+def lives(kills: int | list[list[int]]) -> Iterator[list[int]]:
+    yield from kills if isinstance(kills, list) else ([moment] for moment in itertools.count(0, kills))
 
 
 def main(plan: dict) -> dict[str, int]:
@@ -96,7 +91,7 @@ def main(plan: dict) -> dict[str, int]:
         killed[config.out.name] = sum(is_killed(reap, config, moment) for moment in moments)
         if killed[config.out.name]:
             assert not is_killed(reap, config, None)
-        elif plan["kills"] == "every":
+        elif isinstance(plan["kills"], int):
             break
     return killed
 

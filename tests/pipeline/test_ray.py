@@ -68,6 +68,11 @@ def recipe(tmp_path_factory, tiny_random_model_folder) -> Path:
     return folder / "small.py"
 
 
+@pytest.fixture(scope="module")
+def fast_start() -> None:
+    """Not here: Ray starts interpreters of its own kind."""
+
+
 @pytest.fixture(autouse=True)
 def token(monkeypatch, tmp_path) -> None:
     """A token for Ray, and a cluster that gives a lost head up soon."""

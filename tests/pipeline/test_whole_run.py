@@ -1,5 +1,6 @@
 """A whole recipe on a tiny random model, from the command line: killed, resumed, run again, damaged."""
 
+import importlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 from everyscope.run.config import *
 from everyscope.sites.names import SUBLAYERS
@@ -73,9 +76,12 @@ def recipe(tmp_path_factory, tiny_random_model_folder) -> Path:
     return path
 
 
+def command(recipe: Path, out: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "everyscope", "run", str(recipe), "--out", str(out), *flags]
+
+
 def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "everyscope", "run", str(recipe), "--out", str(out), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command(recipe, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -94,7 +100,13 @@ def finished(recipe, tmp_path_factory) -> Path:
     return out
 
 
-MOMENTS = {
+FEW = {
+    "shards/*/*/shard_00002.safetensors": signal.SIGKILL,
+    "train/*/*/bank_*.safetensors": signal.SIGTERM,
+    "scores/*progress*": signal.SIGKILL,
+    "descriptions/codes*/*": signal.SIGKILL,
+}
+ALL = {
     "shards/*/*/shard_00002.safetensors": signal.SIGKILL,
     "train/*/*/bank_*.safetensors": signal.SIGTERM,
     "train/*/*/*/sae.json": signal.SIGKILL,
@@ -115,10 +127,11 @@ def is_there(out: Path, moment: str) -> bool:
         return False
 
 
-def test_killed_at_every_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path):
+@pytest.mark.parametrize("moments", [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.thorough)])
+def test_killed_at_every_stage_the_same_command_ends_in_the_same_bytes(recipe, finished, tmp_path, moments):
     """One run, killed over and over: each time it gets a stage further."""
     out = tmp_path / "run"
-    for moment, sent in MOMENTS.items():
+    for moment, sent in moments.items():
         child = start(recipe, out)
         while child.poll() is None and not is_there(out, moment):
             time.sleep(0.002)
@@ -137,8 +150,9 @@ def test_killed_at_every_stage_the_same_command_ends_in_the_same_bytes(recipe, f
 
 
 def test_typed_again_it_changes_nothing(recipe, finished):
+    """In a fresh interpreter, as a user starts it; all others here are forked (tests/forked.py)."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    child = start(recipe, finished)
+    child = forked.RealPopen(command(recipe, finished), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     table, errors = child.communicate()
     assert child.returncode == 0, errors
     assert "average_l0" in table
@@ -177,6 +191,33 @@ def test_verify_finds_it_whole_and_names_a_flipped_byte(finished):
     assert result.returncode == 1
     assert str(shard.relative_to(finished)) in result.stderr
     assert [line for line in result.stderr.splitlines() if line.startswith("everyscope:")] == result.stderr.splitlines()[-1:]
+
+
+def test_the_comparison_with_saelens_runs_up_to_saelens(finished, tmp_path, monkeypatch):
+    """benchmarks/agreement.py, with a stand-in for what is in another environment."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    agreement = importlib.import_module("agreement")
+    names = (*agreement.SAME, *agreement.CONVENTIONS)
+
+    def stand_in(config, held_out, targets, cache, work) -> dict:
+        return {"versions": {"sae-lens": "0"}, "metrics": {target.place: dict.fromkeys(names, 0.5) for target in targets}}
+
+    monkeypatch.setattr(agreement, "ask_saelens", stand_in)
+    found = agreement.compare(finished, 8, 4, tmp_path / "cache", tmp_path)
+    agreement.show(found)
+    assert [row["metric"] for row in found["rows"]] == list(names) * 4
+    assert all(np.isfinite(row["everyscope_by_their_convention"]) for row in found["rows"])
+
+
+def test_the_example_writes_reconstructions_of_every_sae(finished, tiny_random_model_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("write_reconstructions")
+    model = load_language_model(ModelConfig(name=str(tiny_random_model_folder)))
+    monkeypatch.setattr(example, "load_language_model", lambda config: model)
+    example.main(finished / "suite", tmp_path / "found.npz")
+    arrays = np.load(tmp_path / "found.npz")
+    assert len(arrays.files) == 2 * 24
+    assert all(arrays[name].shape == arrays[f"{name}_hat"].shape for name in arrays.files if name.endswith("/x"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from everyscope.browse import run as run_module
 from everyscope.browse.live import LiveModel
 from everyscope.browse.queries import Index
 
+pytestmark = pytest.mark.usefixtures("forked_interpreters")
 SERVE = """
 import sys
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 import importlib
 import random
-import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,28 +140,19 @@ def test_what_ranks_sum_in_a_step_is_what_the_engines_sum(shares, engine, way, m
     assert counted["all"] == 0
 
 
-INTERPRETED = """
-import os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-sys.path[:0] = sys.argv[1:]
-import test_step as tests
-class Pairs(tests.pairs_gpu.GpuPairs):
-    def __init__(self, saes, collective):
-        super().__init__(saes, collective=collective)
-        self._uses_pairs.fill_(True)
-mesh = tests.MESHES[-1]
-counted, load, _ = tests.summed(Pairs, mesh, (1.0,))
-assert (counted["shards"], counted["replicas"]) == tests.summed_bytes(load, mesh.shards, mesh.replicas, "pairs_gpu"), counted
-assert counted["all"] == 8 * mesh.ranks
-"""
-
-
+@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="Triton interprets nothing here")
 def test_by_pairs_on_a_gpu_too():
-    """In Triton's interpreter, which a process has or has not from its start."""
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    call = [sys.executable, "-c", INTERPRETED, *folders]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """In Triton's interpreter."""
+
+    def pairs(saes, collective):
+        engine = pairs_gpu.GpuPairs(saes, collective=collective)
+        engine.tensors()["uses_pairs"].fill_(True)
+        return engine
+
+    mesh = MESHES[-1]
+    counted, load, _ = summed(pairs, mesh, (1.0,))
+    assert (counted["shards"], counted["replicas"]) == summed_bytes(load, mesh.shards, mesh.replicas, "pairs_gpu")
+    assert counted["all"] == 8 * mesh.ranks
 
 
 def test_random_loads_have_finite_positive_times():

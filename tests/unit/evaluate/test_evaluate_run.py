@@ -56,9 +56,9 @@ class PassCounter:
         self.heads = self.starts = 0
 
         def loaded(config):
-            language = load_language_model(config)
-            language.model.lm_head.register_forward_hook(self._head)  # after the load's own checks
-            language.model.model.register_forward_pre_hook(self._start)
+            language = load_language_model(config)  # hooks come after the load's own checks
+            language.model.lm_head.register_forward_hook(self._head)  # pyright: ignore[reportAttributeAccessIssue]
+            language.model.model.register_forward_pre_hook(self._start)  # pyright: ignore[reportAttributeAccessIssue]
             return language
 
         monkeypatch.setattr(evaluate, "load_language_model", loaded)
@@ -353,7 +353,7 @@ def refuse() -> None:
 def test_logits_that_are_not_numbers_are_refused(evaluated: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(config):
         language = load_language_model(config)
-        language.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        language.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))  # pyright: ignore[reportAttributeAccessIssue]
         return language
 
     monkeypatch.setattr(evaluate, "load_language_model", broken)

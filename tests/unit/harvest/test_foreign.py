@@ -84,7 +84,7 @@ def test_each_row_once_and_as_it_was(bring, tmp_path, make: Maker, skip, shuffle
     want = {(s, p) for s in range(SEQUENCES) for p in range(skip, POSITIONS)}
     assert set(zip(sequence.tolist(), position.tolist(), strict=True)) == want
     stored = torch.from_numpy(values[sequence, position])
-    exact = {as_half_npy: torch.float16, as_safetensors: torch.bfloat16}.get(make, torch.float32)
+    exact = {as_half_npy: torch.float16, as_safetensors: torch.bfloat16}.get(make, torch.float32)  # pyright: ignore[reportCallIssue]
     assert torch.equal(shards.rows(0, count), stored.to(exact).float())
     assert shards.statistics.count == count
     verify_shards(result.folder)

@@ -8,6 +8,8 @@ import pytest
 from everyscope.base.errors import ConfigError, EveryscopeError, MissingExtra
 from everyscope.jobs.pool import Job, run_jobs
 
+pytestmark = pytest.mark.usefixtures("forked_interpreters")
+
 WORK = """
 def write(path, progress):
     path.write_text("done")

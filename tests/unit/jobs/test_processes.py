@@ -18,6 +18,8 @@ from everyscope.jobs.processes import Processes
 from everyscope.jobs.runner import remove_unheld
 from everyscope.jobs.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("forked_interpreters")
+
 
 @pytest.fixture
 def work(monkeypatch):

@@ -30,6 +30,7 @@ class Stage(Place):
         self.slots, self.now = slots, 0.0
         self.running: dict[str, deque[dict]] = {}
         self.begun: list[tuple[float, str]] = []
+        self.told: list[dict] = []
         self.most = 0
         self.random = random.Random(0)
 
@@ -66,7 +67,7 @@ def run(stage: Stage, tries: int = 3, at_once: int | None = None, **costs: float
     try:
         Schedule(stage, told.append, tries, at_once, clock=lambda: stage.now).run(jobs)
     finally:
-        stage.told = told  # type: ignore[attr-defined]
+        stage.told = told
         assert not stage.running, "something was left running"
     return told
 

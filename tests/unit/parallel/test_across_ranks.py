@@ -3,6 +3,8 @@
 Steps differ from one process's by the order of sums alone: 1e-5 of the distance moved is some ten times what that makes here.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -173,7 +175,7 @@ def test_bytes_summed_are_those_of_the_formula(in_threads, shards, replicas):
     config = SaeConfig(width=60, sparsity_coefficient=0, recipe=SaeRecipe(bandwidth=0.01, initial_threshold=0.8, **FIXED))
     bank_of = {}
 
-    def work(collective: Collective) -> dict[str, int]:
+    def work(collective: Any) -> dict[str, int]:
         bank = Bank([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
         bank.step(own(rows(0), collective))
         bank_of[collective.mesh.rank] = bank

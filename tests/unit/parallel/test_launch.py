@@ -10,6 +10,8 @@ from everyscope.base.errors import ConfigError, EveryscopeError
 from everyscope.parallel.group import socket_store
 from everyscope.parallel.launch import launch
 
+pytestmark = pytest.mark.usefixtures("forked_interpreters")
+
 
 def test_ranks_that_never_get_further_are_given_up(tmp_path):
     (tmp_path / "kills").write_text("100")

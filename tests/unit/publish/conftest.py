@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from built_once import built_once
 from invented_scores import SITES, add_sae, add_slices
 
 from everyscope.publish import pages
@@ -22,14 +23,17 @@ def few(tmp_path: Path) -> PublishConfig:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> PublishConfig:
     """A published suite with everything: two widths and three sparsities at six sites, all slices. Read it, never write to it."""
-    config = _config(tmp_path_factory.mktemp("published"))
+    return _config(built_once(tmp_path_factory, "published", _publish))
+
+
+def _publish(root: Path) -> None:
+    config = _config(root)
     for site in SITES:
         for width in (512, 1024):
             for threshold in (0.2, 0.5, 0.8):
                 add_sae(config, site, f"w{width}_{threshold}", width, threshold)
     add_slices(config, SITES[-1], "w512_0.5", "w1024_0.5")
     publish.run(config)
-    return config
 
 
 def _config(root: Path) -> PublishConfig:

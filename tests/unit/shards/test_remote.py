@@ -165,7 +165,7 @@ def test_a_server_that_does_not_answer_is_given_up_on(web, large):
     address = f"{web.address}/resid_post/layer_3"
     patience = Patience(deadline=0.3, attempt=0.1, pause=0.01)
     shards = Shards(RemoteFolder(address, HttpTransport(address), BlockCache(Path("/nowhere")), Patience()))
-    shards._files.folder._patience = patience
+    shards._files.folder._patience = patience  # pyright: ignore[reportAttributeAccessIssue]
     released = []
 
     def silent(request, data, start, stop):

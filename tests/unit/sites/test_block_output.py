@@ -1,6 +1,7 @@
 """Blocks that return tuples, as in transformers 4.5x."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ class TupleModel(nn.Module):
     def __init__(self, model_type="llama"):
         super().__init__()
         self.config = SimpleNamespace(model_type=model_type, hidden_size=D_MODEL, vocab_size=20, bos_token_id=2)
-        self.model = nn.Module()
+        self.model: Any = nn.Module()
         self.model.embed = nn.Embedding(20, D_MODEL)
         self.model.layers = nn.ModuleList(TupleBlock(self.config, layer) for layer in range(3))
         self.cache = []

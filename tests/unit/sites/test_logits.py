@@ -102,7 +102,7 @@ def test_gains_of_both_kinds_of_gemma_and_llama_differ_by_one(model, family):
     norm = final_norm(model, anatomy_of(model))
     found = gain_of(norm, 32)
     offset = 1 if family.startswith("gemma") else 0
-    torch.testing.assert_close(found.gain, norm.weight + offset, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.gain, torch.as_tensor(norm.weight) + offset, rtol=1e-3, atol=1e-3)
     assert found.is_centring == (family in ("gpt2", "gpt_neox"))
 
 

@@ -24,7 +24,7 @@ def test_a_loaded_model_is_frozen_eager_and_of_the_dtype_asked_for(folder, dtype
     assert not loaded.model.training
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert loaded.model.config._attn_implementation == "eager"
+    assert loaded.model.config._attn_implementation == "eager"  # pyright: ignore[reportAttributeAccessIssue]
     assert loaded.anatomy.width(Site("attn_out", 0)) == 48
     assert loaded.name == str(folder)
 
@@ -91,7 +91,7 @@ def test_a_model_whose_gate_fails_is_refused(folder, bloom, tmp_path):
     with pytest.raises(ModelError, match=r"'bloom'.* not supported"):
         load_language_model(ModelConfig(name=str(tmp_path / "bloom")))
     broken = Gemma2ForCausalLM(Gemma2Config.from_pretrained(folder))
-    broken.model.layers[2].mlp.down_proj.weight.data.fill_(torch.nan)
+    broken.model.layers[2].mlp.down_proj.weight.data.fill_(torch.nan)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportIndexIssue]
     broken.save_pretrained(folder)
     with pytest.raises(ModelError, match="layer 2"):
         load_language_model(ModelConfig(name=str(folder)))

@@ -42,7 +42,7 @@ def test_shorter_formats_round_the_same_weights(folder):
 def test_attention_is_eager_and_the_weights_file_is_not_needed(folder, tmp_path):
     (tmp_path / "gemma2" / "model.safetensors").unlink()
     loaded = load_language_model(ModelConfig(name=folder, weights="random"))
-    assert loaded.model.config._attn_implementation == "eager"
+    assert loaded.model.config._attn_implementation == "eager"  # pyright: ignore[reportAttributeAccessIssue]
     assert not loaded.model.training
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_language_model(ModelConfig(name=str(tmp_path / "nowhere"), weights="random"))

@@ -56,10 +56,10 @@ def test_multimodal_gemma3_is_read_through_its_language_part():
         vision_config=vision,
         mm_tokens_per_image=1,
         image_token_index=63,
-        image_token_id=63,
+        image_token_id=63,  # pyright: ignore[reportCallIssue]
         boi_token_index=62,
         eoi_token_index=61,
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
     model = Gemma3ForConditionalGeneration(config).eval()
     assert anatomy_of(model).num_layers == 2

@@ -6,6 +6,7 @@ import sys
 from itertools import islice
 
 import datasets
+import datasets.config
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

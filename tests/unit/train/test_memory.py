@@ -5,6 +5,7 @@ import torch
 from counted_collective import Counting
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from everyscope.parallel.mesh import Mesh
 from everyscope.sae.config import SaeConfig, SaeRecipe
@@ -77,7 +78,7 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
                 storage = tensor.untyped_storage()
                 self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())

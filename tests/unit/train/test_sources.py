@@ -27,6 +27,8 @@ from everyscope.text.config import TextConfig
 from everyscope.train.config import BankSettings, TrainConfig, sae_name
 from everyscope.train.run import is_finished, run, train
 
+pytestmark = pytest.mark.usefixtures("forked_interpreters")
+
 SITE = Site("resid_post", 1)
 RECIPE = SaeRecipe(
     learning_rate=1e-2, learning_rate_warmup_steps=3, sparsity_warmup_steps=6, bandwidth=0.1, initial_threshold=0.1

@@ -78,7 +78,7 @@ def test_an_n_gram_is_named(ground: Ground, plant: Callable[..., Firings]):
     """The most frequent pair of tokens whose second token also stands elsewhere."""
     pairs = ground.traits.families["pair"]
     learnt = pairs.values[ground.passages.tokens_of(LEARN)]
-    texts = [tuple(ground.traits.pieces[one] for one in key if one >= 0) for key in pairs.keys]
+    texts = [tuple(ground.traits.pieces[one] for one in key if one >= 0) for key in pairs.keys]  # pyright: ignore[reportGeneralTypeIssues]
     wanted = max((n for n, text in enumerate(texts) if text == (b"self", b".")), key=lambda n: int((learnt == n).sum()))
     label = learn_labels(ground, plant(pairs.values == wanted), lambda _: None)[0]
     assert label.label == "`.` after `self`"
