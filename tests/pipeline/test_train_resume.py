@@ -21,7 +21,7 @@ from everyscope.shards.writer import new_activation_shard
 from everyscope.sites.names import Site
 from everyscope.stream.local import LocalSource
 from everyscope.train import checkpoint
-from everyscope.train.bank import Bank
+from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import checkpoint_path, is_finished, run
 
@@ -206,8 +206,8 @@ def test_a_checkpoint_is_of_its_own_step_though_training_goes_on_while_it_is_wri
     run(config)
     assert [step for step, _ in moments] == list(range(30, STEPS, 30))
     for step, tensors in moments[:3]:
-        alone = Bank(config.saes, D_IN, LocalSource(shards).scale, STEPS)
         source = LocalSource(shards)
+        alone = Bank(config.saes, D_IN, normalisation_for(config.saes, source.statistics, config.settings.max_norm), STEPS)
         for number in range(step):
             alone.step(source.batch(number, BATCH))
         assert all(torch.equal(tensors[name], tensor) for name, tensor in alone.tensors().items())
