@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -73,6 +74,21 @@ class NoSuchPage(EveryscopeError):
     """An address that leads nowhere."""
 
 
+class LatentNumber(Convertor[int]):
+    """A latent's number in an address; of one with thousands of digits Python would refuse to make an int."""
+
+    regex = "[0-9]{1,12}"
+
+    def convert(self, value: str) -> int:
+        """From the address."""
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        """Into an address."""
+        return str(value)
+
+
+register_url_convertor("latent", LatentNumber())
 LiveView = Callable[[Index, Links, Asking, Mapping[str, Sequence[str]]], dict[str, Any]]
 STATUS = {
     NoSuchPage: (404, "No such page"),
@@ -105,8 +121,8 @@ class Browser:
             "/search": self._search,
             "/compare": self._compare,
             f"{SAE_PATH}/": self._sae,
-            f"{SAE_PATH}/{{latent:int}}.json": self._raw,
-            f"{SAE_PATH}/{{latent:int}}": self._latent,
+            f"{SAE_PATH}/{{latent:latent}}.json": self._raw,
+            f"{SAE_PATH}/{{latent:latent}}": self._latent,
         }
         routes = [Route(path, self._ready(page)) for path, page in pages.items()]
         live = {"/text": ("text", text_view), "/steer": ("steer", steer_view)}

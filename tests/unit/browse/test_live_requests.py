@@ -100,7 +100,7 @@ def test_a_form_may_be_longer_than_an_address(get: Callable):
         "seed=99999999999999999999",
         "seed=-1",
         "latent=1&strength=1e400",
-        "sae=%00",
+        "latent=1&sae=%00",
     ],
 )
 def test_odd_numbers_are_told_and_are_no_fault_of_ours(get: Callable, query: str):
