@@ -21,7 +21,7 @@ from everyscope.shards.writer import new_activation_shard
 from everyscope.sites.names import Site
 from everyscope.stream.local import LocalSource
 from everyscope.train import checkpoint
-from everyscope.train.bank import Bank
+from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import checkpoint_path, is_finished, run
 
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_of_its_own_step_though_training_goes_on_while_it_is_wri
     run(config)
     assert [step for step, _ in moments] == list(range(30, STEPS, 30))
     for step, tensors in moments[:3]:
-        alone = Bank(config.saes, D_IN, LocalSource(shards).scale, STEPS)
+        alone = Bank(config.saes, D_IN, normalisation_for(config.saes, LocalSource(shards).statistics, config.max_norm), STEPS)
         source = LocalSource(shards)
         for number in range(step):
             alone.step(source.batch(number, BATCH))

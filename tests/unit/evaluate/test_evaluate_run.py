@@ -269,7 +269,7 @@ def test_saes_made_elsewhere_are_scored_without_shards(evaluated: EvaluateConfig
 def test_saes_of_the_embedding_matrix_meet_the_embeddings_that_they_were_trained_on(tmp_path: Path):
     """A Gemma multiplies its embedding by sqrt(d): an exact SAE of the matrix's rows stays exact, with as many latents."""
     config = build_scope(tmp_path / "scope", (Site("embed", 0),))
-    matrix = load_language_model(config.model).model.get_input_embeddings().weight
+    matrix = load_language_model(config.model).model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
     exact, folder = identity_sae(16), tmp_path / "gemma-scope-tiny-res" / "embedding" / "width_32" / "average_l0_16"
     shift = torch.linspace(-0.1, 0.1, 16)
     sae = Sae(exact.w_enc, exact.w_dec, exact.b_enc - shift @ exact.w_enc, shift, exact.threshold)

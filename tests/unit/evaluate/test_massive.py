@@ -83,7 +83,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         baseline_sequences=20,
         resamples=200,
     )
-    calibration = calibrate(config, [SITE], load_language_model(config.model))[0][SITE]
+    calibration = calibrate(config, [SITE], load_language_model(config.model))[SITE]
     rows, is_sink, _ = held_out_rows(config)
     sae = random_sae(D_IN, WIDTH, 0.5 * float(calibration.rows.std()), calibration.mean.float(), seed=0)
     write_sae(root / "train" / SITE.folder / "w48", knowing(sae, rows[is_sink].mean(0)), {})
@@ -141,7 +141,7 @@ def test_usual_fvu_is_that_of_ordinary_tokens_by_hand(config: EvaluateConfig):
 
 def test_baselines_are_fitted_to_and_measured_on_usual_tokens(config: EvaluateConfig):
     rows, is_sink, _ = held_out_rows(config)
-    calibration = calibrate(config, [SITE], load_language_model(config.model))[0][SITE]
+    calibration = calibrate(config, [SITE], load_language_model(config.model))[SITE]
     scores, usual = metrics(config), rows[~is_sink].double()
     size = round(scores["l0"])
     kept = calibration.components[:, :size]
