@@ -160,7 +160,7 @@ def test_massive_rows_stay_clean_when_an_sae_is_spliced_in(config: EvaluateConfi
     _, is_sink, batch = held_out_rows(config)
     language = load_language_model(config.model)
     clean = clean_pass(language.model, [SITE], batch)
-    limit = float(calibrate(config, [SITE], language)[0][SITE].norm_limit)
+    limit = float(calibrate(config, [SITE], language)[SITE].norm_limit)
     here = site_rows(clean.activations[SITE], batch, limit)
     assert torch.equal(~here.is_usual, is_sink)
     assert torch.equal(here.mask[batch.mask], ~is_sink)
