@@ -15,7 +15,7 @@ from everyscope.suite.records import REMEDY, Headline, SaeRecord, SuiteIndex, re
 
 NEEDED = (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, LATENTS_FILE)
 """Files that every published SAE has."""
-NOT_MEASURED = {"intervals", "baselines_fvu", "is_canonical"}
+NOT_MEASURED = {"intervals", "baselines_fvu", "is_canonical", "num_massive_tokens"}
 """Fields of a headline that are not single numbers of metrics.json."""
 
 
@@ -69,6 +69,9 @@ def _verify_record(folder: Path, record: SaeRecord) -> None:
     metrics = read_object(folder / METRICS_FILE)
     wanted = {"site": record.site, "layer": record.layer, "d_in": record.d_in, "width": record.width}
     wanted |= {name: getattr(record.metrics, name) for name in Headline.model_fields if name not in NOT_MEASURED}
+    massive = metrics.get("massive")
+    metrics["num_massive_tokens"] = massive.get("num_tokens") if isinstance(massive, dict) else 0  # of suites before max_norm
+    wanted["num_massive_tokens"] = record.metrics.num_massive_tokens
     for name, want in wanted.items():
         if name not in metrics or metrics[name] != want:
             raise DamagedData(f"{folder / METRICS_FILE}: {name} is {metrics.get(name)!r}, suite.json says {want!r}; {REMEDY}")

@@ -38,7 +38,7 @@ def said(capsys, *arguments: str) -> str:
         (("run", "tiny", "--worker", "2"), "unknown flag --worker; did you mean --workers?"),
         (("run", "tiny", "--tri", "2"), "unknown flag --tri"),
         (("run", "tiny", "--workers", "two"), "invalid int value: 'two'"),
-        (("serve", "shards", "--token", "SECRET"), "unknown flag --token"),
+        (("serve", "shards", "--token", "SECRET"), "--token: a secret on a command line shows"),
         (("verify", "runs", "--deep"), "unknown argument --deep"),
         (("plan", "tiny", "--curve"), "--curve is about a cluster"),
         (("plan", "tiny", "--gpu", "h100"), "--gpus N"),
