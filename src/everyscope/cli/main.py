@@ -21,7 +21,6 @@ from everyscope.browse.config import BrowseConfig, ExportConfig
 from everyscope.cli.arguments import (
     WHAT_IT_IS,
     Command,
-    OneLineParser,
     command_named,
     engine_of,
     overview,
@@ -29,15 +28,17 @@ from everyscope.cli.arguments import (
     text_fields,
     wants_cluster,
 )
-from everyscope.cli.flags import Config, divided, flags_of, parse_fields
+from everyscope.cli.flags import Config, divided, parse_fields
+from everyscope.cli.help import show_help
+from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wishes_of
 from everyscope.cli.stages import show_stages
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
 from everyscope.jobs.config import EngineConfig
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
-from everyscope.run.find import RECIPES, find_recipe
-from everyscope.run.stages import Servers, stages_of
+from everyscope.run.find import RECIPES
+from everyscope.run.stages import RECIPE_FILE, Servers, stages_of
 from everyscope.serve.config import ServeConfig
 from everyscope.sites.config import ModelConfig
 
@@ -45,17 +46,10 @@ if TYPE_CHECKING:
     from everyscope.browse.live import Live
     from everyscope.jobs.schedule import Watch
     from everyscope.run.placement import Devices
+    from everyscope.sites.config import ModelConfig
 
 ERROR_EXIT = 1
 INTERRUPTED_EXIT = 130
-
-
-def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, Path]:
-    """The recipe with the fields that flags override, and the run's folder."""
-    default = find_recipe(options.recipe)
-    prog = f"everyscope {options.command} {options.recipe}"
-    config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default, options.flags)
-    return config, options.out or Path("runs") / config.name
 
 
 def run_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -125,7 +119,7 @@ def partition_of(options: argparse.Namespace, settings: EngineConfig) -> tuple[i
 
 def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
     """The recipe's stage, or the evaluation of SAEs made elsewhere."""
-    if not options.recipe or options.recipe in RECIPES or options.recipe.endswith(".py"):
+    if options.recipe in RECIPES or options.recipe.endswith(".py") or is_model(options.recipe):
         stage_command(options, fields)
         return
     suite = Path(options.recipe)
@@ -169,13 +163,23 @@ def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
         found, tables = cluster_report(config, options.gpus, options.gpu, **rates, with_curve=options.curve)
     else:
         rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}
-        price = plan(stages_of(config, out, devices_here(config)), options.teraflops, **rates)
+        price = plan(stages_of(config, out, devices_here(config)), rates_for(config, options.teraflops), **rates)
         found, tables = plan_json(price), plan_tables(price)
     if options.json:
         print(json.dumps(found, indent=2))
         return
     for table in tables:
         Console().print(table)
+
+
+def init_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Print the run of a model as a recipe in Python."""
+    if not is_model(options.recipe):
+        raise ConfigError(f"{options.recipe}: expected a model, as a Hugging Face id or a local folder")
+    from everyscope.run.automatic import recipe_text
+
+    wishes = wishes_of(options)
+    print(recipe_text(new_config(options.recipe, wishes), wishes), end="")
 
 
 def devices_here(config: RunConfig) -> "Devices | None":
@@ -260,10 +264,19 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
         from everyscope.run.pipeline import quiet_transformers
 
         quiet_transformers()
-        model = None if config.model is None else ModelConfig(name=config.model)
-        return SuiteModel(suite_folder(config.suite), model)
+        suite = suite_folder(config.suite)
+        model = model_beside(suite) if config.model is None else ModelConfig(name=config.model)
+        return SuiteModel(suite, model)
 
     run(config, live)
+
+
+def model_beside(suite: Path) -> "ModelConfig | None":
+    """The model of the run that the suite lies in: its suite may name it otherwise, as where it lies in a local folder."""
+    recipe = suite.parent / RECIPE_FILE
+    if not recipe.is_file():
+        return None
+    return RunConfig.model_validate_json(recipe.read_text(encoding="utf-8")).model.model_copy(update={"device": "cpu"})
 
 
 def export_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -310,8 +323,9 @@ def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
 
 
 COMMANDS = {
-    "run": Command("run the full pipeline (resumes if interrupted)", run_command),
-    "plan": Command("every SAE, its tokens, bytes, operations and hours, before anything is spent", plan_command),
+    "run": Command("run the full pipeline (resumes if interrupted)", run_command, "RECIPE|MODEL"),
+    "plan": Command("every SAE, its tokens, bytes, operations and hours, before anything is spent", plan_command, "RECIPE|MODEL"),
+    "init": Command("print the run of a model as a commented recipe", init_command, "MODEL"),
     "harvest": Command("text and model to shards of activations", stage_command),
     "train": Command("shards to SAEs", stage_command),
     "evaluate": Command("SAEs and held-out text to scores", evaluate_command, "RECIPE|SUITE"),
@@ -326,12 +340,6 @@ COMMANDS = {
     "import": Command("activations from elsewhere to shards", import_command, "ARRAY", ImportConfig),
     "verify": Command("check shards or a suite against their checksums", verify_command, "PATH"),
 }
-MAIN_FIELDS = (
-    "--model.name", "--model.device", "--model.dtype", "--text.source", "--text.paths", "--text.dataset", "--text.context",
-    "--groups.0.sites", "--groups.0.layers", "--groups.0.widths", "--groups.0.target-l0s", "--groups.0.num-tokens",
-    "--train.device", "--train.batch-rows", "--harvest.dtype", "--evaluate.num-sequences", "--seed",
-)  # fmt: skip
-"""Fields of a recipe that --help shows; --help-all shows every one."""
 
 
 def complain(message: str) -> None:
@@ -367,26 +375,6 @@ def dispatch(arguments: Sequence[str]) -> None:
     if getattr(options, "workers", None) is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: expected 1 or more")
     command.function(options, fields)
-
-
-def show_help(parser: OneLineParser, command: Command, options: argparse.Namespace, fields: list[str]) -> None:
-    """A command's flags, and the fields of its recipe or config: the main ones, or with --help-all every one."""
-    if command.takes_recipe and options.help_all:
-        recipe = options.recipe or next(iter(RECIPES))
-        resolve(argparse.Namespace(**vars(options) | {"recipe": recipe}), [*fields, "--help"])
-        return
-    parser.print_help()
-    if command.config is not None:
-        print()
-        parse_fields(command.config, parser.prog, ["--help"])
-    elif command.takes_recipe:
-        recipe = options.recipe or next(iter(RECIPES))
-        known = flags_of(find_recipe(recipe))
-        print(f"\nmain fields of {recipe}:")
-        for flag in MAIN_FIELDS:
-            if flag in known:
-                print(f"  {flag:<29} {known[flag].replace(chr(10), ' ').split('. ')[0].split('; ')[0].rstrip('.')}")
-        print(f"\n`everyscope {options.command} {recipe} --help-all` lists every field.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
