@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError
@@ -77,7 +78,9 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
     """What the command line says of a run of a model."""
     given = {name: getattr(options, name) for name in ("sites", "layers", "widths", "tokens", "text", "hours")}
     given["l0s"] = options.l0
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+    found: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
     return Wishes(**found)
 
 

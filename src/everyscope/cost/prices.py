@@ -16,6 +16,7 @@ from everyscope.evaluate.comparisons.config import (
     SplittingConfig,
     SubsetsConfig,
     TransferConfig,
+    VariantsConfig,
 )
 from everyscope.run.config import RunConfig
 from everyscope.run.settings import ModelShape
@@ -136,24 +137,27 @@ def reading_seconds(part: Part, tokens: float, saes: list[tuple[Site, int]], rat
 
 
 def evaluation_seconds(part: Part, blocks: int, rates: Rates) -> float:
-    """A clean pass, one from its layer on for each SAE, two for each site's ablations, and the encoders [s]."""
+    """A clean pass, one from its layer on for each SAE, and the encoders [s]."""
     config, saes = part.config, codes(part)
     tokens = float(blocks * config.text.context)
-    ablated = [site for site in config.all_sites for _ in range(2)]
-    spliced = sum(loss_seconds(config, tokens, rates, depth_of(site)) for site in [*(site for site, _ in saes), *ablated])
+    spliced = sum(loss_seconds(config, tokens, rates, depth_of(site)) for site, _ in saes)
     return loss_seconds(config, tokens, rates, 0) + spliced + encode_seconds(config, tokens, saes, rates)
 
 
 def baseline_seconds(part: Part, rates: Rates) -> float:
-    """Three baselines of each SAE's L0, on the first blocks [s]."""
-    tokens = 3.0 * part.evaluate.baseline_sequences * part.config.text.context
-    return sum(loss_seconds(part.config, tokens, rates, depth_of(site)) for site, _ in codes(part))
+    """Three baselines of each SAE's L0, and two ablations of each site, on some of the blocks [s]."""
+    tokens = float(part.evaluate.baseline_blocks * part.config.text.context)
+    of_saes = sum(loss_seconds(part.config, 3 * tokens, rates, depth_of(site)) for site, _ in codes(part))
+    return of_saes + sum(loss_seconds(part.config, 2 * tokens, rates, depth_of(site)) for site in part.config.all_sites)
 
 
 def comparison_seconds(comparison: ComparisonConfig, stages: Stages, rates: Rates) -> tuple[float, str]:
     """One comparison over the suite: seconds, and how much it reads."""
     main, context = stages.parts[0], stages.config.text.context
-    blocks = getattr(comparison, "num_sequences", None) or main.evaluate.num_sequences
+    if isinstance(comparison, VariantsConfig):
+        blocks = comparison.base.num_sequences
+    else:
+        blocks = getattr(comparison, "num_sequences", None) or main.evaluate.num_sequences
     saes = codes(main)
     ways: dict[type, Callable[[Any], tuple[float, str]]] = {
         SplittingConfig: lambda one: (reading_seconds(main, blocks * context, saes, rates), f"{blocks:,} blocks"),

@@ -11,7 +11,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from everyscope.base.bundled import model_location
+from everyscope.base.bundled import NO_CODE, model_location
 from everyscope.base.errors import ModelError, first_line
 from everyscope.run.config import RunConfig
 from everyscope.run.settings import ModelShape
@@ -32,9 +32,9 @@ def shape_of(model: ModelConfig) -> ModelShape:
     """
     require_hub(model.name, model.revision)
     try:
-        described = AutoConfig.from_pretrained(model_location(model.name), revision=model.revision)
+        described = AutoConfig.from_pretrained(model_location(model.name), revision=model.revision, **NO_CODE)
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(described)
+            built = AutoModelForCausalLM.from_config(described, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"no model {model.name!r}: {first_line(error)}; give a bundled model, a local folder or a hub id"

@@ -145,14 +145,18 @@ def train(
             save_checkpoint(checkpoint, bank, run_id, log_bytes)
         if is_stopping:
             raise SystemExit(EXIT_CODE)
-    if collective.mesh.ranks == 1:
-        for sae in bank.saes:
-            record = record_of(config, sae.config, source, normalisation)
-            write_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
-    else:
-        _save_together(config, source, normalisation, collective)
+    _save_saes(config, source, bank)
     if leads:
         forget_checkpoint(checkpoint)
+
+
+def _save_saes(config: TrainConfig, source: Source, bank: Bank) -> None:
+    if bank.collective.mesh.ranks > 1:
+        _save_together(config, source, bank.normalisation, bank.collective)
+        return
+    for sae in bank.saes:
+        record = record_of(config, sae.config, source, bank.normalisation)
+        write_sae(config.out / sae_name(sae.config), fold(sae, bank.normalisation), record)
 
 
 def _save_together(config: TrainConfig, source: Source, normalisation: Normalisation, collective: Collective) -> None:
