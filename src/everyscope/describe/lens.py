@@ -82,7 +82,7 @@ class Lens:
                 products = torch.empty(len(rounded), len(tile), dtype=self._dtype)
                 hits[len(tile) :] = 0
             torch.mm(rounded, tile.T, out=products)
-            norm, residual = rows.norms[first : first + TILE_TOKENS].max(), rows.residuals[first : first + TILE_TOKENS].max()
+            norm, residual = (part[first : first + TILE_TOKENS].max() for part in (rows.norms, rows.residuals))
             bits = products.bfloat16().view(torch.int16).numpy()
             screen_tile(bits, first, factors, start, rows, norm, residual, found)
         rescore(factors, start, rows, found, ends.tokens, ends.values)
