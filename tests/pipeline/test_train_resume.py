@@ -206,8 +206,8 @@ def test_a_checkpoint_is_of_its_own_step_though_training_goes_on_while_it_is_wri
     run(config)
     assert [step for step, _ in moments] == list(range(30, STEPS, 30))
     for step, tensors in moments[:3]:
-        alone = Bank(config.saes, D_IN, normalisation_for(config.saes, LocalSource(shards).statistics, config.max_norm), STEPS)
         source = LocalSource(shards)
+        alone = Bank(config.saes, D_IN, normalisation_for(config.saes, source.statistics, config.max_norm), STEPS)
         for number in range(step):
             alone.step(source.batch(number, BATCH))
         assert all(torch.equal(tensors[name], tensor) for name, tensor in alone.tensors().items())

@@ -15,8 +15,8 @@ from everyscope.publish.config import PublishConfig
 from everyscope.sae.files import RECORD_FILE, WEIGHTS, read_record, trained_folders, weights_digest
 from everyscope.sites.names import Site, parse_folder
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, sae_folder
-from everyscope.suite.records import Headline, Intervals
-from everyscope.suite.scores import read_metrics
+from everyscope.suite.records import Headline
+from everyscope.suite.scores import headline_of, read_metrics
 
 CANONICAL_L0 = 100.0
 """The L0 that stands for a site and width whose SAEs aimed at none, as in Gemma Scope [latents]."""
@@ -97,16 +97,7 @@ class Source:
     @property
     def headline(self) -> Headline:
         """What suite.json says about it."""
-        metrics = self.metrics
-        made = {"intervals", "baselines_fvu", "is_canonical", "num_massive_tokens"}
-        known = {name: its["fvu_usual"] for name, its in metrics["baselines"].items() if its["fvu_usual"] is not None}
-        return Headline(
-            **{name: metrics[name] for name in Headline.model_fields if name not in made},
-            intervals=Intervals(**{name: metrics["intervals"].get(name) for name in Intervals.model_fields}),
-            baselines_fvu=known,
-            num_massive_tokens=metrics["massive"]["num_tokens"],
-            is_canonical=self.is_canonical,
-        )
+        return headline_of(self.metrics, is_canonical=self.is_canonical)
 
 
 def find_sources(config: PublishConfig) -> list[Source]:

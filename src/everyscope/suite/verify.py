@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from everyscope.base.errors import DamagedData
-from everyscope.base.files import read_object, read_sealed, sha256
+from everyscope.base.files import read_sealed, sha256
 from everyscope.base.ids import content_id
 from everyscope.base.tensors import read_header
 from everyscope.suite.layout import CONFIG_FILE, COST_FILE, LATENTS_FILE, METRICS_FILE, NPZ_FILE, WEIGHTS_FILE
-from everyscope.suite.records import REMEDY, Headline, SaeRecord, SuiteIndex, read_index
+from everyscope.suite.records import REMEDY, SaeRecord, SuiteIndex, read_index
+from everyscope.suite.scores import headline_of, read_metrics
 
 NEEDED = (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, LATENTS_FILE)
 """Files that every published SAE has."""
-NOT_MEASURED = {"intervals", "baselines_fvu", "is_canonical", "num_massive_tokens"}
-"""Fields of a headline that are not single numbers of metrics.json."""
 
 
 def verify_suite(suite: Path) -> None:
@@ -66,15 +66,17 @@ def _verify_record(folder: Path, record: SaeRecord) -> None:
     for name, found in sizes.items():
         if not isinstance(found, list | tuple) or tuple(found) != shape:
             raise DamagedData(f"{folder / name}: W_enc has shape {found}, suite.json says {shape}; {REMEDY}")
-    metrics = read_object(folder / METRICS_FILE)
-    wanted = {"site": record.site, "layer": record.layer, "d_in": record.d_in, "width": record.width}
-    wanted |= {name: getattr(record.metrics, name) for name in Headline.model_fields if name not in NOT_MEASURED}
-    massive = metrics.get("massive")
-    metrics["num_massive_tokens"] = massive.get("num_tokens") if isinstance(massive, dict) else 0  # of suites before max_norm
-    wanted["num_massive_tokens"] = record.metrics.num_massive_tokens
-    for name, want in wanted.items():
-        if name not in metrics or metrics[name] != want:
-            raise DamagedData(f"{folder / METRICS_FILE}: {name} is {metrics.get(name)!r}, suite.json says {want!r}; {REMEDY}")
+    path = folder / METRICS_FILE
+    metrics = read_metrics(path)
+    said: dict[str, Any] = {"site": record.site, "layer": record.layer, "d_in": record.d_in, "width": record.width}
+    said |= record.metrics.model_dump()
+    try:
+        found = metrics | headline_of(metrics, is_canonical=record.metrics.is_canonical).model_dump()
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise DamagedData(f"{path}: has not the numbers that suite.json shows ({type(error).__name__}); {REMEDY}") from error
+    for name, want in said.items():
+        if name not in found or found[name] != want:
+            raise DamagedData(f"{path}: {name} is {found.get(name)!r}, suite.json says {want!r}; {REMEDY}")
 
 
 def npz_shape(path: Path, name: str) -> tuple[int, ...]:
