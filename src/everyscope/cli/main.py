@@ -31,7 +31,7 @@ from everyscope.cli.arguments import (
 from everyscope.cli.flags import Config, divided, parse_fields
 from everyscope.cli.help import show_help
 from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wishes_of
-from everyscope.cli.stages import show_stages
+from everyscope.cli.stages import show_stages, show_suite
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
 from everyscope.jobs.config import EngineConfig
@@ -298,28 +298,6 @@ def configured(kind: type[Config], options: argparse.Namespace, field: str, fiel
     given = [] if options.path is None else [f"--{field}", str(options.path)]
     name = options.path or COMMANDS[options.command].takes
     return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
-
-
-def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
-    """The suite's table on standard output, or its index as JSON (as the last of several lines, or indented), and what to type
-    next.
-    """
-    from everyscope.publish.table import suite_table
-    from everyscope.suite.records import read_index
-
-    index = read_index(suite)
-    if is_json:
-        print(json.dumps({"event": "suite"} | index.as_json()) if is_line else json.dumps(index.as_json(), indent=2))
-        return
-    console = Console()
-    console.print(suite_table(index))
-    first = suite / index.saes[0].folder
-    console.print(f"\nSuite   {suite}\nReport  {suite / 'report' / 'index.html'}\n", highlight=False)
-    console.print(f"Next    everyscope browse {suite}", highlight=False, soft_wrap=True)
-    console.print(f"        everyscope verify {suite}", highlight=False, soft_wrap=True)
-    console.print(
-        f"        python -c \"import everyscope; print(everyscope.load_sae('{first}'))\"", highlight=False, soft_wrap=True
-    )
 
 
 COMMANDS = {

@@ -136,18 +136,18 @@ def reading_seconds(part: Part, tokens: float, saes: list[tuple[Site, int]], rat
 
 
 def evaluation_seconds(part: Part, blocks: int, rates: Rates) -> float:
-    """A clean pass, one from its layer on for each SAE, two for each site's ablations, and the encoders [s]."""
+    """A clean pass, one from its layer on for each SAE, and the encoders [s]."""
     config, saes = part.config, codes(part)
     tokens = float(blocks * config.text.context)
-    ablated = [site for site in config.all_sites for _ in range(2)]
-    spliced = sum(loss_seconds(config, tokens, rates, depth_of(site)) for site in [*(site for site, _ in saes), *ablated])
+    spliced = sum(loss_seconds(config, tokens, rates, depth_of(site)) for site, _ in saes)
     return loss_seconds(config, tokens, rates, 0) + spliced + encode_seconds(config, tokens, saes, rates)
 
 
 def baseline_seconds(part: Part, rates: Rates) -> float:
-    """Three baselines of each SAE's L0, on the first blocks [s]."""
-    tokens = 3.0 * part.evaluate.baseline_sequences * part.config.text.context
-    return sum(loss_seconds(part.config, tokens, rates, depth_of(site)) for site, _ in codes(part))
+    """Three baselines of each SAE's L0, and two ablations of each site, on the baselines' blocks [s]."""
+    tokens = float(part.evaluate.baseline_blocks * part.config.text.context)
+    spliced = [site for site, _ in codes(part) for _ in range(3)] + [site for site in part.config.all_sites for _ in range(2)]
+    return sum(loss_seconds(part.config, tokens, rates, depth_of(site)) for site in spliced)
 
 
 def comparison_seconds(comparison: ComparisonConfig, stages: Stages, rates: Rates) -> tuple[float, str]:
