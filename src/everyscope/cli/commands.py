@@ -18,7 +18,7 @@ from everyscope.cli.arguments import (
 )
 from everyscope.cli.flags import Config, divided, parse_fields
 from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wishes_of
-from everyscope.cli.stages import show_stages
+from everyscope.cli.stages import show_stages, show_suite
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
 from everyscope.jobs.config import EngineConfig
@@ -281,6 +281,10 @@ def configured(kind: type[Config], options: argparse.Namespace, field: str, fiel
     """The config of a command that takes a path first, which is its field `field`."""
     given = [] if options.path is None else [f"--{field}", str(options.path)]
     name = options.path or COMMANDS[options.command].takes
+    return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
+
+
+COMMANDS[options.command].takes
     return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
 
 

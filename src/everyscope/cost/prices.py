@@ -16,7 +16,6 @@ from everyscope.evaluate.comparisons.config import (
     SplittingConfig,
     SubsetsConfig,
     TransferConfig,
-    VariantsConfig,
 )
 from everyscope.run.config import RunConfig
 from everyscope.run.settings import ModelShape
@@ -145,19 +144,16 @@ def evaluation_seconds(part: Part, blocks: int, rates: Rates) -> float:
 
 
 def baseline_seconds(part: Part, rates: Rates) -> float:
-    """Three baselines of each SAE's L0, and two ablations of each site, on some of the blocks [s]."""
+    """Three baselines of each SAE's L0, and two ablations of each site, on the baselines' blocks [s]."""
     tokens = float(part.evaluate.baseline_blocks * part.config.text.context)
-    of_saes = sum(loss_seconds(part.config, 3 * tokens, rates, depth_of(site)) for site, _ in codes(part))
-    return of_saes + sum(loss_seconds(part.config, 2 * tokens, rates, depth_of(site)) for site in part.config.all_sites)
+    spliced = [site for site, _ in codes(part) for _ in range(3)] + [site for site in part.config.all_sites for _ in range(2)]
+    return sum(loss_seconds(part.config, tokens, rates, depth_of(site)) for site in spliced)
 
 
 def comparison_seconds(comparison: ComparisonConfig, stages: Stages, rates: Rates) -> tuple[float, str]:
     """One comparison over the suite: seconds, and how much it reads."""
     main, context = stages.parts[0], stages.config.text.context
-    if isinstance(comparison, VariantsConfig):
-        blocks = comparison.base.num_sequences
-    else:
-        blocks = getattr(comparison, "num_sequences", None) or main.evaluate.num_sequences
+    blocks = getattr(comparison, "num_sequences", None) or main.evaluate.num_sequences
     saes = codes(main)
     ways: dict[type, Callable[[Any], tuple[float, str]]] = {
         SplittingConfig: lambda one: (reading_seconds(main, blocks * context, saes, rates), f"{blocks:,} blocks"),

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from everyscope.cli.commands import COMMANDS
 from everyscope.cli.flags import flags_of
 from everyscope.cli.help import MAIN_FIELDS
-from everyscope.cli.commands import COMMANDS
 from everyscope.cli.main import main
 from everyscope.run.find import find_recipe
 
