@@ -284,32 +284,6 @@ def configured(kind: type[Config], options: argparse.Namespace, field: str, fiel
     return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
 
 
-COMMANDS[options.command].takes
-    return parse_fields(kind, f"everyscope {options.command} {name}", [*given, *fields])
-
-
-def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
-    """The suite's table on standard output, or its index as JSON (as the last of several lines, or indented), and what to type
-    next.
-    """
-    from everyscope.publish.table import suite_table
-    from everyscope.suite.records import read_index
-
-    index = read_index(suite)
-    if is_json:
-        print(json.dumps({"event": "suite"} | index.as_json()) if is_line else json.dumps(index.as_json(), indent=2))
-        return
-    console = Console()
-    console.print(suite_table(index))
-    first = suite / index.saes[0].folder
-    console.print(f"\nSuite   {suite}\nReport  {suite / 'report' / 'index.html'}\n", highlight=False)
-    console.print(f"Next    everyscope browse {suite}", highlight=False, soft_wrap=True)
-    console.print(f"        everyscope verify {suite}", highlight=False, soft_wrap=True)
-    console.print(
-        f"        python -c \"import everyscope; print(everyscope.load_sae('{first}'))\"", highlight=False, soft_wrap=True
-    )
-
-
 COMMANDS = {
     "run": Command("run the full pipeline (resumes if interrupted)", run_command, "RECIPE|MODEL"),
     "plan": Command("every SAE, its tokens, bytes, operations and hours, before anything is spent", plan_command, "RECIPE|MODEL"),
