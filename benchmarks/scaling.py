@@ -184,7 +184,7 @@ def count_sums(config: dict[str, Any], seat: Seat, progress: Callable[[int], Non
     noise, lines = torch.Generator().manual_seed(mesh.replica), []
     for step in range(config["steps"]):
         before = dict(group.bytes_reduced)
-        bank.step(torch.nn.functional.normalize(torch.randn(load.rows, load.d_in, generator=noise)))
+        bank.step(torch.nn.functional.normalize(torch.randn(load.part.rows, load.part.d_in, generator=noise)))
         moving = int((bank.saes[0].touched == step + 1).sum())
         way = "dense" if config["engine"] == "dense" else "pairs_cpu"
         counted = {axis: group.bytes_reduced[axis] - before[axis] for axis in group.bytes_reduced}

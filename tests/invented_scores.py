@@ -85,7 +85,7 @@ def add_sae(config: PublishConfig, site: Site, name: str, width: int, threshold:
     return metrics
 
 
-def _losses(fvu: float) -> dict[str, float]:
+def _losses(fvu: float) -> dict[str, float | None]:
     delta = 0.1 * fvu
     return {
         "delta_loss": delta,

@@ -50,7 +50,8 @@ def train_on_every_mesh(config: TrainConfig, seat: Seat, progress: Callable[[int
     """One rank of so many, through all meshes of that number, whose processes need to start only once."""
     store = file_store(seat.meeting, seat.ranks)
     for number, (latent_shards, replicas) in enumerate(MESHES[seat.ranks]):
-        group = Group(Mesh(latent_shards, replicas, seat.rank), distributed.PrefixStore(str(number), store))
+        prefixed = distributed.PrefixStore(str(number), store)  # pyright: ignore[reportPrivateImportUsage]
+        group = Group(Mesh(latent_shards, replicas, seat.rank), prefixed)
         part = bank(config.shards, config.out / f"{latent_shards}_{replicas}", latent_shards, replicas)
         run_rank(part, group, lambda steps: None)
         assert bool(group.bytes_reduced["shards"]) == (latent_shards > 1)

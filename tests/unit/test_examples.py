@@ -47,4 +47,4 @@ class FakeSuite(list):
 
     def __init__(self, index: SimpleNamespace, entries: list[SimpleNamespace]) -> None:
         super().__init__(entries)
-        self.index = index
+        self.index = index  # pyright: ignore[reportAttributeAccessIssue]

@@ -109,7 +109,7 @@ class LatentFile:
 def _check(path: Path, name: str, column: pyarrow.Array) -> None:
     """DamagedData for a null in a list, and for whole numbers below 0: they count, or name a latent, a token or a place."""
     if pyarrow.types.is_integer(column.type):
-        if len(column) > column.null_count and pyarrow.compute.min(column).as_py() < 0:
+        if len(column) > column.null_count and column.drop_null().to_numpy(zero_copy_only=False).min() < 0:
             raise DamagedData(f"{path}: {name} has numbers below 0; {REMEDY}")
     elif pyarrow.types.is_list(column.type):
         items = column.flatten()

@@ -14,6 +14,7 @@ from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema, one_line
 from everyscope.jobs.config import HERE, EngineConfig
 from everyscope.run.find import RECIPES
+from everyscope.sites.names import SITE_KINDS
 from everyscope.text.config import TextSource
 
 JOB_COMMANDS = ("run", "harvest", "train", "evaluate", "describe", "explain")
@@ -33,12 +34,14 @@ class Command:
     @property
     def takes_recipe(self) -> bool:
         """Whether a recipe's fields are flags too."""
-        return self.takes.startswith("RECIPE")
+        return self.takes.startswith("RECIPE") or self.takes == "MODEL"
 
 
 RECIPE_WORDS = f"{', '.join(RECIPES)}, or the path of a .py file"
 WHAT_IT_IS = {
     "RECIPE": RECIPE_WORDS,
+    "RECIPE|MODEL": f"{RECIPE_WORDS}, or a model: a Hugging Face id or a local folder",
+    "MODEL": "a Hugging Face id or a local folder",
     "RECIPE|SUITE": f"{RECIPE_WORDS}, or a folder of SAEs",
     "SUITE": "the folder of a suite, or of the run that holds it",
     "SHARDS": "the folder `shards` of a run, or that of one site",
@@ -107,6 +110,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add = parser.add_argument
     add("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
     add("--json", action="store_true", help="print results as JSON; with --engine ray, events of jobs before them")
+    if name in ("run", "plan", "init"):
+        add_wishes(parser)
     if name == "run":
         add("--dry-run", action="store_true", help="check everything and show every stage, then stop")
     if name in JOB_COMMANDS:
@@ -123,6 +128,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     if name == "evaluate":
         add("--model", help="for a folder of SAEs: their language model, a bundled one, a folder or a hub id")
         add("--text", help="for a folder of SAEs: a built-in source, a file or folder, or a dataset on the hub")
+
+
+def add_wishes(parser: argparse.ArgumentParser) -> None:
+    """What may be said of a run of a model."""
+    add = parser.add_argument_group("for a MODEL (a Hugging Face id or a local folder)").add_argument
+    add("--sites", nargs="+", choices=SITE_KINDS, help="kinds of sites (default: resid_post)")
+    add("--layers", nargs="+", type=int, help="layers, from 0 (default: one half-way, one at 85 %% of the depth)")
+    add("--widths", nargs="+", type=int, help="numbers of latents (default: about 8 times the model's width)")
+    add("--l0", nargs="+", type=float, help="active latents per token to aim at (default: 20 50 100)")
+    add("--tokens", type=int, help="tokens that each SAE sees (default: as --hours allow)")
+    add("--text", help="a file or folder, or a dataset on the hub (default: FineWeb-Edu)")
+    add("--hours", type=float, help="how long all stages may take (default: 1)")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
-"""What `everyscope run RECIPE --dry-run` shows. Torch-free."""
+"""What a run is going to do, as --dry-run shows it, and what it made. Torch-free."""
 
 import json
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -45,3 +46,25 @@ def by_settings(stages: Stages) -> dict[str, list[TrainConfig]]:
         ranks = "" if settings.ranks == 1 else f", {settings.shards} shards x {settings.replicas} replicas"
         found.setdefault(f"{settings.device}{ranks}", []).append(group)
     return found
+
+
+def show_suite(suite: Path, is_json: bool, is_line: bool = False) -> None:
+    """The suite's table on standard output, or its index as JSON (as the last of several lines, or indented), and what to type
+    next.
+    """
+    from everyscope.publish.table import suite_table
+    from everyscope.suite.records import read_index
+
+    index = read_index(suite)
+    if is_json:
+        print(json.dumps({"event": "suite"} | index.as_json()) if is_line else json.dumps(index.as_json(), indent=2))
+        return
+    console = Console()
+    console.print(suite_table(index))
+    first = suite / index.saes[0].folder
+    console.print(f"\nSuite   {suite}\nReport  {suite / 'report' / 'index.html'}\n", highlight=False)
+    console.print(f"Next    everyscope browse {suite}", highlight=False, soft_wrap=True)
+    console.print(f"        everyscope verify {suite}", highlight=False, soft_wrap=True)
+    console.print(
+        f"        python -c \"import everyscope; print(everyscope.load_sae('{first}'))\"", highlight=False, soft_wrap=True
+    )

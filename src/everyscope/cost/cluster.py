@@ -16,7 +16,8 @@ from typing import Any
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import human_bytes
 from everyscope.cost.devices import Device, device_of
-from everyscope.cost.machine import FLOP_PER_MODEL_PARAMETER, NUMBER_BYTES
+from everyscope.cost.machine import NUMBER_BYTES
+from everyscope.cost.prices import depth_of, pass_flop
 from everyscope.cost.step import Load, StepTime, all_reduce_seconds, compute_time, copy_seconds, summed_bytes
 from everyscope.run.config import RunConfig
 from everyscope.run.placement import Devices
@@ -227,8 +228,8 @@ def scheduled(groups: Sequence[Placed], devices: int) -> list[Placed]:
 
 def _harvest_plan(config: RunConfig, device: Device, devices: int, disk_rate: float | None) -> HarvestPlan:
     rows = max(config.tokens_of(site) for site in config.all_sites)  # one pass of the model writes every site
-    numbers = rows * sum(config.shape.d_in(site) for site in config.all_sites)
-    parameters, made_in = config.shape.num_parameters, NUMBER_BYTES[config.model.dtype]
+    numbers = rows * sum(config.sizes.d_in(site) for site in config.all_sites)
+    parameters, made_in = config.sizes.num_parameters, NUMBER_BYTES[config.model.dtype]
     size = max(1, math.ceil(parameters * made_in / (device.memory_bytes * device.usable_memory)))
     rate = device.bfloat16_rate if config.model.dtype == "bfloat16" else device.float32_rate
     models = devices // size
@@ -236,7 +237,8 @@ def _harvest_plan(config: RunConfig, device: Device, devices: int, disk_rate: fl
         raise ConfigError(
             f"the model's {human_bytes(parameters * made_in)} do not fit {devices} {device.name}; plan for {size} or more --gpus"
         )
-    flop = float(FLOP_PER_MODEL_PARAMETER) * parameters * rows
+    depth = max(depth_of(site) for site in config.all_sites)
+    flop = rows * pass_flop(config.sizes, 0, depth, logits=False)
     written = numbers * NUMBER_BYTES[config.harvest.dtype]
     return HarvestPlan(
         flop=flop,

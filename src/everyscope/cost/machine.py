@@ -1,29 +1,27 @@
-"""What a recipe costs, before anything is spent: SAEs, tokens, bytes on disk, operations, hours. Torch-free.
+"""What a recipe costs, before anything is spent: SAEs, tokens, bytes on disk, operations, hours of every stage. Torch-free."""
 
-Operations of training are, per latent, input and row: on a GPU those of a dense step, ten (five products of two operations each),
-which is an upper bound; on the CPU two, for there a step by pairs takes about as long as its one product does in float32
-(benchmarks/README.md). A harvest costs two per model parameter and token. Hours are operations over one rate, measured or given.
-"""
-
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
 from everyscope.base.files import human_bytes
 from everyscope.base.progress import human_count
-from everyscope.cost.storage import Rate, SiteDemand, StoragePlan, storage_plan
+from everyscope.cost.prices import (
+    Rates,
+    StagePrice,
+    depth_of,
+    pass_flop,
+    stage_prices,
+    train_flop,
+)
+from everyscope.cost.storage import Rate, SiteDemand, StoragePlan, duration, storage_plan
 from everyscope.run.stages import Stages
 from everyscope.sites.names import Site
 from everyscope.suite.layout import width_label
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
-FLOP_BY_PAIRS, FLOP_DENSE = 2, 10
-"""Of a training step, per latent, input and row [operations]."""
-FLOP_PER_MODEL_PARAMETER = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class Plan:
     flop_per_second: float
     """Sustained rate that the hours rest on [operations/s]."""
     rate_origin: str
+    stages: tuple[StagePrice, ...]
+    """How long each stage takes."""
     storage: StoragePlan
     """Whether shards or a live model suit the recipe and this machine."""
 
@@ -79,75 +79,62 @@ class Plan:
         return flop / self.flop_per_second / 3600
 
 
-def plan(
-    stages: Stages,
-    teraflops: float | None = None,
-    *,
-    disk_gbps: float | None = None,
-    model_tokens_per_second: float | None = None,
-) -> Plan:
-    """Price a run.
+def plan(stages: Stages, rates: Rates, *, disk_gbps: float | None = None, model_tokens_per_second: float | None = None) -> Plan:
+    """Price a run by what this machine sustains.
 
-    Rates to reckon with: `teraflops` [10^12 operations/s], None measures this machine's product; `disk_gbps` [10^9 bytes/s],
-    None measures the disk of the run's folder; `model_tokens_per_second` [tokens/s], None divides operations by teraflops.
+    `disk_gbps` [10^9 bytes/s], None measures the disk of the run's folder; `model_tokens_per_second` [tokens/s], None divides the
+    harvest's operations by the rate.
     """
     config, size = stages.config, NUMBER_BYTES[stages.config.harvest.dtype]
-    is_by_pairs = config.train.device == "cpu" and config.train.engine != "dense"
-    flop_per_row = FLOP_BY_PAIRS if is_by_pairs else FLOP_DENSE
     most = max(config.tokens_of(site) for site in config.all_sites)  # one pass of the model writes every site
     tokens = dict.fromkeys(config.all_sites, most)
-    saes = []
-    for group in config.groups:
-        for site in config.sites(group):
-            for sae in config.saes_of(group):
-                d_in = config.shape.d_in(site)
-                saes.append(
-                    PlannedSae(
-                        site=site,
-                        width=sae.width,
-                        sparsity_coefficient=sae.sparsity_coefficient,
-                        target_l0=sae.target_l0,
-                        seed=sae.seed,
-                        num_tokens=group.num_tokens,
-                        parameter_bytes=4 * (2 * d_in * sae.width + 2 * sae.width + d_in),
-                        flop=float(flop_per_row) * d_in * sae.width * group.num_tokens,
-                    )
-                )
-    rate, origin = (
-        (measure_product(), "a matrix product on this machine, just now") if teraflops is None else (teraflops * 1e12, "given")
-    )
-    flop_per_token = float(FLOP_PER_MODEL_PARAMETER) * config.shape.num_parameters
-    model = Rate(rate / flop_per_token, origin) if model_tokens_per_second is None else Rate(model_tokens_per_second, "given")
+    saes = planned_saes(stages)
+    depth = max(depth_of(site) for site in config.all_sites)
+    flop_per_token = pass_flop(config.sizes, 0, depth, logits=False)
+    model = Rate(rates.model / max(1.0, flop_per_token), rates.origin)
+    if model_tokens_per_second is not None:
+        model = Rate(model_tokens_per_second, "given")
     banks = {(sae.site, sae.num_tokens) for sae in saes}
     demands = [
         SiteDemand(
-            config.shape.d_in(site) * size, rows, tuple(trained for other, trained in sorted(banks, key=str) if other == site)
+            config.sizes.d_in(site) * size, rows, tuple(trained for other, trained in sorted(banks, key=str) if other == site)
         )
         for site, rows in tokens.items()
     ]
+    training = sum(sae.flop for sae in saes) / rates.saes
     return Plan(
         name=config.name,
         saes=tuple(saes),
         tokens_of=tokens,
-        bytes_of={site: rows * config.shape.d_in(site) * size for site, rows in tokens.items()},
+        bytes_of={site: rows * config.sizes.d_in(site) * size for site, rows in tokens.items()},
         dtype=config.harvest.dtype,
         harvest_flop=flop_per_token * max(tokens.values()),
-        flop_per_second=rate,
-        rate_origin=origin,
-        storage=storage_plan(demands, sum(sae.flop for sae in saes) / rate, model, stages.out, disk_gbps),
+        flop_per_second=rates.saes,
+        rate_origin=rates.origin,
+        stages=tuple(stage_prices(stages, rates)),
+        storage=storage_plan(demands, training, model, stages.out, disk_gbps),
     )
 
 
-def measure_product(size: int = 1024, seconds: float = 0.2) -> float:
-    """Operations per second of a float32 product [size, size] x [size, size] on this machine's CPU."""
-    random = np.random.default_rng(0)
-    left, right = (random.standard_normal((size, size), dtype=np.float32) for _ in range(2))
-    np.matmul(left, right)
-    products, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        np.matmul(left, right)
-        products += 1
-    return products * 2 * size**3 / (time.perf_counter() - start)
+def planned_saes(stages: Stages) -> list[PlannedSae]:
+    """Every SAE of the run itself, by group and site."""
+    config = stages.config
+    return [
+        PlannedSae(
+            site=site,
+            width=sae.width,
+            sparsity_coefficient=sae.sparsity_coefficient,
+            target_l0=sae.target_l0,
+            seed=sae.seed,
+            num_tokens=group.num_tokens,
+            parameter_bytes=4 * (2 * d_in * sae.width + 2 * sae.width + d_in),
+            flop=train_flop(stages.parts[0], site, group.num_tokens, sae.width),
+        )
+        for group in config.groups
+        for site in config.sites(group)
+        for d_in in (config.sizes.d_in(site),)
+        for sae in config.saes_of(group)
+    ]
 
 
 def storage_options(price: Plan) -> list[tuple[str, int]]:
@@ -184,8 +171,8 @@ def plan_json(price: Plan) -> dict[str, Any]:
         "train_flop": price.train_flop,
         "flop_per_second": price.flop_per_second,
         "rate_origin": price.rate_origin,
-        "harvest_hours": price.hours(price.harvest_flop),
-        "train_hours": price.hours(price.train_flop),
+        "stages": [asdict(stage) for stage in price.stages],
+        "hours": sum(stage.seconds for stage in price.stages) / 3600,
         "storage": price.storage.as_json(),
     }
 
@@ -214,12 +201,23 @@ def plan_tables(price: Plan) -> list[Table]:
     totals = Table(title="Totals", title_justify="left", show_header=False, box=box.SIMPLE)
     totals.add_row("latents", human_count(price.num_latents))
     totals.add_row("SAE weights, float32", human_bytes(sum(sae.parameter_bytes for sae in price.saes)))
-    totals.add_row("harvest", f"{price.harvest_flop:.2e} FLOP, {price.hours(price.harvest_flop):,.3g} h")
-    totals.add_row("training", f"{price.train_flop:.2e} FLOP, {price.hours(price.train_flop):,.2f} h")
+    totals.add_row("operations", f"harvest {price.harvest_flop:.2e}, training {price.train_flop:.2e} FLOP")
     totals.add_row("rate", f"{price.flop_per_second / 1e12:,.2f} TFLOP/s ({price.rate_origin})")
     for what, size in storage_options(price):
         totals.add_row(f"shards, {what}", human_bytes(size) if size else "none")
-    return [saes, totals, price.storage.table()]
+    return [saes, totals, stage_table(price), price.storage.table()]
+
+
+def stage_table(price: Plan) -> Table:
+    """How long each stage takes."""
+    table = Table(title="Stages", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("stage", "of", "time"):
+        table.add_column(heading, justify="right" if heading == "time" else "left")
+    for stage in price.stages:
+        table.add_row(stage.name, stage.what, duration(stage.seconds))
+    table.add_section()
+    table.add_row("all", "", duration(sum(stage.seconds for stage in price.stages)))
+    return table
 
 
 def _span(layers: list[int]) -> str:

@@ -124,15 +124,13 @@ class StoragePlan:
     @property
     def reason(self) -> str:
         """Why, in one sentence."""
-        again = (
-            f"every further training takes {_duration(self.disk_again_seconds)} from disk, {_duration(self.live_seconds)} live"
-        )
+        again = f"every further training takes {duration(self.disk_again_seconds)} from disk, {duration(self.live_seconds)} live"
         if self.disk_bytes > self.free_bytes:
             return f"the shards need {human_bytes(self.disk_bytes)}, and {human_bytes(self.free_bytes)} are free"
         if self.advice == "disk":
             return f"the disk keeps up, and what is kept serves every sweep that comes to mind later: {again}"
         never = "and never pays" if self.sweeps_to_repay is None else f"and pays from {self.sweeps_to_repay} trainings on"
-        return f"this disk is slower than the model: it costs {_duration(self.disk_seconds - self.live_seconds)} more, {never}"
+        return f"this disk is slower than the model: it costs {duration(self.disk_seconds - self.live_seconds)} more, {never}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -162,8 +160,8 @@ class StoragePlan:
         table.add_row("read, each bank by itself", human_bytes(self.bytes_read), "none")
         table.add_row("read, banks of a site together", human_bytes(self.bytes_read_shared), "none")
         table.add_row("passes of the model", "1", f"{self.passes:.3g}")
-        table.add_row("time", _duration(self.disk_seconds), _duration(self.live_seconds))
-        table.add_row("time of one more training", _duration(self.disk_again_seconds), _duration(self.live_seconds))
+        table.add_row("time", duration(self.disk_seconds), duration(self.live_seconds))
+        table.add_row("time of one more training", duration(self.disk_again_seconds), duration(self.live_seconds))
         table.add_row("rate of the disk", f"{self.disk.per_second / 1e9:.3g} GB/s ({self.disk.origin})", "")
         table.add_row("rate of the model", f"{human_count(self.model.per_second)} tokens/s ({self.model.origin})", "")
         return table
@@ -221,7 +219,7 @@ def measure_disk(folder: Path, num_bytes: int = PROBE_BYTES) -> float:
         raise ConfigError(f"{folder}: its disk cannot be measured ({error.strerror}); give --disk-gbps") from error
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time for people, to three digits."""
     for unit, size in (("s", 60.0), ("min", 60.0), ("h", 48.0)):
         if seconds < size:

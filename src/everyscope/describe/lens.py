@@ -82,9 +82,9 @@ class Lens:
                 products = torch.empty(len(rounded), len(tile), dtype=self._dtype)
                 hits[len(tile) :] = 0
             torch.mm(rounded, tile.T, out=products)
-            worst = (part[first : first + TILE_TOKENS].max() for part in (rows.norms, rows.residuals))
+            norm, residual = (part[first : first + TILE_TOKENS].max() for part in (rows.norms, rows.residuals))
             bits = products.bfloat16().view(torch.int16).numpy()
-            screen_tile(bits, first, factors, start, rows, *worst, found)
+            screen_tile(bits, first, factors, start, rows, norm, residual, found)
         rescore(factors, start, rows, found, ends.tokens, ends.values)
         return start + np.flatnonzero((found.sizes < 0).any(1))
 
@@ -108,7 +108,7 @@ def faster_format(rows: Float[Tensor, "n d_model"]) -> torch.dtype:
         seconds = []
         for _ in range(TRIALS):
             begin = time.perf_counter()
-            directions @ factor.T
+            torch.mm(directions, factor.T)
             seconds.append(time.perf_counter() - begin)
         taken[dtype] = min(seconds)
     return min(taken, key=lambda dtype: taken[dtype])

@@ -44,7 +44,7 @@ def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: i
     model = language.model
     saes = {target.identity: rounded(target.sae().to(device), config.sae_dtype) for target in targets}
     sites = sorted({target.site for target in targets})
-    limits = {site: float(calibration.norm_limit) for site, calibration in calibrate(config, sites, language)[0].items()}
+    limits = {site: float(calibration.norm_limit) for site, calibration in calibrate(config, sites, language).items()}
     ranges = ranges_of(held_out.num_sequences, (held_out.num_sequences, config.batch_blocks))
     for batch in held_out.batches(ranges, device):
         activations = capture(model, sites, batch.input_ids)

@@ -81,8 +81,8 @@ def _hooked(folder: Path) -> Site | None:
     if not (folder / CONFIG_FILE).exists():
         return None
     config = read_object(folder / CONFIG_FILE)
-    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
-    hook = str(metadata.get("hook_name") or config.get("hook_name"))
+    metadata = config.get("metadata")
+    hook = str((metadata.get("hook_name") if isinstance(metadata, dict) else None) or config.get("hook_name"))
     if hook == "hook_embed":
         return Site("embed", 0)
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)

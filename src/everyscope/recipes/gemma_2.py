@@ -19,9 +19,9 @@ SAES_AT_ONCE = 8
 FIVE_SPARSITIES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 SIX_SPARSITIES = (1.25e-4, *FIVE_SPARSITIES)
 RESIDUAL: tuple[SiteKind, ...] = ("resid_post",)
-SHAPE_2B = ModelShape(num_layers=26, d_model=2304, d_attention=2048, num_parameters=2_614_341_888)
-SHAPE_9B = ModelShape(num_layers=42, d_model=3584, d_attention=4096, num_parameters=9_241_705_984)
-SHAPE_27B = ModelShape(num_layers=46, d_model=4608, d_attention=4096, num_parameters=27_227_128_320)
+SHAPE_2B = ModelShape(num_layers=26, d_model=2304, d_attention=2048, num_parameters=2_614_341_888, vocabulary=256_000)
+SHAPE_9B = ModelShape(num_layers=42, d_model=3584, d_attention=4096, num_parameters=9_241_705_984, vocabulary=256_000)
+SHAPE_27B = ModelShape(num_layers=46, d_model=4608, d_attention=4096, num_parameters=27_227_128_320, vocabulary=256_000)
 
 
 def group(

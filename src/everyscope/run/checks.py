@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from everyscope.base.bundled import model_location
-from everyscope.base.errors import ConfigError, MissingExtra, ModelError, TextError, first_line
+from everyscope.base.errors import ConfigError, MissingExtra, TextError, first_line
 from everyscope.jobs.config import EngineConfig
 from everyscope.run.config import RunConfig
+from everyscope.run.model import shape_of
 from everyscope.run.placement import Devices
 from everyscope.run.stages import Stages
 from everyscope.sites.config import ModelConfig
@@ -69,28 +68,16 @@ def check_device(name: str, field: str) -> None:
 
 def check_shape(config: RunConfig) -> None:
     """ConfigError where the recipe's sizes are not those of the model: its plan, and what it calls all layers, would be wrong."""
-    sizes = sizes_of(config.model)
-    for field, size in sizes.items():
-        if getattr(config.shape, field) != size:
-            raise ConfigError(
-                f"shape.{field}={getattr(config.shape, field)}, but {config.model.name!r} has {size}; set shape.{field}={size}"
-            )
-
-
-def sizes_of(model: ModelConfig) -> dict[str, int]:
-    """Layers and widths of a model, from its config.json alone; ModelError where it cannot be read."""
-    try:
-        described = AutoConfig.from_pretrained(model_location(model.name), revision=model.revision).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no model {model.name!r}: {first_line(error)}; give a bundled model, a local folder or a hub id"
-        ) from error
-    head_dim = getattr(described, "head_dim", None) or described.hidden_size // described.num_attention_heads
-    return {
-        "num_layers": described.num_hidden_layers,
-        "d_model": described.hidden_size,
-        "d_attention": described.num_attention_heads * head_dim,
-    }
+    found = shape_of(config.model)
+    for field in ("num_layers", "d_model", "d_attention"):
+        given, size = getattr(config.sizes, field), getattr(found, field)
+        if given != size:
+            raise ConfigError(f"shape.{field}={given}, but {config.model.name!r} has {size}; set shape.{field}={size}")
+    if found.context is not None and config.text.context > found.context:
+        raise ConfigError(
+            f"text.context={config.text.context}, but {config.model.name!r} reads at most {found.context} tokens; "
+            f"set text.context={found.context}"
+        )
 
 
 def _check_text(text: TextConfig, field: str) -> None:

@@ -64,8 +64,10 @@ class RunConfig(Schema):
     """The suite's name for people."""
     model: ModelConfig
     """The language model."""
-    shape: ModelShape
-    """The model's sizes."""
+    shape: ModelShape | None = None
+    """The model's sizes; None reads them from the model's config.json."""
+    public_model: str | None = None
+    """The model's name in the model card and on pages; None takes model.name, of a local folder its last part."""
     text: TextConfig
     """The corpus, its packing and its split."""
     groups: tuple[SaeGroup, ...] = Field(min_length=1)
@@ -94,9 +96,18 @@ class RunConfig(Schema):
     seed: int = Field(default=0, ge=0)
     """Seed of the harvest's shuffle."""
 
+    @property
+    def sizes(self) -> ModelShape:
+        """The model's sizes; ConfigError where they have not been read yet."""
+        if self.shape is None:
+            raise ConfigError(
+                f"shape of {self.model.name!r} is not known; give it, or use everyscope.run.model.with_shape(config)"
+            )
+        return self.shape
+
     def sites(self, group: SaeGroup) -> tuple[Site, ...]:
         """The sites of one group; ConfigError for a layer that the model does not have."""
-        return sites_of(group.sites, group.layers, self.shape.num_layers)
+        return sites_of(group.sites, group.layers, self.sizes.num_layers)
 
     @property
     def all_sites(self) -> tuple[Site, ...]:
@@ -300,6 +311,6 @@ class RunConfig(Schema):
             descriptions=out / "descriptions",
             out=out / "suite",
             title=self.title,
-            model=public_name(self.model.name),
+            model=self.public_model or public_name(self.model.name),
             canonical_l0=self.canonical_l0,
         )

@@ -13,6 +13,10 @@ from everyscope.run.config import RunConfig
 
 RECIPES = {
     "tiny": "everyscope.recipes.tiny:recipe",
+    "pythia_70m": "everyscope.recipes.small_models:pythia_70m",
+    "gpt2_small": "everyscope.recipes.small_models:gpt2_small",
+    "smollm2_135m": "everyscope.recipes.small_models:smollm2_135m",
+    "gemma_3_270m": "everyscope.recipes.small_models:gemma_3_270m",
     "gemma_2_2b": "everyscope.recipes.gemma_2:gemma_2_2b",
     "gemma_2_9b": "everyscope.recipes.gemma_2:gemma_2_9b",
     "gemma_2_27b": "everyscope.recipes.gemma_2:gemma_2_27b",
@@ -29,9 +33,14 @@ def find_recipe(name_or_path: str) -> RunConfig:
     path = Path(name_or_path)
     if path.suffix == ".py":
         return _recipe_in(path)
-    near = difflib.get_close_matches(name_or_path, RECIPES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest_recipe(name_or_path)
+    hint = f"did you mean {near!r}? " if near else ""
     raise ConfigError(f"unknown recipe {name_or_path!r}; {hint}Known are {', '.join(RECIPES)}, or give a path to a .py file")
+
+
+def nearest_recipe(name: str) -> str | None:
+    """The recipe whose name a misspelt one may mean."""
+    return next(iter(difflib.get_close_matches(name, RECIPES, n=1)), None)
 
 
 def _recipe_in(path: Path) -> RunConfig:

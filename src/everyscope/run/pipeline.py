@@ -34,12 +34,13 @@ from everyscope.run.jobs import (
     harvest_jobs,
     model_resources,
 )
-from everyscope.run.stages import Part, Stages, stages_of
+from everyscope.run.model import with_shape
+from everyscope.run.stages import RECIPE_FILE, Part, Stages, stages_of
 from everyscope.serve.config import ServeConfig
 from everyscope.serve.live import LiveOrigin
 from everyscope.serve.run import serve
 
-RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
+LOCK_FILE = ".lock"
 JOBS_FOLDER = "jobs"
 """In a run's folder: locks and events of jobs that run in other processes."""
 
@@ -191,7 +192,7 @@ def run_stages(stages: Stages, engine: EngineConfig = THIS_HOST.settings, watche
 def run_recipe(config: RunConfig, out: Path, engine: EngineConfig = THIS_HOST.settings) -> PublishResult:
     """Check and run all stages of a config, from text to suite, in the folder `out`."""
     quiet_transformers()
-    stages = stages_of(config, out, found_devices(engine))
+    stages = stages_of(with_shape(config), out, found_devices(engine))
     check(stages, engine)
     return run_stages(stages, engine)
 

@@ -26,6 +26,22 @@ class ModelShape(Schema):
     """Heads times head_dim, the width of attn_out."""
     num_parameters: int = Field(ge=1)
     """Parameters of the model, embeddings counted once [parameters]."""
+    num_block_parameters: int | None = Field(default=None, ge=1)
+    """Of these, the parameters of all blocks, which are what a harvest runs; None takes all but the embeddings [parameters]."""
+    vocabulary: int | None = Field(default=None, ge=1)
+    """Tokens that the model knows; None where nobody said so, and then a plan leaves logits out [tokens]."""
+    context: int | None = Field(default=None, ge=1)
+    """Longest block that the model reads; None where its config sets no limit [tokens]."""
+
+    @property
+    def words(self) -> int:
+        """The vocabulary, or 0 where it is not known [tokens]."""
+        return self.vocabulary or 0
+
+    @property
+    def in_blocks(self) -> int:
+        """Parameters of all blocks [parameters]."""
+        return self.num_block_parameters or max(1, self.num_parameters - self.words * self.d_model)
 
     def d_in(self, site: Site) -> int:
         """The width of a site."""

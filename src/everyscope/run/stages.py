@@ -22,6 +22,9 @@ from everyscope.run.config import RunConfig
 from everyscope.run.placement import Devices, placed
 from everyscope.train.config import TrainConfig
 
+RECIPE_FILE = "recipe.json"
+"""The resolved config of a run, in its folder."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -60,7 +63,7 @@ class Stages:
 
     def d_in(self, group: TrainConfig) -> int:
         """The size of a group's activations; controls have the sizes of the run's own model."""
-        return self.config.shape.d_in(group.site)
+        return self.config.sizes.d_in(group.site)
 
     def as_json(self) -> dict[str, Any]:
         """Every config as plain JSON values."""
@@ -104,7 +107,7 @@ def stages_of(
                     config=part,
                     folder=folder,
                     harvest=part.harvest_config(folder),
-                    train=tuple(placed(groups, lambda group, part=part: part.shape.d_in(group.site), devices)),
+                    train=tuple(placed(groups, lambda group, part=part: part.sizes.d_in(group.site), devices)),
                     evaluate=part.evaluate_config(folder, harvests or (folder / "shards").is_dir()),
                 )
             )

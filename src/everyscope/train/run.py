@@ -111,12 +111,11 @@ def train(
     place = load_checkpoint(checkpoint, bank, run_id)
     progress(place.num_steps_done)
     log = _opened_log(config, source, place.log_bytes) if leads else None
+    saver = Saver(checkpoint, run_id)
 
     def report(bank: Bank, losses: list[StepLosses]) -> None:
         if log is not None and (bank.num_steps_done % settings.log_steps == 0 or bank.num_steps_done == config.steps):
             log_losses(log, config, bank.num_steps_done, losses, sinks)
-
-    saver = Saver(checkpoint, run_id)
 
     def keep(bank: Bank, losses: list[StepLosses]) -> None:
         is_due = bank.num_steps_done % settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
@@ -146,13 +145,18 @@ def train(
         if is_stopping:
             raise SystemExit(EXIT_CODE)
     if collective.mesh.ranks == 1:
-        for sae in bank.saes:
-            record = record_of(config, sae.config, source, normalisation)
-            write_sae(config.out / sae_name(sae.config), fold(sae, normalisation), record)
+        _save_alone(config, bank, source)
     else:
         _save_together(config, source, normalisation, collective)
     if leads:
         forget_checkpoint(checkpoint)
+
+
+def _save_alone(config: TrainConfig, bank: Bank, source: Source) -> None:
+    """Write the finished SAEs, where this process holds all of them."""
+    for sae in bank.saes:
+        record = record_of(config, sae.config, source, bank.normalisation)
+        write_sae(config.out / sae_name(sae.config), fold(sae, bank.normalisation), record)
 
 
 def _save_together(config: TrainConfig, source: Source, normalisation: Normalisation, collective: Collective) -> None:

@@ -16,6 +16,7 @@ from everyscope.cost.cluster import Placed, cluster_plan, curve, scheduled
 from everyscope.cost.cluster_report import cluster_report, curve_table, plan_json
 from everyscope.cost.devices import DEVICES, device_of
 from everyscope.cost.machine import plan
+from everyscope.cost.prices import Rates
 from everyscope.cost.step import ASSUMED
 from everyscope.run.find import find_recipe
 from everyscope.run.placement import Devices
@@ -44,7 +45,7 @@ def test_json_holds_every_sae_and_shares_that_add_up(on_64):
 
 
 def test_bytes_are_those_of_the_plan_without_a_cluster(on_64):
-    price = plan(stages_of(find_recipe("gemma_2_2b"), Path()), teraflops=1.0, disk_gbps=1.0)
+    price = plan(stages_of(find_recipe("gemma_2_2b"), Path()), Rates(1e12, 1e12, "given"), disk_gbps=1.0)
     assert on_64.harvest.written_bytes == price.shard_bytes
     assert on_64.read_bytes >= price.storage.bytes_read
     assert on_64.harvest.flop == price.harvest_flop

@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 
 from everyscope.cost.machine import plan, plan_json, storage_options
+from everyscope.cost.prices import Rates
 from everyscope.run.config import RunConfig
 from everyscope.run.find import find_recipe
 from everyscope.run.stages import stages_of
 from everyscope.sites.names import Site
 
 TIB, PIB = 2**40, 2**50
+GIVEN = Rates(1e12, 1e12, "given")
 
 
 def price(name: str):
-    return plan(stages_of(find_recipe(name), Path()), teraflops=1.0, disk_gbps=1.0)
+    return plan(stages_of(find_recipe(name), Path()), GIVEN, disk_gbps=1.0)
 
 
 def test_one_9b_site_at_8b_tokens_is_about_100_tib():
@@ -81,13 +83,15 @@ def test_the_json_names_every_sae():
     value = plan_json(price("tiny"))
     assert len(value["saes"]) == value["num_saes"] == 72
     assert sum(site["bytes"] for site in value["sites"]) == value["shard_bytes"]
-    assert value["train_hours"] == pytest.approx(sum(sae["flop"] for sae in value["saes"]) / 1e12 / 3600)
+    training = next(stage["seconds"] for stage in value["stages"] if stage["name"] == "train")
+    assert training == pytest.approx(sum(sae["flop"] for sae in value["saes"]) / 1e12)
+    assert value["hours"] == pytest.approx(sum(stage["seconds"] for stage in value["stages"]) / 3600)
 
 
 def test_training_by_pairs_is_priced_at_its_one_product():
     config = find_recipe("tiny")
-    by_pairs = plan(stages_of(config, Path()), teraflops=1.0, disk_gbps=1.0)
+    by_pairs = plan(stages_of(config, Path()), GIVEN, disk_gbps=1.0)
     slow = config.model_copy(update={"train": config.train.model_copy(update={"engine": "dense"})})
-    dense = plan(stages_of(slow, Path()), teraflops=1.0, disk_gbps=1.0)
+    dense = plan(stages_of(slow, Path()), GIVEN, disk_gbps=1.0)
     assert dense.train_flop == 5 * by_pairs.train_flop
     assert {sae.target_l0 for sae in by_pairs.saes} == {12, 25, 50}

@@ -7,11 +7,14 @@ import pytest
 
 from everyscope.base.errors import ConfigError
 from everyscope.cost.machine import plan, plan_json
+from everyscope.cost.prices import Rates
 from everyscope.cost.storage import Rate, SiteDemand, StoragePlan, measure_disk, storage_plan
 from everyscope.run.find import find_recipe
 from everyscope.run.stages import stages_of
 
 ONE_SITE = (SiteDemand(row_bytes=1000, rows=10**6, trained=(10**6,)),)
+
+GIVEN = Rates(1e12, 1e12, "given")
 
 
 def priced(sites=ONE_SITE, train=100.0, model=1e5, gbps=1.0, free=10**15) -> StoragePlan:
@@ -112,7 +115,7 @@ def test_a_disk_is_measured_once_and_left_as_it_was(tmp_path):
 
 def test_a_recipe_s_plan_has_it():
     """tiny: 12 sites, 2 widths x 3 sparsities in one bank each, every row read once."""
-    price = plan(stages_of(find_recipe("tiny"), Path()), teraflops=1.0, disk_gbps=2.0, model_tokens_per_second=1000.0)
+    price = plan(stages_of(find_recipe("tiny"), Path()), GIVEN, disk_gbps=2.0, model_tokens_per_second=1000.0)
     storage = price.storage
     assert storage.disk_bytes == storage.bytes_read == storage.bytes_read_shared == price.shard_bytes
     assert storage.passes == 1
@@ -121,9 +124,9 @@ def test_a_recipe_s_plan_has_it():
     assert plan_json(price)["storage"]["advice"] == storage.advice
     reread = find_recipe("tiny")
     reread = reread.model_copy(update={"harvest": reread.harvest.model_copy(update={"num_tokens": 2**16})})
-    assert plan(stages_of(reread, Path()), teraflops=1.0, disk_gbps=2.0).storage.passes == 6
+    assert plan(stages_of(reread, Path()), GIVEN, disk_gbps=2.0).storage.passes == 6
 
 
 def test_16k_and_131k_banks_of_a_9b_site_share_a_read():
-    storage = plan(stages_of(find_recipe("gemma_2_9b"), Path()), teraflops=100.0, disk_gbps=1.0).storage
+    storage = plan(stages_of(find_recipe("gemma_2_9b"), Path()), Rates(1e14, 1e14, "given"), disk_gbps=1.0).storage
     assert storage.bytes_read > storage.bytes_read_shared > storage.disk_bytes

@@ -83,7 +83,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         baseline_sequences=20,
         resamples=200,
     )
-    calibration = calibrate(config, [SITE], load_language_model(config.model))[0][SITE]
+    calibration = calibrate(config, [SITE], load_language_model(config.model))[SITE]
     rows, is_sink, _ = held_out_rows(config)
     sae = random_sae(D_IN, WIDTH, 0.5 * float(calibration.rows.std()), calibration.mean.float(), seed=0)
     write_sae(root / "train" / SITE.folder / "w48", knowing(sae, rows[is_sink].mean(0)), {})
@@ -141,7 +141,7 @@ def test_usual_fvu_is_that_of_ordinary_tokens_by_hand(config: EvaluateConfig):
 
 def test_baselines_are_fitted_to_and_measured_on_usual_tokens(config: EvaluateConfig):
     rows, is_sink, _ = held_out_rows(config)
-    calibration = calibrate(config, [SITE], load_language_model(config.model))[0][SITE]
+    calibration = calibrate(config, [SITE], load_language_model(config.model))[SITE]
     scores, usual = metrics(config), rows[~is_sink].double()
     size = round(scores["l0"])
     kept = calibration.components[:, :size]
@@ -160,7 +160,7 @@ def test_massive_rows_stay_clean_when_an_sae_is_spliced_in(config: EvaluateConfi
     _, is_sink, batch = held_out_rows(config)
     language = load_language_model(config.model)
     clean = clean_pass(language.model, [SITE], batch)
-    limit = float(calibrate(config, [SITE], language)[0][SITE].norm_limit)
+    limit = float(calibrate(config, [SITE], language)[SITE].norm_limit)
     here = site_rows(clean.activations[SITE], batch, limit)
     assert torch.equal(~here.is_usual, is_sink)
     assert torch.equal(here.mask[batch.mask], ~is_sink)
@@ -205,7 +205,7 @@ def test_a_limit_that_no_row_passes_changes_no_number(tmp_path: Path, config: Ev
         other = config.model_copy(update={"max_norm": max_norm, "out": tmp_path / str(max_norm)})
         evaluate.run(other)
         scores = metrics(other)
-        for name in ("evaluation", "massive"):
+        for name in ("evaluation", "massive", "identity"):
             del scores[name]
         found.append(scores)
     assert found[0] == found[1]

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from invented_scores import SITES, add_sae, add_slices
@@ -193,8 +194,8 @@ def test_a_finished_run_reads_no_weights_again(few: PublishConfig, monkeypatch: 
 def changed(value, path: str, new):
     """A copy of a JSON value with `new` at a dotted path."""
     key, _, rest = path.partition(".")
-    copy = list(value) if isinstance(value, list) else dict(value)
-    place = int(key) if isinstance(value, list) else key
+    copy: Any = list(value) if isinstance(value, list) else dict(value)
+    place: Any = int(key) if isinstance(value, list) else key
     copy[place] = changed(value[place], rest, new) if rest else new
     return copy
 

@@ -4,6 +4,7 @@ import pytest
 from invented_scores import SITES
 
 from everyscope.base.errors import DataError
+from everyscope.base.files import write_sealed
 from everyscope.publish.config import PublishConfig
 from everyscope.publish.slices import publish_slices
 from everyscope.suite.reader import load_suite
@@ -27,10 +28,10 @@ def test_slices_call_saes_by_their_folders(published: PublishConfig):
 def test_a_slice_about_something_else_is_refused(tmp_path):
     folder = tmp_path / "scores/slices"
     folder.mkdir(parents=True)
-    (folder / "precision.json").write_text('{"rows": [{"sae": "mlp_out/layer_0/gone"}]}')
+    write_sealed(folder / "precision.json", {"rows": [{"sae": "mlp_out/layer_0/gone"}]})
     with pytest.raises(DataError, match=r"precision\.json: is about mlp_out/layer_0/gone, which is not published"):
         publish_slices(tmp_path / "scores", tmp_path / "suite", {})
     (folder / "precision.json").unlink()
-    (folder / "splitting.json").write_text('{"pairs": [{"narrow": "a", "wide": "b", "table": "splitting/x.parquet"}]}')
+    write_sealed(folder / "splitting.json", {"pairs": [{"narrow": "a", "wide": "b", "table": "splitting/x.parquet"}]})
     with pytest.raises(DataError, match=r"names splitting/x\.parquet, which is missing"):
         publish_slices(tmp_path / "scores", tmp_path / "suite", {"a": "A", "b": "B"})

@@ -42,7 +42,7 @@ def some_groups(seed: int) -> list[TrainConfig]:
     ]
 
 
-def saes_of(groups) -> list[tuple[Site, int, str]]:
+def saes_of(groups) -> list[tuple[str, int, str]]:
     return sorted((str(one.site), one.num_tokens, sae_name(sae)) for one in groups for sae in one.saes)
 
 

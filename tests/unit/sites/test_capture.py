@@ -101,4 +101,4 @@ def test_one_site_gives_its_activations_and_names_are_sites(gemma2, input_ids):
     with pytest.raises(ConfigError, match="did you mean"):
         capture(gemma2, "resid_pots.1", input_ids)
     with pytest.raises(ConfigError, match="load_language_model"):
-        capture("gpt2", "resid_post.1", input_ids)
+        capture("gpt2", "resid_post.1", input_ids)  # pyright: ignore[reportCallIssue, reportArgumentType]

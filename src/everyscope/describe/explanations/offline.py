@@ -100,7 +100,7 @@ def _label(
         if _beats_chance(ground, firings, latent, rule):
             return Labelled(latent, phrase_of(rule, ground.traits), kind_of(rule), rule)
     rule, shares = ground.search.distinctive(tokens)
-    return Labelled(latent, tokens_with_shares(rule, shares, ground.traits), NO_RULE, rule)
+    return Labelled(latent, tokens_with_shares(rule, shares.tolist(), ground.traits), NO_RULE, rule)
 
 
 def _beats_chance(ground: Ground, firings: Firings, latent: int, rule: Rule) -> bool:

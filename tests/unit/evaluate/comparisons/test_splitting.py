@@ -133,8 +133,9 @@ def test_of_one_width_alone_the_comparison_is_left_out(scratch: EvaluateConfig, 
     assert "left out: no site has SAEs of two widths" in capsys.readouterr().err
     # Of each width one SAE, of the lowest L0 and the highest: their curves do not meet.
     scored = read_scored(scratch)
-    narrowest = min((one for one in scored if one.width == 16), key=lambda one: one.l0)
-    widest = max((one for one in scored if one.width == 32 and one.site == narrowest.site), key=lambda one: one.l0)
+    wide = {one.site for one in scored if one.width == 48}
+    narrowest = min((one for one in scored if one.width == 16 and one.site in wide), key=lambda one: one.l0)
+    widest = max((one for one in scored if one.width == 48 and one.site == narrowest.site), key=lambda one: one.l0)
     assert narrowest.l0 < widest.l0
     alone = scratch.model_copy(update={"saes": (narrowest.name, widest.name)})
     assert not widths.run(WidthsConfig(evaluate=alone, canonical_l0=10)).exists()

@@ -1,0 +1,119 @@
+"""From the first argument to a run's config: a recipe by name or file, or a language model, for which defaults are chosen.
+
+A run of a model keeps what was chosen in its folder: the same command resumes it, whatever this machine's rates are then.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from everyscope.base.bundled import BUNDLED_MODELS
+from everyscope.base.errors import ConfigError
+from everyscope.base.files import read_json
+from everyscope.cli.flags import divided, parse_fields
+from everyscope.cost.prices import SUSTAINED, Rates, stage_prices
+from everyscope.run.automatic import Machine, Wishes, automatic, context_of, slug, text_of
+from everyscope.run.config import RunConfig
+from everyscope.run.find import RECIPES, find_recipe, nearest_recipe
+from everyscope.run.settings import ModelShape
+from everyscope.run.stages import RECIPE_FILE, stages_of
+from everyscope.sites.config import ModelConfig
+
+WISHES = ("sites", "layers", "widths", "l0", "tokens", "text", "hours")
+"""Flags that are for a model, not for a recipe, which says all of it."""
+
+
+def is_model(name: str) -> bool:
+    """Whether a first argument means a language model: a folder that holds one, a bundled one, or a hub id."""
+    if name in RECIPES or name.endswith(".py"):
+        return False
+    return (
+        name in BUNDLED_MODELS or (Path(name) / "config.json").is_file() or (not Path(name).exists() and not nearest_recipe(name))
+    )
+
+
+def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, Path]:
+    """The run's config with the fields that flags override, and its folder."""
+    first = options.recipe
+    default = config_of_model(options) if is_model(first) else find_recipe(first)
+    if not is_model(first) and hasattr(options, "hours"):
+        given = next((name for name in WISHES if getattr(options, name) is not None), None)
+        if given is not None:
+            raise ConfigError(
+                f"--{given} is for a MODEL; {first} is a recipe, whose fields `--help` lists, as --groups.0.{given}"
+            )
+    prog = f"everyscope {options.command} {first}"
+    of_shape, fields = divided(fields, {"shape"})  # by itself: tyro has no flags for the fields of what may be None
+    if of_shape and default.shape is not None:
+        words = [re.sub(r"^--shape\.", "--", word) for word in of_shape]
+        default = default.model_copy(update={"shape": parse_fields(ModelShape, prog, words, default=default.shape)})
+    others = options.flags if is_model(first) else options.flags - {f"--{name}" for name in WISHES}
+    config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default, others)
+    if config.shape is None:
+        from everyscope.run.model import with_shape
+
+        config = with_shape(config)
+    return config, options.out or Path("runs") / config.name
+
+
+def config_of_model(options: argparse.Namespace) -> RunConfig:
+    """The run that was begun in the model's folder, or a new one."""
+    kept = (options.out or Path("runs") / slug(options.recipe)) / RECIPE_FILE
+    given = next((name for name in WISHES if getattr(options, name, None) is not None), None)
+    if kept.is_file():
+        config = RunConfig.model_validate_json(json.dumps(read_json(kept)))
+        if config.model.name != options.recipe:
+            raise ConfigError(f"{kept.parent}: holds a run of {config.model.name}; choose another --out")
+        if given is not None:
+            raise ConfigError(f"--{given}: the run in {kept.parent} has begun with settings of its own; choose another --out")
+        return config
+    if not hasattr(options, "hours"):
+        return find_recipe(options.recipe)  # which says that there is none: only run, plan and init choose defaults
+    return new_config(options.recipe, wishes_of(options))
+
+
+def wishes_of(options: argparse.Namespace) -> Wishes:
+    """What the command line says of a run of a model."""
+    given = {name: getattr(options, name) for name in ("sites", "layers", "widths", "tokens", "text", "hours")}
+    given["l0s"] = options.l0
+    found: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
+    return Wishes(**found)
+
+
+def new_config(model: str, wishes: Wishes) -> RunConfig:
+    """A run of a model, with defaults that fit it, this machine and the hours. Raises what `shape_of` and `automatic` do."""
+    from everyscope.run.checks import found_devices
+    from everyscope.run.model import measure_products, shape_of
+
+    shape = shape_of(ModelConfig(name=model))
+    from everyscope.jobs.config import EngineConfig
+
+    devices = found_devices(EngineConfig())
+    device = "cpu" if devices is None else "cuda"
+    products = measure_products(device)
+    machine = Machine(device, max(products, key=lambda dtype: products[dtype]))
+    rates = rates_of(products, machine.dtype)
+
+    def hours_of(config: RunConfig) -> float:
+        return sum(stage.seconds for stage in stage_prices(stages_of(config, Path(), devices), rates)) / 3600
+
+    return automatic(model, shape, machine, wishes, text_of(wishes.text, context_of(shape, machine)), hours_of)
+
+
+def rates_of(products: dict[str, float], dtype: str) -> Rates:
+    """What is sustained of the products' rates, for a model in `dtype`."""
+    origin = f"half of a {dtype} product's {products[dtype] / 1e12:,.2f} TFLOP/s, measured here"
+    return Rates(SUSTAINED * products[dtype], SUSTAINED * products["float32"], origin)
+
+
+def rates_for(config: RunConfig, teraflops: float | None) -> Rates:
+    """The rates that a plan assumes: those given, or this machine's."""
+    if teraflops is not None:
+        return Rates(teraflops * 1e12, teraflops * 1e12, "given")
+    from everyscope.run.model import measure_products
+
+    return rates_of(measure_products(), config.model.dtype)
