@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from everyscope.base.files import write_json
+from everyscope.base.files import write_sealed
 from everyscope.describe.config import DescribeConfig
 from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
@@ -86,6 +86,6 @@ def random_sae(rows: torch.Tensor, width: int, quantile: float, seed: int) -> Sa
 
 def write_scores(folder: Path, width: int, l0: float) -> None:
     """What describing asks of an evaluation."""
-    write_json(folder / "metrics.json", {"width": width, "l0": l0})
+    write_sealed(folder / "metrics.json", {"width": width, "l0": l0})
     table = pyarrow.table({"firings": np.arange(width), "frequency": np.arange(width) / 1000})
     pyarrow.parquet.write_table(table, folder / "latents.parquet")

@@ -1,6 +1,5 @@
 """The index says what the Parquet says, is whole or absent, and is made anew when the suite changes."""
 
-import json
 import os
 import shutil
 import sqlite3
@@ -14,6 +13,7 @@ import pytest
 from browser.invented_suite import Shape, write_invented_suite
 
 from everyscope.base.errors import ConfigError, DataError, StorageError
+from everyscope.base.files import read_sealed, write_sealed
 from everyscope.browse import cache as cache_module
 from everyscope.browse import preparation as preparation_module
 from everyscope.browse.preparation import Preparation
@@ -155,8 +155,8 @@ def test_an_index_is_kept_and_is_built_anew_when_a_file_changes(tmp_path: Path):
     Preparation(suite, cache).run()
     (first,) = built(cache)
     assert Preparation(suite, cache).is_built
-    content = json.loads((suite / "suite.json").read_text())
-    (suite / "suite.json").write_text(json.dumps(content | {"title": "Another"}))
+    content = read_sealed(suite / "suite.json")
+    write_sealed(suite / "suite.json", content | {"title": "Another"})
     again = Preparation(suite, cache)
     assert not again.is_built
     assert again.run().suite["title"] == "Another"
@@ -246,10 +246,10 @@ def test_a_damaged_sae_is_named_and_the_others_stay(suite: Path, tmp_path: Path,
 
 def test_suites_that_lead_out_of_themselves_are_refused(tmp_path: Path):
     suite = write_invented_suite(tmp_path / "suite", TINY)
-    content = json.loads((suite / "suite.json").read_text())
+    content = read_sealed(suite / "suite.json")
     for folder in ("../../elsewhere", "/etc", "resid_post/layer_0/width_40/../x", ""):
         content["saes"][0]["folder"] = folder
-        (suite / "suite.json").write_text(json.dumps(content))
+        write_sealed(suite / "suite.json", content)
         with pytest.raises(DataError, match="names the folder"):
             Preparation(suite, tmp_path / "cache")
 

@@ -8,6 +8,7 @@ from small_description import SITES, build_description, random_sae, write_scores
 from small_scope import tree_bytes
 
 from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMismatch
+from everyscope.base.files import read_sealed, write_sealed
 from everyscope.describe import run as describe
 from everyscope.describe.codes import CodesFolder, encoded
 from everyscope.describe.config import DescribeConfig
@@ -183,7 +184,7 @@ def test_massive_tokens_count_as_little_as_bos(tmp_path, tiny_random_model_folde
     norms = rows.norm(dim=1).sort().values
     limit = float(norms[int(0.95 * len(norms)) - 1 :][:2].mean())
     for path in config.scores.rglob("metrics.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"massive": {"norm_limit": limit}}))
+        write_sealed(path, read_sealed(path) | {"massive": {"norm_limit": limit}})
     describe.run(config)
     is_usual = rows.norm(dim=1) < limit
     sae, _ = read_sae(config.trained / MLP.folder / "w24_0")
