@@ -1,7 +1,7 @@
 """Files of every kind, damaged in every way: each is refused in one line that names a file, or read as what it was.
 
 Never a traceback, never another result without a word. Every run draws a sample; two thousand are made by
-`pytest -m nightly tests/pipeline/test_damage.py`.
+`pytest -m thorough tests/pipeline/test_damage.py`.
 """
 
 import json
@@ -279,7 +279,7 @@ def check(kind: Kind, count: int, seed: int) -> None:
     assert kind.may_leave_out or num_refused > count / 2
 
 
-COUNTS = [SAMPLE, pytest.param(ALL, marks=pytest.mark.nightly)]
+COUNTS = [SAMPLE, pytest.param(ALL, marks=pytest.mark.thorough)]
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -291,7 +291,7 @@ def test_damage_is_refused_or_changes_nothing(kinds: dict[str, Kind], name: str,
 PAGE_FILES = ("suite.json", "metrics.json", "latents.parquet", "explanations.parquet", "sequences.parquet", "splitting.json")
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", PAGE_FILES)
 def test_pages_of_a_damaged_suite_are_pages(tmp_path: Path, name: str, count: int):
     """What is damaged is said and left out; every page that is left is whole."""
