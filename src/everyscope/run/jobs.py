@@ -133,14 +133,19 @@ def evaluation_jobs(config: EvaluateConfig, count: int, resources: Resources, na
     pending = [target for target in load_targets(config) if not target.is_scored]
     parts = _by_site(pending, count)
     if len(parts) < 2:
-        return [Job(evaluate, config, name, resources)]
+        return [Job(score, config, name, resources)]
     jobs = []
     for number, part in enumerate(parts):
         saes = tuple(target.place for target in part)
         changes = {"saes": saes, "out": config.out / PARTS_FOLDER / content_id(saes)}
         title = f"{name} {number + 1}/{len(parts)}"
-        jobs.append(Job(evaluate, config.model_copy(update=changes), title, resources, cost=float(len(part))))
+        jobs.append(Job(score, config.model_copy(update=changes), title, resources, cost=float(len(part))))
     return jobs
+
+
+def score(config: EvaluateConfig) -> None:
+    """An evaluation as a job: it has a bar of its own, in blocks, and tells nobody else of them."""
+    evaluate(config)
 
 
 def gather_scores(scores: Path) -> None:
