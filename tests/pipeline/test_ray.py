@@ -224,7 +224,7 @@ def test_interrupted_jobs_save_their_state_and_nothing_is_left_running(recipe, t
             break
     _, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM
-    assert "the same command goes on from here" in errors
+    assert "run the same command to resume" in errors
     assert list(out.glob("train/*/*/bank_*.safetensors"))
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
 

@@ -232,9 +232,7 @@ def trained(source: Source) -> list[torch.Tensor]:
     configs = [SaeConfig(width=width, sparsity_coefficient=1e-2, recipe=recipe) for width in (16, 24)]
     bank = Bank(configs, source.d_in, Normalisation(source.statistics.scale), steps=60)
     fit(bank, source, 48, [])
-    return [
-        tensor for sae in bank.saes for tensor in vars(fold(sae, bank.normalisation)).values() if isinstance(tensor, torch.Tensor)
-    ]
+    return [tensor for sae in bank.saes for tensor in fold(sae, bank.normalisation).tensors().values()]
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -136,6 +136,15 @@ def test_a_signal_at_the_last_steps_is_heard(shards, tmp_path, step):
     assert (ended.out / sae).read_bytes() == (undisturbed.out / sae).read_bytes()
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """As at a terminal: test workers leave Ctrl-C to the process that started them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_saves_a_checkpoint_after_the_step_and_says_so_at_once(shards, tmp_path, capfd):
     config, done = bank(shards, tmp_path, settings=RARE_CHECKPOINTS), 0
 
@@ -156,6 +165,7 @@ def test_ctrl_c_saves_a_checkpoint_after_the_step_and_says_so_at_once(shards, tm
     assert heard[0] == 8
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_second_ctrl_c_does_not_wait_for_the_step(shards, tmp_path):
     def progress(steps: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)

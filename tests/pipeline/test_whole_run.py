@@ -140,7 +140,7 @@ def test_killed_at_every_stage_the_same_command_ends_in_the_same_bytes(recipe, f
         _, errors = child.communicate()
         if sent == signal.SIGTERM:
             assert child.returncode == 128 + signal.SIGTERM
-            assert errors.splitlines()[-1] == "everyscope: asked to stop; the same command goes on from here"
+            assert errors.splitlines()[-1] == "everyscope: asked to stop; run the same command to resume"
     last = start(recipe, out)
     _, errors = last.communicate()
     assert last.returncode == 0, errors

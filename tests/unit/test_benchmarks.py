@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_the_baseline_takes_the_same_steps_as_everyscope(settings, monkeypatch):
 
 def test_a_session_trains_steers_and_evaluates(settings):
     rows = worker.Rows(settings.data)
+    settings = replace(settings, knobs={"learning_rate_warmup_steps": 0})
     session = worker.Session(settings, everyscope_peer.Everyscope(settings, rows), rows)
     assert len(session.answer({"steps": 2})["seconds"]) == 2
     session.answer({"set_l0": 8})

@@ -105,7 +105,7 @@ class Manifest(Schema):
     parents: dict[str, str]
     """Identities of what it was made from; `earlier` is the folder's own before a harvest went on behind it."""
     statistics_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    """SHA-256 of statistics.json; None for tokens, and for folders of everyscope 0.1."""
+    """SHA-256 of statistics.json; None for tokens."""
 
     def layout(self, rows: int) -> Layout:
         """How a shard of so many rows of this folder is laid out."""

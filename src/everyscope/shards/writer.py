@@ -82,6 +82,8 @@ class ActivationWriter:
 
         def stored(some: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d_in"]:
             chosen = np.ascontiguousarray(self._views["activations"][targets[some]])
+            if self._row_dtype == "float32":
+                return chosen
             return reading_tensor(chosen.view(np.uint8).reshape(-1), self._row_dtype, chosen.shape).float().numpy()
 
         def name(row: int) -> str:

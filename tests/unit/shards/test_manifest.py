@@ -7,7 +7,6 @@ from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.ids import content_id
 from everyscope.shards.manifest import MANIFEST, parse_manifest, read_manifest, seal_folder
 from everyscope.shards.reader import Shards
-from everyscope.shards.verify import verify_shards
 from tests.unit.shards.conftest import SEALED, SIZES, write_site
 
 
@@ -17,15 +16,13 @@ def test_a_manifest_names_itself(written):
     assert identity == content_id(value) == read_manifest(written.folder).identity == Shards(written.folder).identity
 
 
-def test_manifests_of_everyscope_0_1_keep_their_identity_and_are_read(written):
+def test_a_manifest_without_its_identity_is_refused(written):
     path = written.folder / MANIFEST
     value = json.loads(path.read_text())
-    del value["identity"], value["statistics_sha256"]
+    del value["identity"]
     path.write_text(json.dumps(value, indent=2) + "\n")
-    shards = Shards(written.folder)
-    assert shards.identity == content_id(value)
-    assert shards.statistics.count == sum(SIZES)
-    verify_shards(written.folder)
+    with pytest.raises(DamagedData, match="differs from its own checksum"):
+        Shards(written.folder)
 
 
 @pytest.mark.parametrize("value", [None, 5, [], {}, "manifest", {"identity": 5}])
@@ -59,6 +56,7 @@ def test_a_manifest_that_miscounts_is_refused(written):
     value = json.loads((written.folder / MANIFEST).read_text())
     value["num_rows"] += 1
     del value["identity"]
+    value["identity"] = content_id(value)
     with pytest.raises(DamagedData, match="is not the sum"):
         parse_manifest(json.dumps(value).encode(), "here")
 
