@@ -8,6 +8,7 @@ import pyarrow.parquet
 import torch
 
 from everyscope.base.files import write_sealed
+from everyscope.base.tables import write_table
 from everyscope.describe.config import DescribeConfig
 from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
@@ -88,4 +89,4 @@ def write_scores(folder: Path, width: int, l0: float) -> None:
     """What describing asks of an evaluation."""
     write_sealed(folder / "metrics.json", {"width": width, "l0": l0})
     table = pyarrow.table({"firings": np.arange(width), "frequency": np.arange(width) / 1000})
-    pyarrow.parquet.write_table(table, folder / "latents.parquet")
+    write_table(folder / "latents.parquet", table)

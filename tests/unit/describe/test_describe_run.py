@@ -9,6 +9,7 @@ from small_scope import tree_bytes
 
 from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMismatch
 from everyscope.base.files import read_sealed, write_sealed
+from everyscope.base.tables import write_table
 from everyscope.describe import run as describe
 from everyscope.describe.codes import CodesFolder, encoded
 from everyscope.describe.config import DescribeConfig
@@ -136,7 +137,7 @@ def test_what_is_described_is_skipped_and_an_added_sae_renews_only_surroundings(
         assert tree_bytes(config.out) == before
         write_scores(config.scores / MLP.folder / "w24_0", 24, 24 * 0.2001)
         table_path = config.scores / MLP.folder / "w24_0" / "latents.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({"firings": np.full(24, 3), "frequency": np.full(24, 0.5)}), table_path)
+        write_table(table_path, pyarrow.table({"firings": np.full(24, 3), "frequency": np.full(24, 0.5)}))
         result = describe.run(config)
         assert (result.num_described, result.num_renewed, result.num_skipped) == (0, 1, 3)
     assert {row["held_out_firings"] for row in rows_of(config)} == {3}
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_random_model_folder):
 def test_scores_of_another_width_are_refused(tmp_path, tiny_random_model_folder):
     config = build_description(tmp_path, tiny_random_model_folder, (MLP,))
     path = config.scores / MLP.folder / "w24_0" / "latents.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"firings": [1], "frequency": [0.5]}), path)
+    write_table(path, pyarrow.table({"firings": [1], "frequency": [0.5]}))
     with pytest.raises(DataError, match="holds 1 latents, the SAE 24"):
         describe.run(config)
 
