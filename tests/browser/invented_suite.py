@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from everyscope.base.files import sha256, write_sealed
+from everyscope.base.tables import write_table
 from everyscope.sites.names import Site
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, sae_folder
 from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex, write_index
@@ -142,8 +143,8 @@ def write_text(folder: Path, pieces: list[bytes], blocks: np.ndarray) -> None:
         "input_ids": pyarrow.array(list(blocks), pyarrow.list_(pyarrow.int32())),
     }
     (folder / "text").mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(table), folder / "text/vocabulary.parquet", compression="zstd")
-    pyarrow.parquet.write_table(pyarrow.table(sequences), folder / "text/sequences.parquet", compression="zstd")
+    write_table(folder / "text/vocabulary.parquet", pyarrow.table(table), compression="zstd")
+    write_table(folder / "text/sequences.parquet", pyarrow.table(sequences), compression="zstd")
     model = {"model": "tiny", "revision": None, "tokenizer": "tiny", "num_layers": 3, "d_model": 128, "logit_softcap": 30.0}
     write_sealed(folder / "text/model.json", {**model, "vocab_size": len(pieces), "norm": "rms"})
 
@@ -168,9 +169,9 @@ def write_sae(
     table = pyarrow.table(columns)
     if shape.is_described:
         table = table.replace_schema_metadata({"everyscope": json.dumps(facts)})
-    pyarrow.parquet.write_table(table, home / LATENTS_FILE, compression="zstd", row_group_size=256)
+    write_table(home / LATENTS_FILE, table, compression="zstd", row_group_size=256)
     if shape.is_explained:
-        pyarrow.parquet.write_table(explanations(is_dead, pieces, random), home / "explanations.parquet", compression="zstd")
+        write_table(home / "explanations.parquet", explanations(is_dead, pieces, random), compression="zstd")
     metrics = invented_metrics(site, width, l0, columns, random)
     write_sealed(home / METRICS_FILE, metrics)
     return SaeRecord(
@@ -443,4 +444,4 @@ def write_slices(folder: Path, records: list[SaeRecord], random: np.random.Gener
         "conditional": random.uniform(0, 1, count).astype(np.float32),
         "relation": ["matched" if place % 2 else "split" for place in range(count)],
     }
-    pyarrow.parquet.write_table(pyarrow.table(found), folder / "slices" / table)
+    write_table(folder / "slices" / table, pyarrow.table(found))

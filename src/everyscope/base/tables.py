@@ -1,5 +1,6 @@
 """Parquet files of ours, which hold their own checksum, and Parquet files of anybody's, read within bounds. Torch-free."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from everyscope.base.files import human_bytes, require_file, unreadable, whole_f
 
 CHECKSUM, UNSEALED = "checksum", "0" * 32
 """Key in the metadata of a sealed file: xxh3-128 of the whole file, with this in the checksum's place."""
+HELD = re.compile(CHECKSUM.encode() + rb"\x18\x20([0-9a-f]{32})")
+"""How the checksum stands in a footer, in Thrift's compact protocol: the key, then a field of 32 bytes."""
 CHUNK_BYTES, FOOTER_BYTES = 1 << 24, 1 << 20
 """Read at once, and the end of a file in which its checksum stands [bytes]."""
 MAX_TABLE_BYTES = 1 << 30
@@ -32,10 +35,11 @@ def new_table(path: Path, schema: pyarrow.Schema, **options: Any) -> Iterator[py
         _seal(partial)
 
 
-def write_table(path: Path, table: pyarrow.Table, **options: Any) -> None:
+def write_table(path: Path, table: pyarrow.Table, *, row_group_size: int | None = None, **options: Any) -> None:
     """Write a table into a sealed file, whole or not at all."""
     with new_table(path, table.schema, **options) as writer:
-        writer.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM: UNSEALED}))
+        sealed = table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM: UNSEALED})
+        writer.write_table(sealed, row_group_size=row_group_size)
 
 
 def _seal(path: Path) -> None:
@@ -48,20 +52,22 @@ def _seal(path: Path) -> None:
 
 
 def check_table(path: Path, remedy: str) -> None:
-    """DamagedData, which ends with `remedy`, unless `path` is a sealed Parquet file whose bytes agree with its checksum."""
+    """DamagedData, which ends with `remedy`, unless `path` is a sealed Parquet file whose bytes agree with its checksum.
+
+    Arrow does not see the file before: a damaged one can crash it, and the whole process with it.
+    """
     require_file(path)
     try:
-        want = (pyarrow.parquet.read_metadata(path).metadata or {}).get(CHECKSUM.encode(), b"")
-        got, _ = _digest(path, want) if len(want) == len(UNSEALED) else ("none", None)
-    except (pyarrow.ArrowException, OSError) as error:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - FOOTER_BYTES))
+            held = HELD.findall(file.read())
+        got = _digest(path, held[-1])[0] if held else ""
+    except OSError as error:
         raise unreadable(path, "Parquet", error, remedy) from error
-    if got.encode() != want:
-        raise DamagedData(f"{path}: its checksum is {got[:12]}…, expected {want[:12].decode('ascii', 'replace')}…; {remedy}")
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether a Parquet file that can be read says that it holds its own checksum."""
-    return CHECKSUM.encode() in (pyarrow.parquet.read_metadata(path).metadata or {})
+    if not held:
+        raise unreadable(path, "Parquet", "its footer has no checksum, as every table of a run or a suite has", remedy)
+    if got.encode() != held[-1]:
+        raise DamagedData(f"{path}: its checksum is {got[:12]}…, expected {held[-1][:12].decode()}…; {remedy}")
 
 
 def _digest(path: Path, held: bytes) -> tuple[str, int | None]:
@@ -79,11 +85,9 @@ def _digest(path: Path, held: bytes) -> tuple[str, int | None]:
 
 
 def opened_table(path: Path, remedy: str) -> pyarrow.parquet.ParquetFile:
-    """An open Parquet file that is worth its memory; DamagedData where it cannot be read, or says that it unpacks to too much."""
-    require_file(path)
+    """A sealed Parquet file, open; DamagedData where it was changed, cannot be read, or says that it unpacks to too much."""
+    check_table(path, remedy)
     try:
-        if is_sealed(path):  # a file of ours, and damage that unpacks to other numbers would not be seen otherwise
-            check_table(path, remedy)
         file = pyarrow.parquet.ParquetFile(path)
         metadata = file.metadata
         for number in range(metadata.num_row_groups):

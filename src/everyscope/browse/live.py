@@ -4,6 +4,8 @@ Whoever starts the pages may hand in a factory; it is called on the first reques
 takes a while and everything else must go on answering.
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ MAX_NEW_TOKENS = 200
 """Tokens that one continuation may have [tokens]."""
 MAX_ASKED = 4
 """Requests that the model works on or that wait for it [requests]; a further one is told to come again."""
+MODEL_NICENESS = 10
+"""Of the model's thread, 0 to 19: pages are short, and somebody waits for each."""
 MAX_SECONDS = 60.0
 """What the model may take for one request, loading not counted [s]."""
 
@@ -122,7 +126,7 @@ class LiveModel:
                 raise Busy(f"{MAX_ASKED} requests wait for the language model already; try again in a moment")
             self._num_asked += 1
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="language-model")
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="language-model", initializer=_give_way)
 
         def begin() -> Result:
             if asking.is_given_up:
@@ -152,6 +156,12 @@ class LiveModel:
         """Take no more work; what runs is left to end."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _give_way() -> None:
+    """Let the threads that answer pages go first, where the system has priorities of threads: Linux does."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), MODEL_NICENESS)
 
 
 class Asking:

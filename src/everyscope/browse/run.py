@@ -18,6 +18,8 @@ from everyscope.browse.patience import Patient
 from everyscope.browse.preparation import Preparation
 
 HOST, PORT = "127.0.0.1", 8017
+SWITCH_SECONDS = 0.0005
+"""After which a thread lets another have the interpreter: a page takes it dozens of times beside a model that works [s]."""
 MAX_CONNECTIONS = 256
 """Connections and requests at once; more get 503."""
 
@@ -46,6 +48,7 @@ def run(config: BrowseConfig, live: LiveFactory | None = None) -> None:
     else:
         say("Indexing the suite; once for each of its states")
         threading.Thread(target=_report, args=(preparation,), daemon=True).start()
+    sys.setswitchinterval(SWITCH_SECONDS)
     print(f"{printable(preparation.title)}: {address}", flush=True)
     say("Ctrl-C ends it")
     if config.open and has_screen():

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from everyscope.base.errors import DataError
 from everyscope.base.files import sha256
 from everyscope.base.ids import content_id
+from everyscope.base.tables import check_table
 from everyscope.describe.config import DescribeConfig
 from everyscope.sae.files import trained_folders, weights_digest
 from everyscope.sites.names import Site, parse_folder
@@ -87,9 +88,10 @@ class Target:
 def read_facts(path: Path) -> dict[str, Any]:
     """What a Parquet file of ours says of itself; nothing where it is missing, damaged or someone else's."""
     try:
+        check_table(path, "it is described again")
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
         facts = json.loads(metadata.get(METADATA_KEY.encode(), b"{}"))
-    except (OSError, ValueError, pyarrow.ArrowException):
+    except (DataError, OSError, ValueError, pyarrow.ArrowException):
         return {}
     return facts if isinstance(facts, dict) else {}
 

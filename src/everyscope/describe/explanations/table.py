@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from everyscope.base.tables import write_table
+from everyscope.base.errors import DataError
+from everyscope.base.tables import check_table, write_table
 from everyscope.describe.explanations.scores import Score
 
 EXPLANATIONS_FILE = "explanations.parquet"
@@ -79,7 +80,8 @@ def write_explanations(path: Path, explanations: Sequence[Explanation], facts: d
 def facts_of(path: Path) -> dict[str, Any]:
     """What the metadata of an explanations.parquet says; {} where the file is missing or not to be read."""
     try:
+        check_table(path, "it is explained again")
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
         return json.loads(metadata[b"everyscope"])
-    except (OSError, pyarrow.ArrowException, KeyError, ValueError):
+    except (DataError, OSError, pyarrow.ArrowException, KeyError, ValueError):
         return {}

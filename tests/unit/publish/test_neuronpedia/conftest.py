@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from everyscope.base.files import sha256, write_json
+from everyscope.base.tables import write_table
 from everyscope.sites.names import Site
 from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, LATENTS_FILE, sae_folder
 from everyscope.suite.records import Headline, Intervals, Measured, SaeRecord, SuiteIndex, write_index
@@ -93,7 +94,7 @@ def write_suite(folder: Path, shape: SuiteShape) -> Path:
 def write_text(folder: Path, shape: SuiteShape) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {"token": pyarrow.array(range(len(shape.tokens)), pyarrow.int32()), "text": list(shape.tokens)}
-    pyarrow.parquet.write_table(pyarrow.table(vocabulary), folder / "vocabulary.parquet")
+    write_table(folder / "vocabulary.parquet", pyarrow.table(vocabulary))
     ids = drawn(shape.blocks * shape.context, len(shape.tokens), 1).reshape(shape.blocks, shape.context)
     half = shape.context // 2
     sequences = {
@@ -102,7 +103,7 @@ def write_text(folder: Path, shape: SuiteShape) -> None:
         "document_starts": pyarrow.array([[0, half] for _ in range(shape.blocks)], pyarrow.list_(pyarrow.int32())),
         "documents": [[f"doc_{number}.py", f'doc_{number}"b.py'] for number in range(shape.blocks)],
     }
-    pyarrow.parquet.write_table(pyarrow.table(sequences), folder / "sequences.parquet")
+    write_table(folder / "sequences.parquet", pyarrow.table(sequences))
     write_json(folder / "model.json", {"num_layers": 3, "d_model": 16})
 
 
@@ -116,11 +117,11 @@ def write_sae(folder: Path, number: int, shape: SuiteShape) -> SaeRecord:
         table = table.replace_schema_metadata({"everyscope": json.dumps(facts)})
     else:
         table = table.select(["latent", "firings", "frequency", "max_activation"])
-    pyarrow.parquet.write_table(table, home / LATENTS_FILE, row_group_size=256)
+    write_table(home / LATENTS_FILE, table, row_group_size=256)
     hook = f"blocks.{sae.site.layer}.hook_{sae.site.kind}"
     write_json(home / CONFIG_FILE, {"architecture": "jumprelu", "d_sae": sae.width, "metadata": {"hook_name": hook}})
     if sae.is_explained:
-        pyarrow.parquet.write_table(label_table(sae.width), home / EXPLANATIONS_FILE)
+        write_table(home / EXPLANATIONS_FILE, label_table(sae.width))
     return SaeRecord(
         folder=home.relative_to(folder).as_posix(),
         name=f"sae_{number}",

@@ -17,6 +17,7 @@ import pytest
 
 from everyscope.base.errors import ConfigError, DamagedData, DataError
 from everyscope.base.files import read_json, read_sealed, sha256, write_sealed
+from everyscope.base.tables import write_table
 from everyscope.publish.neuronpedia import run as export
 from everyscope.publish.neuronpedia.batches import MAX_FILES, Batches, latents_per_file
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
@@ -478,7 +479,7 @@ def test_examples_that_point_nowhere_are_one_clear_error(suite: Path, tmp_path: 
     rows[0]["examples"][1][field] = value
     if field == "position":
         rows[0]["examples"][1]["start"] = 5
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), path)
+    write_table(path, pyarrow.Table.from_pylist(rows, table.schema))
     forge(suite, path)
     with pytest.raises(DamagedData, match="outside of the text"):
         export.run(config_of(suite, tmp_path / "out"))
@@ -489,7 +490,7 @@ def test_tokens_that_no_vocabulary_has_are_one_clear_error(suite: Path, tmp_path
     table = pyarrow.parquet.read_table(path)
     rows = table.to_pylist()
     rows[0]["top_logits"][0]["token"] = 10**6
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), path)
+    write_table(path, pyarrow.Table.from_pylist(rows, table.schema))
     forge(suite, path)
     with pytest.raises(DamagedData, match=r"latents\.parquet"):
         export.run(config_of(suite, tmp_path / "out"))
