@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.kernels import gpu_update
+from everyscope.sae.kernels import gpu_sums, gpu_update
 from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update, new_sae
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -46,6 +46,7 @@ RECIPE = SaeRecipe(
     frequency_limit=0.3,
 )
 NESTED = RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)})
+BY_ROW = RECIPE.model_copy(update={"direction_rate": 0.3, "encoder_follows": True, "warm_start": True, "largest_step": 1.5})
 
 
 def problem(rows: int, d_in: int, width: int, recipe: SaeRecipe = RECIPE, seed: int = 0) -> tuple[TrainableSae, torch.Tensor]:
@@ -55,6 +56,7 @@ def problem(rows: int, d_in: int, width: int, recipe: SaeRecipe = RECIPE, seed: 
     p = sae.parameters
     p["b_dec"].copy_(torch.randn(d_in, generator=generator) * 0.05)
     p["b_enc"].copy_(torch.randn(width, generator=generator) * 0.05)
+    sae.coordinate_weights.copy_(torch.rand(d_in, generator=generator) + 0.5)
     p["threshold"].add_(torch.rand(width, generator=generator) * 0.2)
     weights = torch.rand(rows, width, generator=generator) * (torch.rand(rows, width, generator=generator) < 3 / width)
     x = weights @ p["w_dec"] + p["b_dec"] + torch.randn(rows, d_in, generator=generator) * 0.2 / d_in**0.5
@@ -68,7 +70,8 @@ def moved(sae: TrainableSae, device: str, dtype: torch.dtype) -> TrainableSae:
          for name, t in tensors.items()}
         for tensors in (sae.parameters, sae.squared)
     )  # fmt: skip
-    return replace(sae, parameters=parameters, squared=squared, touched=sae.touched.to(device, copy=True))
+    weights, touched = sae.coordinate_weights.to(device, dtype, copy=True), sae.touched.to(device, copy=True)
+    return replace(sae, parameters=parameters, squared=squared, coordinate_weights=weights, touched=touched)
 
 
 def by_pairs(*saes: TrainableSae, max_pairs: int | None = None) -> "GpuPairs":
@@ -102,7 +105,10 @@ def assert_step_equals_oracle(sae: TrainableSae, x: torch.Tensor) -> TrainableSa
 
 @pytest.mark.parametrize(
     ("rows", "d_in", "width", "recipe"),
-    [(37, 40, 67, RECIPE), (33, 24, 50, NESTED), (5, 2304, 9, RECIPE), (4, 3584, 7, NESTED), (1, 3, 2, RECIPE)],
+    [
+        *((37, 40, 67, RECIPE), (33, 24, 50, NESTED), (5, 2304, 9, RECIPE), (4, 3584, 7, NESTED), (1, 3, 2, RECIPE)),
+        *((37, 40, 67, BY_ROW), (5, 2304, 9, BY_ROW)),
+    ],
 )
 def test_a_step_equals_the_float64_oracle(rows, d_in, width, recipe):
     sae, x = problem(rows, d_in, width, recipe)
@@ -112,6 +118,7 @@ def test_a_step_equals_the_float64_oracle(rows, d_in, width, recipe):
 
 
 def test_rows_without_pairs_and_latents_that_always_fire_or_never(monkeypatch):
+    monkeypatch.setattr(gpu_sums, "SEGMENT", 8)
     monkeypatch.setattr(gpu_update, "SEGMENT", 8)  # so that a latent of 37 pairs has five of them
     monkeypatch.setattr(pairs_gpu, "SEGMENT", 8)
     sae, x = problem(37, 24, 41, NESTED)
@@ -183,8 +190,9 @@ def batches(sae: TrainableSae, number: int) -> list[torch.Tensor]:
     return list(x.split(12))
 
 
-def test_lazy_decay_equals_dense_steps():
-    sae, _ = problem(1, 20, 45)
+@pytest.mark.parametrize("recipe", [RECIPE, BY_ROW])
+def test_lazy_decay_equals_dense_steps(recipe):
+    sae, _ = problem(1, 20, 45, recipe)
     oracle = moved(sae, DEVICE, torch.float64)
     engine = by_pairs(sae, max_pairs=12 * 45)
     for step, x in enumerate(batches(sae, 5)):
@@ -222,7 +230,7 @@ def test_what_is_not_a_number_is_noticed():
 def test_two_runs_give_the_same_bits_also_from_a_checkpoint_and_with_many_saes():
     ends = []
     for broken in (False, True):
-        saes = [problem(1, 20, width, recipe)[0] for width, recipe in ((23, RECIPE), (15, NESTED), (23, RECIPE))]
+        saes = [problem(1, 20, width, recipe)[0] for width, recipe in ((23, RECIPE), (15, NESTED), (23, BY_ROW))]
         engine = by_pairs(*saes)
         for step, x in enumerate(batches(saes[0], 3)):
             if broken and step == 2:

@@ -25,10 +25,6 @@ from everyscope.train.config import BankSettings
 TOKENS = 3 * 2**17
 """Activation vectors per SAE [tokens]."""
 
-RATE = 2e-3
-"""Two thirds of fast's own, which at batches of 256 rows let one SAE of 72 collapse (docs/log.md) [1]."""
-
-
 CONTEXT = 256
 """Block length [tokens]."""
 
@@ -51,7 +47,7 @@ def recipe() -> RunConfig:
         groups=(group(SUBLAYERS, None, (512, 1024), (12, 25, 50)),),
         instruction_tuned=Companion(model=tuned, text=turns, groups=(group(("resid_post",), (1, 2, 3), (512, 1024), (25,)),)),
         random_weights=Companion(model=untrained, groups=(group(SUBLAYERS, (2,), (1024,), (25,)),)),
-        recipe=fast(d_in=128).model_copy(update={"learning_rate": RATE}),
+        recipe=fast(d_in=128),
         harvest=HarvestSettings(dtype="bfloat16", bucket_rows=2**16, batch_blocks=4),
         train=BankSettings(batch_rows=256, checkpoint_steps=256, log_steps=32),
         evaluate=EvaluateSettings(

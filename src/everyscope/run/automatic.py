@@ -30,7 +30,7 @@ EXPANSION, WIDEST = 8, 2**14
 """Latents for each input by default, rounded down to a power of two, and at most [latents]."""
 LEAST_TOKENS, MOST_TOKENS = 2**16, 2**28
 """Between these the tokens are chosen by the hours [tokens]."""
-BATCH_ROWS = 512
+BATCH_ROWS = 256
 PROSE = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 """Dataset and subset that are read where no text is named."""
 

@@ -31,12 +31,25 @@ class SaeRecipe(Schema):
     """Every latent's threshold at the start [normalised activation]."""
     encoder_scale: float = Field(default=1.0, gt=0)
     """W_enc starts as this times the transpose of W_dec [1]."""
+    encoder_follows: bool = False
+    """Where a latent's direction moves, its row of W_enc moves along, by encoder_scale times that and weighed by coordinate with
+    the inverse root of the first batch's variances; W_enc starts weighed likewise."""
+    direction_rate: float | None = Field(default=None, gt=0)
+    """About what angle a step turns a latent's direction by: Adam on W_dec with one mean of squares per row, so that a step keeps
+    the gradient's direction. None moves each number of W_dec by Adam with learning_rate [rad]."""
     beta2: float = Field(default=0.999, gt=0, lt=1)
     """Adam's decay of squared gradients; the decay of gradients is 0, so there is no momentum [1]."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the squared gradients' mean [1]."""
+    largest_step: float | None = Field(default=None, ge=1)
+    """A step is at most so many times its rate, however far a gradient is above the root of its mean of squares. None lets a
+    single batch move a parameter by up to rate / sqrt(1 - beta2), from which training may not recover. Thresholds are free: some
+    have far to go when they begin to learn [1]."""
     is_centred: bool = False
     """Subtract the mean of the activations before training; it is folded back, so files are the same. The paper does not [1]."""
+    largest_row: float | None = Field(default=None, gt=1)
+    """Rows of more than so many times the root mean squared norm, centred if rows are, are shortened to that in training. The
+    limit on massive rows is about norms as they come, and lets rows pass that are huge once a large mean is gone [1]."""
     warm_start: bool = False
     """Begin with b_dec at the first batch's mean and, given a target_l0, thresholds at the quantile that meets it there."""
     driven_share: float = Field(default=0.0, ge=0, le=1)
@@ -55,6 +68,8 @@ class SaeRecipe(Schema):
         shares = self.prefix_shares
         if not shares or shares[-1] != 1 or shares[0] <= 0 or any(a >= b for a, b in pairwise(shares)):
             raise ValueError(f"prefix_shares={shares}: expected ascending shares of the width that end in 1, as 0.25 0.5 1")
+        if self.encoder_follows and (self.direction_rate is None or not self.warm_start):
+            raise ValueError("encoder_follows=True needs direction_rate (what is followed) and warm_start=True (variances)")
         if self.revive_steps is not None and not self.driven_share:
             raise ValueError(f"revive_steps={self.revive_steps} acts only while thresholds are driven; set driven_share above 0")
         return self

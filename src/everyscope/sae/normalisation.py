@@ -3,6 +3,7 @@
 Training works on x = (x_raw - mean) / scale with E||x||^2 = 1 over usual rows. Without a mean that is Gemma Scope's scaling
 (arXiv 2408.05147, section 3.1). Real activations have means many times their spread: scaled about zero, the signal shrinks by
 that ratio while thresholds, bandwidth and steps stay, and training fails. Both fold away exactly (`sae.trainable.fold`).
+Rows that are usual by their norm may still be huge beside that spread; a few spoil an SAE, so they are shortened.
 """
 
 import math
@@ -24,6 +25,8 @@ class Normalisation:
     """What is subtracted before; None subtracts nothing."""
     norm_limit: float = math.inf
     """Rows of a larger L2 norm are massive and left out; infinity keeps all."""
+    largest_row: float = math.inf
+    """Normalised rows of a larger norm are shortened to it, in training alone; infinity shortens none."""
 
     def __call__(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """The normalised rows of a raw float32 batch. Usual rows take the place of massive ones, so that sizes stay."""
@@ -34,12 +37,20 @@ class Normalisation:
                 rows = self._usual_on_cpu(rows)
             if self.mean is not None:
                 rows = rows - self.mean.astype(np.float32)
-            return torch.from_numpy(rows / np.float32(self.scale))
+            return torch.from_numpy(self._shortened_on_cpu(rows / np.float32(self.scale)))
         if self.norm_limit < math.inf:
             batch = _replaced(batch, is_massive(batch, self.norm_limit))
         if self.mean is not None:
             batch = batch - torch.as_tensor(self.mean, dtype=torch.float32, device=batch.device)
-        return batch / self.scale
+        x = batch / self.scale
+        return _shortened(x, self.largest_row) if self.largest_row < math.inf else x
+
+    def _shortened_on_cpu(self, x: Float[np.ndarray, "batch d_in"]) -> Float[np.ndarray, "batch d_in"]:
+        if self.largest_row < math.inf:
+            norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+            long = norms > self.largest_row
+            x[long] *= (np.float32(self.largest_row) / norms[long])[:, None]
+        return x
 
     def _usual_on_cpu(self, rows: Float[np.ndarray, "batch d_in"]) -> Float[np.ndarray, "batch d_in"]:
         massive = np.einsum("ij,ij->i", rows, rows) > np.float32(self.norm_limit) ** 2
@@ -49,6 +60,10 @@ class Normalisation:
 def is_massive(rows: Float[Tensor, "*batch d_in"], norm_limit: float) -> Bool[Tensor, "*batch"]:
     """Whether each row's L2 norm is above the limit; one rule for training, metrics and descriptions."""
     return rows.float().square().sum(-1) > norm_limit**2
+
+
+def _shortened(x: Float[Tensor, "batch d_in"], largest: float) -> Float[Tensor, "batch d_in"]:
+    return x * (largest / x.norm(dim=1, keepdim=True)).clamp(max=1)
 
 
 def _replaced(batch: Float[Tensor, "batch d_in"], massive: Bool[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:

@@ -33,7 +33,7 @@ from everyscope.sae.kernels.cpu import (
 )
 from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, update_b_dec, update_latents
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
 TILE_NUMBERS = 12 * 2**15
@@ -319,9 +319,10 @@ def latents_of(sae: TrainableSae) -> Latents:
         b_enc=p["b_enc"].numpy(),
         threshold=p["threshold"].numpy(),
         squared_w_enc=v["w_enc"].T.numpy(),
-        squared_w_dec=v["w_dec"].numpy(),
+        squared_w_dec=v["w_dec"].view(width, -1).numpy(),
         squared_b_enc=v["b_enc"].numpy(),
         squared_threshold=v["threshold"].numpy(),
+        coordinate_weights=sae.coordinate_weights.numpy(),
         touched=sae.touched.numpy(),
         w_rounded=np.empty((width, len(p["b_dec"])), np.uint16),
         w_norms=np.empty(width, np.float32),
@@ -343,6 +344,9 @@ def adam_at(sae: TrainableSae, step: int, steps: int) -> Adam:
         fresh=np.float32(1 - recipe.beta2),
         correction=np.float32(1 / (1 - recipe.beta2 ** (step + 1))),
         epsilon=np.float32(recipe.epsilon),
+        least_share=np.float32(1 / recipe.largest_step if recipe.largest_step else 0),
         rate=np.float32(recipe.learning_rate * learning_rate_share(recipe, step, steps)),
         threshold_rate=np.float32(threshold_rate(sae.config, step, steps)),
+        direction_rate=np.float32(direction_rate(recipe, step, steps)),
+        follow=np.float32(recipe.encoder_scale if recipe.encoder_follows else 0),
     )

@@ -27,19 +27,11 @@ from everyscope.sae.kernels.gpu import (
     screen,
     to_rows,
 )
+from everyscope.sae.kernels.gpu_sums import LatentSums, PairLists, sum_gradients, sum_latents
 from everyscope.sae.kernels.gpu_triton import blocks
-from everyscope.sae.kernels.gpu_update import (
-    AdamStep,
-    LatentSums,
-    PairLists,
-    sum_gradients,
-    sum_latents,
-    sum_through_encoder,
-    update_latents,
-    update_latents_by,
-)
+from everyscope.sae.kernels.gpu_update import AdamStep, sum_through_encoder, update_latents, update_latents_by
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
 
 LAG = 8
@@ -156,13 +148,14 @@ class GpuPairs:
         p, owned = sae.parameters, (sae.parameters, sae.squared, sae.touched, screened.parts, buffers.lists, sums, cost)
         rows, bandwidth = (buffers.centred, buffers.errors, buffers.prefixes), sae.config.recipe.bandwidth
         if self.collective.mesh.replicas == 1:
-            update_latents(*owned, *rows, buffers.segment_sums, bandwidth, adam)
+            update_latents(*owned, *rows, sae.coordinate_weights, buffers.segment_sums, bandwidth, adam)
             return
         gradients = p["w_dec"].new_empty(sae.width, 2, p["w_dec"].shape[1])
         sum_gradients(gradients, buffers.lists, p["threshold"], *rows, buffers.segment_sums)
         self.collective.sum_(gradients, "replicas")
         batch = len(buffers.centred) * self.collective.mesh.replicas
-        update_latents_by(gradients, *owned, buffers.errors, buffers.prefixes, batch, bandwidth, adam)
+        others = (buffers.errors, buffers.prefixes, sae.coordinate_weights)
+        update_latents_by(gradients, *owned, *others, batch, bandwidth, adam)
 
     def _update_b_dec(self, sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:
         """The decoder's bias, whose gradient every pair reaches; its means of squared gradients are always up to date."""
@@ -172,7 +165,7 @@ class GpuPairs:
         self.collective.sum_(from_latents, "shards")
         gradient = d_x_hat - from_latents
         moved, squared = p.clone(), v.clone()
-        adam_without_momentum(moved, gradient, squared, adam.rate, adam.beta2, adam.epsilon, adam.step)
+        adam_without_momentum(moved, gradient, squared, adam.rate, sae.config.recipe, adam.step, sae.config.recipe.largest_step)
         p.copy_(torch.where(fits, moved, p))
         v.copy_(torch.where(fits, squared, v))
 
@@ -276,4 +269,7 @@ def adam_at(sae: TrainableSae, step: int, steps: int) -> AdamStep:
     """Adam's numbers at `step` of `steps`."""
     recipe = sae.config.recipe
     rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
-    return AdamStep(step, recipe.beta2, recipe.epsilon, rate, threshold_rate(sae.config, step, steps))
+    follow = recipe.encoder_scale if recipe.encoder_follows else 0.0
+    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(recipe, step, steps))
+    least_share = 1 / recipe.largest_step if recipe.largest_step else 0.0
+    return AdamStep(step, recipe.beta2, recipe.epsilon, least_share, *rates, follow)

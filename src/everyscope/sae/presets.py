@@ -21,11 +21,15 @@ def gemma_scope_2() -> SaeRecipe:
 
 
 def fast(d_in: int) -> SaeRecipe:
-    """For 10^5 to 10^8 rows of size `d_in`; give each SaeConfig a target_l0, and train on batches of 512 rows.
+    """For 10^5 to 10^8 rows of size `d_in`; give each SaeConfig a target_l0, and train on batches of 256 rows.
 
     The paper's thresholds need 10^9 rows to find their place. Here they begin at the quantile that gives the target L0 and are
     held there together while directions form (as BatchTopK does, arXiv 2412.06410), then each learns its own by the paper's
     gradients, so that what comes out is trained on the true loss. Weights have size 1 / sqrt(d_in), and so do steps.
+
+    What lets so few rows suffice is how directions move: three times as far as an encoder does in a step, along the gradient
+    itself, with the encoder at their heels. Steps are bounded, because at these rates one row of ten times the usual norm can
+    end an SAE. What each is worth is measured in docs/log.md.
     """
     return SaeRecipe(
         learning_rate=FAST_RATE / math.sqrt(d_in),
@@ -34,7 +38,11 @@ def fast(d_in: int) -> SaeRecipe:
         sparsity_warmup_steps=0,
         bandwidth=0.004,
         encoder_scale=0.5,
+        encoder_follows=True,
+        direction_rate=3 * FAST_RATE,
+        largest_step=3.0,
         is_centred=True,
+        largest_row=4.0,
         warm_start=True,
         driven_share=0.7,
         revive_steps=10,

@@ -21,6 +21,11 @@ def threshold_rate(config: SaeConfig, step: int, steps: int) -> float:
     return 0.0 if is_driven(config, step, steps) else rate * learning_rate_share(recipe, step, steps)
 
 
+def direction_rate(recipe: SaeRecipe, step: int, steps: int) -> float:
+    """Step size for directions at `step` of `steps`; zero where the recipe has none of its own."""
+    return (recipe.direction_rate or 0.0) * learning_rate_share(recipe, step, steps)
+
+
 def is_driven(config: SaeConfig, step: int, steps: int) -> bool:
     """True in the phase in which thresholds are set from the L0 they give, not learned."""
     return step < config.recipe.driven_share * steps

@@ -16,17 +16,24 @@ REVIVAL = 0.97
 """What a step multiplies a silent latent's threshold by [1]."""
 LARGEST_MOVE = 0.2
 """A step moves thresholds by at most this share of their mean [1]."""
+LEAST_VARIANCE = 0.3
+"""Of the mean variance, what is added to each coordinate's before encoders are weighed by it [1]."""
 
 
 @torch.no_grad()
 def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"], collective: Collective = ALONE) -> None:
     """Set b_dec to the mean of normalised rows `x`, and all thresholds to the value that target_l0 latents of a row exceed.
 
+    Before, where the recipe lets encoders follow, w_enc is weighed by `coordinate_weights` of these rows.
+
     Of several ranks each gives its own rows; the mean and the quantile are those of all rows and all latents.
     """
     p, config = sae.parameters, sae.config
     x = _gathered(x, "replicas", collective)
     p["b_dec"].copy_(x.mean(0))
+    if config.recipe.encoder_follows:
+        sae.coordinate_weights.copy_(coordinate_weights(x))
+        p["w_enc"].copy_((p["w_dec"] * sae.coordinate_weights).T.mul(config.recipe.encoder_scale))
     if config.target_l0 is not None:
         rows = x[: max(1, PRODUCTS // config.width)]
         pre = pre_activations(rows - p["b_dec"], p["w_enc"], p["b_enc"]).flatten()
@@ -36,6 +43,17 @@ def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"], collective: Co
             padded = torch.cat([largest, largest.new_full((rank - len(largest),), -torch.inf)])
             largest = _gathered(padded, "shards", collective).topk(rank).values
         p["threshold"].fill_(largest[-1].clamp(min=config.recipe.initial_threshold))
+
+
+def coordinate_weights(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " d_in"]:
+    """The inverse root of each coordinate's variance over rows `x`, at mean 1: as a whitening would, of which it is the diagonal.
+
+    A direction's part in coordinates that vary much tells little of whether a row holds it. LEAST_VARIANCE keeps coordinates that
+    hardly vary, or not in this batch, from ruling all.
+    """
+    variance = x.var(0, correction=0)
+    weights = (variance + LEAST_VARIANCE * variance.mean()).clamp(min=torch.finfo(x.dtype).tiny).rsqrt()
+    return weights / weights.mean()
 
 
 def _gathered(part: Tensor, axis: Axis, collective: Collective) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
-from everyscope.sae.config import SaeConfig
+from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.folded import Sae, from_tensors
 from everyscope.sae.functional import (
     Gradients,
@@ -25,10 +25,12 @@ from everyscope.sae.functional import (
 )
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
 
 TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
-LATENT_AXIS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0}
+LATENT_AXIS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0} | {
+    "coordinate_weights": None
+}
 """Along which axis a tensor is cut where latents are; None for what every shard holds whole."""
 SKIPPED = 2**22
 """Random numbers drawn at a time for the latents before a shard, which it must pass over."""
@@ -59,7 +61,10 @@ class TrainableSae:
     parameters: dict[str, Tensor]
     """w_enc [d_in, d_sae], w_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in], threshold [d_sae]; float32."""
     squared: dict[str, Tensor]
-    """Adam's running mean of each parameter's squared gradient, of the same shapes."""
+    """Adam's running mean of each parameter's squared gradient, of the same shapes; with a direction_rate, of w_dec's rows'
+    squared norms, [d_sae]."""
+    coordinate_weights: Float[Tensor, " d_in"]
+    """How much an encoder that follows its direction does so in each coordinate; mean 1."""
     touched: Int32[Tensor, " d_sae"]
     """Steps that each latent's means include. A latent without gradient does not move, and its means only decay, so that may
     wait until it has one again (`catch_up`)."""
@@ -90,7 +95,8 @@ class TrainableSae:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, by name; the tensors themselves, not copies."""
         squared = {f"squared.{name}": self.squared[name] for name in TENSORS}
-        return {**self.parameters, **squared, "touched": self.touched, "last_fired": self.last_fired}
+        others = {name: getattr(self, name) for name in ("coordinate_weights", "touched", "last_fired")}
+        return {**self.parameters, **squared, **others}
 
 
 def new_sae(config: SaeConfig, d_in: int, device: str = "cpu", latents: range | None = None) -> TrainableSae:
@@ -117,8 +123,10 @@ def new_sae(config: SaeConfig, d_in: int, device: str = "cpu", latents: range | 
     }
     on_device = {name: tensor.to(device) for name, tensor in parameters.items()}
     squared = {name: torch.zeros_like(tensor) for name, tensor in on_device.items()}
+    if config.recipe.direction_rate is not None:
+        squared["w_dec"] = torch.zeros(width, device=device)
     counts = [torch.zeros(width, dtype=torch.int32, device=device) for _ in range(2)]
-    return TrainableSae(config, on_device, squared, *counts, first=latents.start)
+    return TrainableSae(config, on_device, squared, torch.ones(d_in, device=device), *counts, first=latents.start)
 
 
 @torch.no_grad()
@@ -142,12 +150,20 @@ def move_along(sae: TrainableSae, gradients: Gradients, step: int, steps: int) -
     recipe = sae.config.recipe
     rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
     rates = dict.fromkeys(TENSORS, rate) | {"threshold": threshold_rate(sae.config, step, steps)}
+    if recipe.direction_rate is not None:
+        rates["w_dec"] = direction_rate(recipe, step, steps)
+    directions = sae.parameters["w_dec"].clone() if recipe.encoder_follows else None
     for name in TENSORS:
-        parameter, gradient = sae.parameters[name], getattr(gradients, name)
+        parameter, gradient, squared = sae.parameters[name], getattr(gradients, name), sae.squared[name]
         if name == "w_dec":
             gradient = without_parallel_part(gradient, parameter)
-        adam_without_momentum(parameter, gradient, sae.squared[name], rates[name], recipe.beta2, recipe.epsilon, step)
+        adam = adam_without_momentum if parameter.shape == squared.shape else adam_by_row
+        largest = None if name == "threshold" else recipe.largest_step
+        adam(parameter, gradient, squared, rates[name], recipe, step, largest)
     sae.parameters["w_dec"].copy_(unit_rows(sae.parameters["w_dec"]))
+    if directions is not None:
+        moved = (sae.parameters["w_dec"] - directions).mul_(sae.coordinate_weights)
+        sae.parameters["w_enc"].add_(moved.T, alpha=recipe.encoder_scale)
     # Below zero a threshold would let negative values pass, which the released form cannot express.
     sae.parameters["threshold"].clamp_(min=0)
     sae.touched.fill_(step + 1)
@@ -160,17 +176,43 @@ def catch_up(sae: TrainableSae, steps: int) -> None:
     decay = (sae.config.recipe.beta2 ** (steps - sae.touched).double()).to(sae.squared["b_enc"].dtype)
     for name in ("w_enc", "b_enc", "threshold"):
         sae.squared[name].mul_(decay)
-    sae.squared["w_dec"].mul_(decay[:, None])
+    sae.squared["w_dec"].mul_(decay if sae.squared["w_dec"].dim() == 1 else decay[:, None])
     sae.touched.fill_(steps)
 
 
 def adam_without_momentum(
-    parameter: Tensor, gradient: Tensor, squared: Tensor, rate: float, beta2: float, epsilon: float, step: int
+    parameter: Tensor,
+    gradient: Tensor,
+    squared: Tensor,
+    rate: float,
+    recipe: SaeRecipe,
+    step: int,
+    largest_step: float | None = None,
 ) -> None:
-    """Adam with beta1 = 0 (arXiv 1412.6980, algorithm 1), in place; `step` counts from 0."""
-    squared.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    correction = 1 - beta2 ** (step + 1)
-    parameter.addcdiv_(gradient, (squared / correction).sqrt_().add_(epsilon), value=-rate)
+    """Adam with beta1 = 0 (arXiv 1412.6980, algorithm 1), in place; `step` counts from 0. No step is above `largest_step`."""
+    squared.mul_(recipe.beta2).addcmul_(gradient, gradient, value=1 - recipe.beta2)
+    root = (squared / (1 - recipe.beta2 ** (step + 1))).sqrt_()
+    if largest_step is not None:
+        root = torch.maximum(root, gradient.abs().div_(largest_step))
+    parameter.addcdiv_(gradient, root.add_(recipe.epsilon), value=-rate)
+
+
+def adam_by_row(
+    rows: Float[Tensor, "rows d"],
+    gradient: Float[Tensor, "rows d"],
+    squared: Float[Tensor, " rows"],
+    rate: float,
+    recipe: SaeRecipe,
+    step: int,
+    largest_step: float | None = None,
+) -> None:
+    """`adam_without_momentum` of whole rows: one mean each, of the gradient's squared norm, so that a step goes along it."""
+    total = gradient.square().sum(1)
+    squared.mul_(recipe.beta2).add_(total, alpha=1 - recipe.beta2)
+    root = (squared / (1 - recipe.beta2 ** (step + 1))).sqrt_()
+    if largest_step is not None:
+        root = torch.maximum(root, total.sqrt_().div_(largest_step))
+    rows.addcmul_(gradient, root.add_(recipe.epsilon).reciprocal_()[:, None], value=-rate)
 
 
 def fold(sae: TrainableSae, normalisation: Normalisation) -> Sae:

@@ -58,4 +58,4 @@ def save_assembled(
 def _shard(parts: Parts, number: int, config: SaeConfig, latents: range) -> TrainableSae:
     parameters = {name: parts.read(f"{number}.{name}", LATENT_AXIS[name], latents) for name in TENSORS}
     unused = torch.zeros(len(latents), dtype=torch.int32)
-    return TrainableSae(config, parameters, {}, unused, unused, first=latents.start)
+    return TrainableSae(config, parameters, {}, parameters["b_dec"], unused, unused, first=latents.start)

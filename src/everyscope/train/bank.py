@@ -3,6 +3,7 @@
 Of several ranks each has a bank with its own latents of every SAE, and steps it on its own rows of every batch.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -24,18 +25,18 @@ from everyscope.train.engines import engine_for
 def normalisation_for(configs: Sequence[SaeConfig], statistics: Statistics, max_norm: float | None) -> Normalisation:
     """How SAEs of one bank see activations of these statistics; rows above `max_norm` median norms are left out.
 
-    ConfigError where some SAEs are to be centred and others not, DataError where there is nothing to reconstruct.
+    ConfigError where some SAEs are to see other rows than others, DataError where there is nothing to reconstruct.
     """
-    centred = {config.recipe.is_centred for config in configs}
-    if len(centred) > 1:
-        raise ConfigError("is_centred differs between SAEs that train on the same batches; train them apart, or set one value")
-    usual = statistics.usual(max_norm)
-    is_centred = centred.pop()
+    for field in ("is_centred", "largest_row"):
+        if len({getattr(config.recipe, field) for config in configs}) > 1:
+            raise ConfigError(f"{field} differs between SAEs that train on the same batches; train them apart, or set one value")
+    usual, recipe = statistics.usual(max_norm), configs[0].recipe
+    is_centred = recipe.is_centred
     scale = usual.spread if is_centred else usual.scale
     if not scale > 1e-6 * usual.scale:  # zero, or what rounding leaves of the difference
         what = "equal" if usual.scale else "zero"
         raise DataError(f"all {usual.count} rows are {what}, expected activations that vary; is this the right site?")
-    return Normalisation(scale, usual.mean if is_centred else None, usual.norm_limit)
+    return Normalisation(scale, usual.mean if is_centred else None, usual.norm_limit, recipe.largest_row or math.inf)
 
 
 class Bank:

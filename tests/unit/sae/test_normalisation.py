@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,18 @@ def test_devices_and_the_cpu_agree(monkeypatch):
     on_cpu = normalise(batch)
     replaced = normalisation._replaced(batch, is_massive(batch, 50.0))
     assert_close(on_cpu, (replaced - torch.linspace(-3, 3, 5)) / 1.7)
+    assert_close(replace(normalise, largest_row=4.0)(batch), normalisation._shortened(on_cpu, 4.0))
+
+
+def test_long_rows_keep_their_direction():
+    batch = batch_of([4]) - 3
+    batch[7] = 0
+    x, shortened = Normalisation(2.0)(batch), Normalisation(2.0, largest_row=1.1)(batch)
+    norms = x.norm(dim=1)
+    assert (norms > 1.1).sum() in range(2, 11)
+    assert_close(shortened.norm(dim=1), norms.clamp(max=1.1))
+    assert_close(shortened * norms[:, None], x * shortened.norm(dim=1)[:, None])
+    assert torch.equal(shortened[norms <= 1.1], x[norms <= 1.1])
 
 
 def test_nothing_is_copied_where_nothing_is_massive():

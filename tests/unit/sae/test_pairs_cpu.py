@@ -12,6 +12,7 @@ from everyscope.sae.kernels.cpu import Candidates, Rows, centre_rows, screen_row
 from everyscope.sae.pairs_cpu import CpuPairs, as_bfloat16, latents_of
 from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update, new_sae
 
+BY_ROW = {"direction_rate": 0.02, "encoder_follows": True, "warm_start": True, "largest_step": 1.5}
 ROUNDING = 2e-6
 """Largest difference, relative to the largest value, between float32 sums in one order and float64 ones, at these sizes."""
 
@@ -36,6 +37,7 @@ def sae_of(d_in, width, threshold=0.4, **changes) -> TrainableSae:
     generator = torch.Generator().manual_seed(1)
     for name in ("b_enc", "b_dec"):
         sae.parameters[name].normal_(0, 0.05, generator=generator)
+    sae.coordinate_weights.uniform_(0.5, 1.5, generator=generator)
     return sae
 
 
@@ -56,11 +58,11 @@ def gradients_seen(after: TrainableSae, before: TrainableSae) -> dict[str, torch
     ("batch", "d_in", "width", "threshold"),
     [(64, 16, 40, 0.4), (200, 24, 333, 0.6), (1, 8, 9, 0.2), (70, 5, 1000, 0.9), (300, 33, 64, 0.0), (40, 16, 64, 50.0)],
 )
-@pytest.mark.parametrize("shares", [(1.0,), (0.2, 0.5, 1.0)])
-def test_one_step_equals_the_float64_oracle(monkeypatch, batch, d_in, width, threshold, shares):
+@pytest.mark.parametrize("changes", [{}, {"prefix_shares": (0.2, 0.5, 1.0)}, BY_ROW])
+def test_one_step_equals_the_float64_oracle(monkeypatch, batch, d_in, width, threshold, changes):
     monkeypatch.setattr(pairs_cpu, "DENSE_SHARE", 1.0)
     x = rows(batch, d_in)
-    sae = sae_of(d_in, width, threshold or 1e-3, prefix_shares=shares)
+    sae = sae_of(d_in, width, threshold or 1e-3, **changes)
     oracle, before = in_float64(sae), copy.deepcopy(sae)
     want = dense_update(oracle, x.double(), 0, 10)
     engine = CpuPairs([sae])
@@ -75,9 +77,10 @@ def test_one_step_equals_the_float64_oracle(monkeypatch, batch, d_in, width, thr
     assert torch.equal(sae.parameters["w_dec"][untouched], before.parameters["w_dec"][untouched])
 
 
-def test_three_hundred_steps_follow_the_float64_oracle():
+@pytest.mark.parametrize("changes", [{}, BY_ROW])
+def test_three_hundred_steps_follow_the_float64_oracle(changes):
     """Thresholds decide alike but for pre-activations within rounding of them, whose latents then part by a step's noise."""
-    sae = sae_of(24, 200, 0.5, learning_rate=1e-3)
+    sae = sae_of(24, 200, 0.5, learning_rate=1e-3, **changes)
     oracle, start = in_float64(sae), copy.deepcopy(sae)
     engine, got, wanted = CpuPairs([sae]), 0.0, 0.0
     for step in range(300):
@@ -94,9 +97,10 @@ def test_three_hundred_steps_follow_the_float64_oracle():
         assert (sae.squared[name] - oracle.squared[name]).norm() < 5e-3 * oracle.squared[name].norm(), name
 
 
-def test_latents_that_rest_decay_as_if_they_had_not():
+@pytest.mark.parametrize("changes", [{}, BY_ROW])
+def test_latents_that_rest_decay_as_if_they_had_not(changes):
     x = [rows(8, 12, seed) for seed in range(40)]
-    sae = sae_of(12, 500, 0.9)
+    sae = sae_of(12, 500, 0.9, **changes)
     dense = copy.deepcopy(sae)
     engine = CpuPairs([sae])
     for step in range(40):
@@ -124,7 +128,7 @@ def test_rows_with_huge_norms_are_pairs_of_their_own():
 
 def test_results_do_not_depend_on_threads():
     x = rows(700, 24)
-    saes = [sae_of(24, 900) for _ in range(2)]
+    saes = [sae_of(24, 900, **BY_ROW) for _ in range(2)]
     for sae, threads in zip(saes, (1, 2), strict=True):
         torch.set_num_threads(threads)
         engine = CpuPairs([sae])

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.sae.thresholds import drive_thresholds, warm_start
+from everyscope.sae.thresholds import coordinate_weights, drive_thresholds, warm_start
 from everyscope.sae.trainable import dense_update, new_sae
 
 RECIPE = SaeRecipe(
@@ -23,6 +23,27 @@ def test_a_warm_start_meets_the_target_on_its_batch_and_centres_it():
     x = rows(500)
     warm_start(sae, x)
     torch.testing.assert_close(sae.parameters["b_dec"], x.mean(0))
+    assert (sae.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(9, abs=0.01)
+
+
+def test_coordinates_are_weighed_by_the_inverse_root_of_their_variance():
+    x = rows(2000) * torch.logspace(-3, 1, 24)
+    weights, variance = coordinate_weights(x), x.double().var(0, correction=0)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    product = weights.double().square() * (variance + 0.3 * variance.mean())
+    torch.testing.assert_close(product, product[:1].expand(24), rtol=1e-4, atol=0)
+    torch.testing.assert_close(coordinate_weights(x + 100 * torch.randn(24)), weights, rtol=1e-2, atol=0)  # the mean is no matter
+    assert torch.equal(coordinate_weights(torch.ones(5, 24)), torch.ones(24))  # nothing varies
+
+
+def test_a_warm_start_weighs_encoders_that_follow():
+    recipe = RECIPE.model_copy(update={"encoder_follows": True, "direction_rate": 0.1, "encoder_scale": 0.5})
+    sae = new_sae(SaeConfig(width=200, target_l0=9, recipe=recipe), 24)
+    x = rows(500) * torch.linspace(0.1, 3, 24)
+    warm_start(sae, x)
+    want = 0.5 * (sae.parameters["w_dec"] * coordinate_weights(x)).T
+    torch.testing.assert_close(sae.parameters["w_enc"], want)
+    assert sae.parameters["w_enc"].T.is_contiguous()
     assert (sae.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(9, abs=0.01)
 
 

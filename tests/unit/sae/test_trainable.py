@@ -1,18 +1,30 @@
 """One update of an SAE in training, its initial state, and what folding keeps."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import loss_gradients, unit_rows, without_parallel_part
 from everyscope.sae.normalisation import Normalisation
-from everyscope.sae.trainable import TENSORS, TrainableSae, adam_without_momentum, catch_up, dense_update, fold, new_sae
+from everyscope.sae.trainable import (
+    TENSORS,
+    TrainableSae,
+    adam_by_row,
+    adam_without_momentum,
+    catch_up,
+    dense_update,
+    fold,
+    new_sae,
+)
 
 RECIPE = SaeRecipe(
     learning_rate=1e-2, learning_rate_warmup_steps=0, sparsity_warmup_steps=0, bandwidth=0.2, initial_threshold=0.1
 )
+BY_ROW = RECIPE.model_copy(update={"direction_rate": 0.1, "encoder_follows": True, "warm_start": True, "encoder_scale": 0.5})
 
 
 def trained(width=48, d_in=16, steps=30, recipe=RECIPE) -> tuple[TrainableSae, torch.Tensor]:
@@ -52,8 +64,61 @@ def test_adam_equals_torchs_own_with_beta1_zero():
         gradient = torch.randn(40, generator=generator, dtype=torch.float64)
         theirs.grad = gradient.clone()
         optimiser.step()
-        adam_without_momentum(ours, gradient, squared, 1e-2, 0.999, 1e-8, step)
+        adam_without_momentum(ours, gradient, squared, 1e-2, RECIPE, step)
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_by_row_keeps_the_gradients_direction_and_has_the_rates_size():
+    generator = torch.Generator().manual_seed(2)
+    rows, squared = torch.zeros(20, 12, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
+    gradients = torch.randn(50, 20, 12, generator=generator, dtype=torch.float64) * torch.logspace(-6, 6, 20)[:, None]
+    for step, gradient in enumerate(gradients):
+        before = rows.clone()
+        adam_by_row(rows, gradient, squared, 0.1, RECIPE, step)
+        weights = 0.999 ** torch.arange(step, -1, -1, dtype=torch.float64)
+        mean = (weights[:, None] * gradients[: step + 1].square().sum(2)).sum(0) / weights.sum()
+        torch.testing.assert_close(rows - before, -0.1 * gradient / (mean.sqrt() + 1e-8)[:, None])
+
+
+@pytest.mark.parametrize("adam", [adam_without_momentum, adam_by_row])
+def test_a_bounded_step_is_as_long_as_the_bound_however_sudden_the_gradient(adam):
+    """After a thousand gradients of one size, one a thousand times as large moves by sqrt(1000) rates, or by the bound."""
+    moves = {}
+    for largest in (None, 3.0):
+        row, gradient = torch.zeros(1, 4, dtype=torch.float64), torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
+        squared = torch.zeros_like(row) if adam is adam_without_momentum else torch.zeros(1, dtype=torch.float64)
+        for step in range(1000):
+            adam(row, gradient, squared, 1e-3, RECIPE, step, largest)
+        before = row.clone()
+        adam(row, 1000 * gradient, squared, 1e-3, RECIPE, 1000, largest)
+        moves[largest] = (row - before).norm() / (2 if adam is adam_without_momentum else 1) / 1e-3
+        torch.testing.assert_close(before, -gradient / (2 if adam is adam_by_row else 1), rtol=1e-6, atol=0)  # as without it
+    assert moves[None] == pytest.approx(25, abs=1)
+    assert moves[3.0] == pytest.approx(3, rel=1e-6)
+
+
+def test_an_encoder_follows_its_direction():
+    """What W_enc moves by beyond its own Adam step is encoder_scale times the direction's move, weighed by coordinate."""
+    sae, x = trained(recipe=BY_ROW, steps=3)
+    sae.coordinate_weights.copy_(torch.linspace(0.5, 1.5, 16))
+    alone = copy.deepcopy(sae)
+    alone = replace(
+        alone, config=alone.config.model_copy(update={"recipe": BY_ROW.model_copy(update={"encoder_follows": False})})
+    )
+    before = sae.parameters["w_dec"].clone()
+    for each in (sae, alone):
+        dense_update(each, x, 3, 30)
+    moved = sae.parameters["w_dec"] - before
+    assert moved.norm(dim=1).median() > 0.03
+    assert torch.equal(sae.parameters["w_dec"], alone.parameters["w_dec"])
+    want = alone.parameters["w_enc"] + 0.5 * (moved * torch.linspace(0.5, 1.5, 16)).T
+    torch.testing.assert_close(sae.parameters["w_enc"], want, rtol=1e-6, atol=1e-7)
+
+
+def test_following_needs_what_it_follows():
+    for missing in ({"direction_rate": None}, {"warm_start": False}):
+        with pytest.raises(ValidationError, match="encoder_follows"):
+            SaeRecipe(**{"encoder_follows": True, "direction_rate": 0.1, "warm_start": True} | missing)
 
 
 def test_projection_leaves_nothing_along_the_latents_own_direction():
@@ -70,7 +135,7 @@ def test_update_order_is_project_then_adam_then_unit_norm():
     p = before.parameters
     gradient = loss_gradients(x, **p, penalty=lambda rates: torch.full_like(rates, 1e-2), bandwidth=0.2).w_dec
     w_dec, squared = p["w_dec"].clone(), before.squared["w_dec"].clone()
-    adam_without_momentum(w_dec, without_parallel_part(gradient, w_dec), squared, 1e-2, 0.999, 1e-8, 5)
+    adam_without_momentum(w_dec, without_parallel_part(gradient, w_dec), squared, 1e-2, RECIPE, 5)
     torch.testing.assert_close(sae.parameters["w_dec"], unit_rows(w_dec))
     torch.testing.assert_close(sae.parameters["w_dec"].norm(dim=1), torch.ones(48))
 
@@ -88,8 +153,9 @@ def test_training_lowers_the_loss_and_more_sparsity_means_less_l0():
     assert loss_sparse > loss_dense
 
 
-def test_latents_left_alone_catch_up_to_the_means_that_decay_gives():
-    sae, _ = trained(steps=5)
+@pytest.mark.parametrize("recipe", [RECIPE, BY_ROW])
+def test_latents_left_alone_catch_up_to_the_means_that_decay_gives(recipe):
+    sae, _ = trained(steps=5, recipe=recipe)
     before = copy.deepcopy(sae)
     sae.touched[::2] = 2
     catch_up(sae, 5)

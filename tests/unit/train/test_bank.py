@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.normalisation import Normalisation
+from everyscope.sae.presets import fast
 from everyscope.sites.names import Site
 from everyscope.train.arrays import train_saes
 from everyscope.train.bank import Bank
@@ -19,6 +20,7 @@ RECIPE = SaeRecipe(
     learning_rate=1e-2, learning_rate_warmup_steps=5, sparsity_warmup_steps=10, bandwidth=0.1, initial_threshold=0.1
 )
 CONFIGS = [SaeConfig(width=w, sparsity_coefficient=c, recipe=RECIPE) for w, c in ((16, 1e-3), (32, 1e-2))]
+FAST = SaeConfig(width=24, target_l0=4, recipe=fast(8).model_copy(update={"is_centred": False}))
 
 
 def batches(count):
@@ -36,12 +38,12 @@ def test_an_sae_trains_the_same_alone_and_in_company():
 
 
 def test_a_checkpoint_gives_the_same_bits(tmp_path):
-    whole = Bank(CONFIGS, 8, Normalisation(2.0), 20)
+    whole = Bank([*CONFIGS, FAST], 8, Normalisation(2.0), 20)
     for number, batch in enumerate(batches(20)):
         if number == 7:
             save_checkpoint(tmp_path / "c.safetensors", whole, "run", log_bytes=11)
         whole.step(batch)
-    resumed = Bank(CONFIGS, 8, Normalisation(2.0), 20)
+    resumed = Bank([*CONFIGS, FAST], 8, Normalisation(2.0), 20)
     place = load_checkpoint(tmp_path / "c.safetensors", resumed, "run")
     assert (place.num_steps_done, place.log_bytes) == (7, 11)
     for batch in batches(20)[7:]:

@@ -21,9 +21,9 @@ def clean_rows() -> torch.Tensor:
     return (fires * (0.5 + torch.rand(ROWS, DIRECTIONS, generator=generator))) @ directions
 
 
-def trained(rows: torch.Tensor, usual: torch.Tensor, **settings) -> tuple[float, float]:
+def trained(rows: torch.Tensor, usual: torch.Tensor, recipe: SaeRecipe | None = None, **settings) -> tuple[float, float]:
     """FVU of the usual rows, and the share of latents silent on them."""
-    config = SaeConfig(width=WIDTH, target_l0=L0, recipe=fast(D_IN))
+    config = SaeConfig(width=WIDTH, target_l0=L0, recipe=recipe or fast(D_IN))
     (sae,) = train_saes(rows, [config], num_tokens=600 * 256, batch_rows=256, **settings)
     x = rows[usual]
     f = sae.encode(x)
@@ -62,10 +62,25 @@ def test_massive_rows_cost_nothing(share, times):
         assert trained(rows, ~massive, max_norm=None)[0] > 2 * clean()
 
 
-def test_a_bank_is_centred_or_not():
+def test_a_row_that_a_large_mean_hides_does_not_end_training():
+    """One row of 16 spreads beside a mean of eight: usual by its norm. Either bound saves the SAE that fails without."""
+    rows, usual = clean_rows(), torch.ones(ROWS, dtype=torch.bool)
+    spread, usual[99] = rows.std(0).norm(), False
+    rows[:, 5] += 8 * spread
+    rows[99] += 16 * spread * torch.nn.functional.normalize(torch.randn(D_IN, generator=torch.Generator().manual_seed(3)), dim=0)
+    bounds = {"largest_step": None, "largest_row": None}
+    unbounded = trained(rows, usual, fast(D_IN).model_copy(update=bounds))[0]
+    assert unbounded > 1.5 * clean()
+    assert trained(rows, usual, fast(D_IN).model_copy(update={"largest_row": None}))[0] < 1.25 * clean()
+    assert trained(rows, usual, fast(D_IN).model_copy(update={"largest_step": None}))[0] < 1.05 * clean()
+    assert trained(rows, usual)[0] < 1.05 * clean()
+
+
+@pytest.mark.parametrize("fields", [{"is_centred": True}, {"largest_row": 5.0}])
+def test_all_saes_of_a_bank_see_the_same_rows(fields):
     rows = clean_rows()[:2000]
-    configs = [SaeConfig(width=8, sparsity_coefficient=1e-3, recipe=SaeRecipe(is_centred=centred)) for centred in (True, False)]
-    with pytest.raises(ConfigError, match="is_centred differs"):
+    configs = [SaeConfig(width=8, sparsity_coefficient=1e-3, recipe=SaeRecipe(**chosen)) for chosen in ({}, fields)]
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))} differs"):
         train_saes(rows, configs, num_tokens=1000, batch_rows=100)
 
 

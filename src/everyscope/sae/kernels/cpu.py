@@ -42,11 +42,13 @@ class Latents(NamedTuple):
     squared_w_enc: np.ndarray
     """Adam's mean of squared gradients, as of step `touched`; [d_sae, d_in]"""
     squared_w_dec: np.ndarray
-    """[d_sae, d_in]"""
+    """[d_sae, d_in], or [d_sae, 1] of whole rows"""
     squared_b_enc: np.ndarray
     """[d_sae]"""
     squared_threshold: np.ndarray
     """[d_sae]"""
+    coordinate_weights: np.ndarray
+    """[d_in]"""
     touched: np.ndarray
     """Steps that the means include; int32 [d_sae]"""
     w_rounded: np.ndarray

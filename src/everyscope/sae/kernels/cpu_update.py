@@ -19,22 +19,29 @@ class Adam(NamedTuple):
     correction: np.float32
     """1 / (1 - beta2 ** steps)"""
     epsilon: np.float32
+    least_share: np.float32
+    """Of the gradient at hand, what its root of mean squares counts as at least, but for thresholds: 1 / largest_step, or 0"""
     rate: np.float32
     threshold_rate: np.float32
+    direction_rate: np.float32
+    """For rows of w_dec as a whole; 0 moves their numbers each by `rate`"""
+    follow: np.float32
+    """What a row of w_enc moves by, besides, of its direction's move"""
 
 
 @inlined
-def move(adam, decay, gradient, squared, rate):
+def move(adam, decay, gradient, squared, rate, least_share):
     """Of one number: its new mean of squared gradients, and the change that Adam makes to it."""
     squared = decay * squared + adam.fresh * gradient * gradient
-    return squared, -rate * gradient / (np.sqrt(squared * adam.correction) + adam.epsilon)
+    root = max(np.sqrt(squared * adam.correction), least_share * np.abs(gradient))
+    return squared, -rate * gradient / (root + adam.epsilon)
 
 
 @inlined
 def move_row(adam, decay, row, gradient, squared):
     """`move` for one row [d_in], in place."""
     for j in range(row.shape[0]):
-        squared[j], change = move(adam, decay, gradient[j], squared[j], adam.rate)
+        squared[j], change = move(adam, decay, gradient[j], squared[j], adam.rate, adam.least_share)
         row[j] += change
 
 
@@ -42,6 +49,33 @@ def move_row(adam, decay, row, gradient, squared):
 def update_b_dec(adam, b_dec, gradient, squared):
     """Move b_dec [d_in], which has a gradient at every step."""
     move_row(adam, np.float32(adam.beta2), b_dec, gradient, squared)
+
+
+@inlined
+def turn(adam, decay, gradient, squared):
+    """Make a direction's gradient [d_in] the change that Adam makes to the direction before it has norm one again, in place."""
+    if adam.direction_rate > 0:
+        total = dot(gradient, gradient)
+        squared[0] = decay * squared[0] + adam.fresh * total
+        root = max(np.sqrt(squared[0] * adam.correction), adam.least_share * np.sqrt(total))
+        factor = -adam.direction_rate / (root + adam.epsilon)
+        for j in range(gradient.shape[0]):
+            gradient[j] *= factor
+    else:
+        for j in range(gradient.shape[0]):
+            squared[j], gradient[j] = move(adam, decay, gradient[j], squared[j], adam.rate, adam.least_share)
+
+
+@inlined
+def move_direction(adam, w_dec, change, w_enc, weights):
+    """Add `change` to a row of w_dec [d_in], give it norm one, and let its row of w_enc follow."""
+    for j in range(w_dec.shape[0]):
+        change[j] += w_dec[j]
+    inverse_norm = np.float32(1) / np.sqrt(dot(change, change))
+    for j in range(w_dec.shape[0]):
+        moved = change[j] * inverse_norm
+        w_enc[j] += adam.follow * weights[j] * (moved - w_dec[j])
+        w_dec[j] = moved
 
 
 @inlined
@@ -80,13 +114,12 @@ def update_latent(i, latents, adam, d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_
     decay = np.float32(adam.beta2 ** np.float64(adam.steps - latents.touched[i]))
     latents.touched[i] = adam.steps
     move_row(adam, decay, latents.w_enc[i], d_w_enc, latents.squared_w_enc[i])
-    move_row(adam, decay, latents.w_dec[i], d_w_dec, latents.squared_w_dec[i])
-    inverse_norm = np.float32(1) / np.sqrt(dot(latents.w_dec[i], latents.w_dec[i]))
-    for j in range(d_w_dec.shape[0]):
-        latents.w_dec[i, j] *= inverse_norm
-    latents.squared_b_enc[i], change = move(adam, decay, d_b_enc, latents.squared_b_enc[i], adam.rate)
+    turn(adam, decay, d_w_dec, latents.squared_w_dec[i])
+    move_direction(adam, latents.w_dec[i], d_w_dec, latents.w_enc[i], latents.coordinate_weights)
+    latents.squared_b_enc[i], change = move(adam, decay, d_b_enc, latents.squared_b_enc[i], adam.rate, adam.least_share)
     latents.b_enc[i] += change
-    latents.squared_threshold[i], change = move(adam, decay, d_threshold, latents.squared_threshold[i], adam.threshold_rate)
+    squared, free = latents.squared_threshold, np.float32(0)
+    squared[i], change = move(adam, decay, d_threshold, squared[i], adam.threshold_rate, free)
     # Below zero a threshold would let negative values pass, which the released form cannot express.
     latents.threshold[i] = np.float32(0) if threshold + change < 0 else threshold + change
     latents.w_norms[i], latents.w_residuals[i] = round_row(latents.w_enc[i], latents.w_rounded[i])
