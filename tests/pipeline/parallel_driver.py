@@ -19,7 +19,7 @@ ROWS, D_IN, BATCH, STEPS, SCALE = 640, 16, 64, int(os.environ.get("EVERYSCOPE_TE
 CHECKPOINT_STEPS = 25
 FIXED = {"learning_rate": 2e-3, "learning_rate_warmup_steps": 3, "sparsity_warmup_steps": 10}
 SAES = (
-    SaeConfig(width=61, target_l0=5, recipe=fast(D_IN).model_copy(update={"is_centred": False})),
+    SaeConfig(width=61, target_l0=5, recipe=fast(D_IN).model_copy(update={"is_centred": False, "largest_row": None})),
     SaeConfig(
         width=62,
         target_l0=8,

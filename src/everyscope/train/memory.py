@@ -37,8 +37,8 @@ class Part:
 
 
 def state_bytes(d_in: int, width: int) -> int:
-    """An SAE in training: five float32 parameters and their mean squares, `touched` and `last_fired` [bytes]."""
-    return 2 * 4 * (2 * d_in * width + 2 * width + d_in) + 2 * 4 * width
+    """An SAE in training: five float32 parameters and their mean squares, weights of coordinates, two counts a latent [bytes]."""
+    return 2 * 4 * (2 * d_in * width + 2 * width + d_in) + 4 * d_in + 2 * 4 * width
 
 
 def screen_bytes(d_in: int, width: int) -> int:
