@@ -132,8 +132,7 @@ def measure_baselines(
 ) -> Measured:
     """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are.
 
-    `work` counts the blocks of each pass. What the passes have cost stays in PROGRESS_FILE: the caller deletes it when
-    that is written elsewhere.
+    `work` counts the blocks of each pass. What the passes have cost is entered with the scores, before the sums they paid for.
     """
     device = torch.device(config.model.device)
     sites = {site: SiteBaselines.start(len(calibrations[site].mean), held_out.sizes["document"], device) for site in wanted}
