@@ -61,17 +61,33 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
 def config_of_model(options: argparse.Namespace) -> RunConfig:
     """The run that was begun in the model's folder, or a new one."""
     kept = (options.out or Path("runs") / slug(options.recipe)) / RECIPE_FILE
-    given = next((name for name in WISHES if getattr(options, name, None) is not None), None)
     if kept.is_file():
         config = RunConfig.model_validate_json(json.dumps(read_json(kept)))
         if config.model.name != options.recipe:
             raise ConfigError(f"{kept.parent}: holds a run of {config.model.name}; choose another --out")
-        if given is not None:
-            raise ConfigError(f"--{given}: the run in {kept.parent} has begun with settings of its own; choose another --out")
+        for name, (given, began) in asked_again(options, config).items():
+            if given != began:
+                raise ConfigError(f"--{name} {given}: the run in {kept.parent} began with {began}; choose another --out")
         return config
     if not hasattr(options, "hours"):
         return find_recipe(options.recipe)  # which says that there is none: only run, plan and init choose defaults
     return new_config(options.recipe, wishes_of(options))
+
+
+def asked_again(options: argparse.Namespace, config: RunConfig) -> dict[str, tuple[object, object]]:
+    """What the command line says of a run that has begun, by flag, each beside what the run began with, as text."""
+    wishes, group, text = wishes_of(options), config.groups[0], config.text
+    corpus = text if options.text is None else text_of(options.text, text.context)
+    pairs = {
+        "sites": (wishes.sites, group.sites),
+        "layers": (wishes.layers, group.layers),
+        "widths": (wishes.widths, group.widths),
+        "l0": (wishes.l0s, group.target_l0s),
+        "tokens": (wishes.tokens, group.num_tokens),
+        "text": tuple(one.origin for one in (corpus, text)),
+        "hours": (wishes.hours, config.sized_for_hours),
+    }
+    return {name: pair for name, pair in pairs.items() if getattr(options, name, None) is not None}
 
 
 def wishes_of(options: argparse.Namespace) -> Wishes:

@@ -91,7 +91,8 @@ def automatic(model: str, shape: ModelShape, machine: Machine, wishes: Wishes, t
 
 
 def text_of(wish: str | None, context: int) -> TextConfig:
-    """The corpus that --text names: a file or folder, or a Hugging Face dataset; by default educational web pages.
+    """The corpus that --text names: a file or folder, or a Hugging Face dataset; by default educational web pages. Shuffled, for
+    what is stored together is alike, and a small budget would see the first of it alone.
 
     ConfigError where there is no default, for datasets need a package.
     """
@@ -100,11 +101,11 @@ def text_of(wish: str | None, context: int) -> TextConfig:
             raise ConfigError(
                 "which text? give --text FILE, FOLDER or DATASET; the default, FineWeb-Edu, needs pip install 'everyscope[data]'"
             )
-        return TextConfig(source="dataset", dataset=PROSE[0], dataset_config=PROSE[1], context=context)
+        return TextConfig(source="dataset", dataset=PROSE[0], dataset_config=PROSE[1], shuffle_seed=0, context=context)
     if Path(wish).exists():
-        return TextConfig(source="files", paths=(Path(wish),), context=context)
+        return TextConfig(source="files", paths=(Path(wish),), shuffle_seed=0, context=context)
     if "/" in wish and not wish.startswith((".", "/", "~")):
-        return TextConfig(source="dataset", dataset=wish, context=context)
+        return TextConfig(source="dataset", dataset=wish, shuffle_seed=0, context=context)
     raise ConfigError(f"--text {wish}: no such file or folder, and no name of a dataset, as in owner/name")
 
 
@@ -148,6 +149,7 @@ def _config(
         compare=CompareSettings(slices=("widths", "splitting"), splitting_sequences=blocks),
         describe=DescribeSettings(num_sequences=4 * blocks, batch_blocks=8, saes_at_once=16),
         explain=ExplainSettings(num_sequences=2 * blocks, num_held_out_sequences=2 * blocks, batch_blocks=8),
+        sized_for_hours=wishes.hours,
     )
 
 
@@ -176,7 +178,7 @@ def recipe_text(config: RunConfig, wishes: Wishes) -> str:
     named = f"dataset={text.dataset!r}, dataset_config={text.dataset_config!r}"
     if text.source == "files":
         named = f"paths=(Path({str(text.paths[0])!r}),)"
-    source = f"TextConfig(source={text.source!r}, {named}, context={text.context})"
+    source = f"TextConfig(source={text.source!r}, {named}, shuffle_seed={text.shuffle_seed}, context={text.context})"
     evaluate, describe, explain = config.evaluate, config.describe, config.explain
     return f'''"""SAEs of {config.model.name}. Check with `everyscope plan FILE.py`, run with `everyscope run FILE.py`."""
 

@@ -95,6 +95,8 @@ class RunConfig(Schema):
     keeps all, as in the paper [1]."""
     seed: int = Field(default=0, ge=0)
     """Seed of the harvest's shuffle."""
+    sized_for_hours: float | None = None
+    """The time that tokens and blocks were chosen for, where a run was made from a model's name; for the record alone [h]."""
 
     @property
     def sizes(self) -> ModelShape:

@@ -1,12 +1,16 @@
 """Runs made from a model's name: sizes read, defaults that fit, hours kept, and the same run from the printed recipe."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from everyscope.base.errors import ConfigError, ModelError
+from everyscope.cli.arguments import parser_of
+from everyscope.cli.commands import COMMANDS
 from everyscope.cli.main import main
+from everyscope.cli.recipe import resolve
 from everyscope.run import model as model_module
 from everyscope.run.automatic import LEAST_TOKENS, MOST_TOKENS, Machine, Wishes, automatic, context_of, recipe_text, slug, text_of
 from everyscope.run.config import RunConfig
@@ -96,7 +100,8 @@ def test_the_printed_recipe_is_the_same_run(tiny_random_model_folder, words):
     config = automatic(name, shape, CPU, wishes, text_of(str(words), 32), hours_of)
     scope: dict = {}
     exec(recipe_text(config, wishes), scope)
-    assert with_shape(scope["recipe"]()) == config.model_copy(update={"public_model": None})
+    of_a_recipe: dict = {"public_model": None, "sized_for_hours": None}
+    assert with_shape(scope["recipe"]()) == config.model_copy(update=of_a_recipe)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +157,39 @@ def test_one_command_for_a_folder_and_the_same_again(tiny_random_model_folder, w
     (out / "recipe.json").write_text(json.dumps(config.as_json()))
     again = dry_run(capsys, folder, "--out", str(out))
     assert {group["num_tokens"] for group in again["train"]} == {config.groups[0].num_tokens}
-    for extra, complaint in ((["--hours", "2"], "has begun with settings of its own"), ([], "")):
-        if complaint:
-            with pytest.raises(SystemExit):
-                main(["run", folder, "--out", str(out), *extra])
-            assert complaint in capsys.readouterr().err
+
+
+def resolve_of(command: list[str]) -> RunConfig:
+    parser = parser_of("run", COMMANDS["run"])
+    options, fields = parser.parse_known_args(command[1:])
+    options.command, options.flags = "run", parser.flags()
+    return resolve(options, fields)[0]
+
+
+def test_a_run_that_began_goes_on_by_the_same_command_alone(tiny_random_model_folder, words, tmp_path, capsys):
+    out = tmp_path / "run"
+    asked = ["--text", str(words), "--layers", "1", "--widths", "64", "--l0", "4", "--hours", "2", "--sites", "mlp_out"]
+    same = ["run", str(tiny_random_model_folder), "--out", str(out), "--text.context", "32", *asked, "--dry-run", "--json"]
+    main([*same, "--tokens", "65536"])
+    first = json.loads(capsys.readouterr().out)
+    config = resolve_of([*same, "--tokens", "65536"])
+    out.mkdir()
+    (out / "recipe.json").write_text(json.dumps(config.as_json()))
+    main([*same, "--tokens", "65536"])
+    assert json.loads(capsys.readouterr().out) == first
+    (tmp_path / "other.txt").write_text("other words")
+    for name, value in {
+        "text": str(tmp_path / "other.txt"),
+        "layers": "0",
+        "widths": "32",
+        "l0": "5",
+        "hours": "3",
+        "sites": "resid_post",
+        "tokens": "131072",
+    }.items():
+        with pytest.raises(SystemExit):
+            main([*same, f"--{name}", value])
+        assert re.search(f"--{name} .*{value}.*: the run in .* began with .*; choose another --out", capsys.readouterr().err)
 
 
 def test_flags_of_a_model_are_not_for_recipes(capsys):
