@@ -130,6 +130,9 @@ def rates_for(config: RunConfig, teraflops: float | None) -> Rates:
     """The rates that a plan assumes: those given, or this machine's."""
     if teraflops is not None:
         return Rates(teraflops * 1e12, teraflops * 1e12, "given")
+    from everyscope.jobs.config import EngineConfig
+    from everyscope.run.checks import found_devices
     from everyscope.run.model import measure_products
 
-    return rates_of(measure_products(), config.model.dtype)
+    is_gpu = config.model.device.startswith("cuda") and found_devices(EngineConfig()) is not None
+    return rates_of(measure_products("cuda" if is_gpu else "cpu"), config.model.dtype)
