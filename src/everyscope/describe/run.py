@@ -5,8 +5,10 @@ there, exactly. SAEs that are described are skipped, without loading the model; 
 whole portion of codes, or behind the last whole SAE, and ends with the same bytes.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -29,6 +31,7 @@ from everyscope.describe.sequences import Sequences, read_sequences, write_seque
 from everyscope.describe.table import held_out_columns, measured_before, write_latents
 from everyscope.describe.targets import Target, find_targets, read_facts, text_identity
 from everyscope.describe.vocabulary import write_vocabulary
+from everyscope.parallel.threads import single_threaded_pool
 from everyscope.sae.files import read_sae
 from everyscope.sae.folded import Sae
 from everyscope.sites.logits import LogitPath, final_norm, gain_of, logit_path
@@ -40,6 +43,8 @@ TEXT_FOLDER, CODES_FOLDER = "text", "codes"
 SEQUENCES_FILE, VOCABULARY_FILE, MODEL_FILE = "sequences.parquet", "vocabulary.parquet", "model.json"
 FORMAT = 1
 """Of latents.parquet."""
+MOST_AT_ONCE = 4
+"""SAEs measured side by side; each holds its codes in memory."""
 SPARE_ROOM = 1.25
 """Codes on the run's own text may be denser than on the evaluation's by so much [1]."""
 
@@ -120,11 +125,27 @@ def _describe(config: DescribeConfig, targets: Sequence[Target], pending: Sequen
         )
         _collect(config, subject, group, codes, total)
         waiting = [target for target in group if not target.is_measured]
-        with meter("latents", sum(target.width for target in waiting), "latents") as progress:
-            for target in waiting:
-                _describe_sae(config, subject, target, targets, codes)
-                progress.advance(target.width)
+        _describe_saes(config, subject, waiting, targets, codes)
         codes.delete()
+
+
+def _describe_saes(
+    config: DescribeConfig, subject: _Subject, waiting: Sequence[Target], targets: Sequence[Target], codes: CodesFolder
+) -> None:
+    """SAE by SAE, a few at a time in threads: most of the work is compiled and lets other threads run."""
+    assert subject.lens, "made here, once, and not by every thread"
+    with (
+        meter("latents", sum(target.width for target in waiting), "latents") as progress,
+        single_threaded_pool(min(MOST_AT_ONCE, os.cpu_count() or 1)) as pool,
+    ):
+        running = {pool.submit(_describe_sae, config, subject, target, targets, codes): target for target in waiting}
+        try:
+            for future in as_completed(running):
+                future.result()
+                progress.advance(running[future].width)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _groups(

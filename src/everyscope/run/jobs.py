@@ -1,9 +1,10 @@
 """Into which jobs each stage of a recipe is divided, and what each takes of the machine that it runs on.
 
 A harvest is divided by buckets, which write the same files whoever writes them; training by banks; an evaluation, if asked, by
-sites. Comparisons are a job each, description and explanation one: their SAEs share passes of the model and look at one another.
+sites, labels by SAEs. Comparisons are a job each, description one: its SAEs share passes of the model and look at one another.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.ids import content_id
+from everyscope.describe.explanations.config import ExplainConfig
+from everyscope.describe.explanations.run import run as explain
+from everyscope.describe.explanations.run import run_share as explain_share
+from everyscope.describe.explanations.targets import find_targets as explained
 from everyscope.evaluate.comparisons import precision, probing, random_model, splitting, subsets, transfer, widths
 from everyscope.evaluate.comparisons.config import (
     ComparisonConfig,
@@ -34,6 +39,7 @@ from everyscope.jobs.config import EngineConfig
 from everyscope.jobs.job import Job, Resources
 from everyscope.jobs.pool import default_workers, threads_of
 from everyscope.run.placement import Devices, WidthOf, work_of
+from everyscope.sae.files import trained_folders
 from everyscope.suite.layout import METRICS_FILE
 from everyscope.train.config import TrainConfig
 from everyscope.train.memory import CONTEXT_BYTES, bytes_of
@@ -52,14 +58,16 @@ COMPARISONS: dict[type, Callable[[Any], Path]] = {
 """By its config, how each comparison is made."""
 PARTS_FOLDER = "parts"
 """Below the scores, while an evaluation is divided."""
+EXPLANATION_BYTES = 2**32
+"""What a process that labels latents holds besides the model: torch, the text and the firings of a group of SAEs [bytes]."""
 GPU_JOB_CPUS = 4
 """Cores beside a whole GPU; a bank with a share of one takes the same share of them [cores]."""
 
 
-def model_resources(device: str, engine: EngineConfig) -> Resources:
-    """What a job takes that runs the language model; ConfigError for a device that a job cannot be given."""
+def model_resources(device: str, engine: EngineConfig, workers: int = 1) -> Resources:
+    """What one of `workers` jobs takes that run the language model; ConfigError for a device that a job cannot be given."""
     if not _is_gpu(device, engine):
-        return Resources(cpus=engine.job_cpus or threads_of(1))
+        return Resources(cpus=engine.job_cpus or threads_of(workers))
     return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS, gpus=float(engine.model_gpus))
 
 
@@ -161,6 +169,26 @@ def gather_scores(scores: Path) -> None:
         write_costs(scores, read_costs(scores) | entries)
         shutil.rmtree(part)
     shutil.rmtree(parts, ignore_errors=True)
+
+
+def explanation_jobs(config: ExplainConfig, workers: int, resources: Resources) -> list[Job]:
+    """The SAEs without labels, divided among `workers`; one job where a language model is asked, whose budget is one."""
+    if config.endpoint is not None or workers == 1:
+        return [Job(explain, config, "explain", resources)]
+    jobs = []
+    for number in range(workers):
+        share = config.model_copy(update={"share": (number, workers)})
+        units = sum(target.width for target in explained(share) if not target.is_explained)
+        if units:
+            jobs.append(Job(explain_share, share, f"explain {number + 1}/{workers}", resources, units=units))
+    return jobs
+
+
+def explanation_workers(config: ExplainConfig, num_parameters: int, engine: EngineConfig) -> int:
+    """How many processes label latents side by side on one host: as many as cores, as far as the model fits beside itself."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    fitting = int(room / (4 * num_parameters + EXPLANATION_BYTES))
+    return engine.workers or max(1, min(default_workers(len(trained_folders(config.trained)), config.model.device), fitting))
 
 
 def comparison_jobs(configs: Sequence[ComparisonConfig], resources: Resources) -> list[Job]:

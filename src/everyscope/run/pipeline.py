@@ -12,7 +12,6 @@ from transformers.utils import logging
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import make_folder, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
-from everyscope.describe.explanations.run import run as explain
 from everyscope.describe.run import run as describe
 from everyscope.harvest.live import LiveHarvest
 from everyscope.harvest.run import run as harvest
@@ -30,6 +29,8 @@ from everyscope.run.jobs import (
     bank_workers,
     comparison_jobs,
     evaluation_jobs,
+    explanation_jobs,
+    explanation_workers,
     gather_scores,
     harvest_jobs,
     model_resources,
@@ -168,8 +169,14 @@ def run_description(stages: Stages, engine: Engine = THIS_HOST) -> None:
 
 def run_explanation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     """Labels for every latent, learnt on training documents, scored on held-out ones."""
-    resources = model_resources(stages.config.model.device, engine.settings)
-    run_titled([Job(explain, stages.explain, "explain", resources)], "explain", engine)
+    workers = explanation_workers(stages.explain, stages.config.sizes.num_parameters, engine.settings)
+    resources = model_resources(stages.config.model.device, engine.settings, workers)
+    jobs = explanation_jobs(stages.explain, workers, resources)
+    if len(jobs) == 1 and not jobs[0].units:
+        run_titled(jobs, "explain", engine)
+        return
+    heading("explain")
+    engine.runner.run(jobs, "explain", "latents", workers)
 
 
 def run_publication(stages: Stages, *, by_bytes: bool = True) -> PublishResult:

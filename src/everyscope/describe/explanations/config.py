@@ -117,8 +117,17 @@ class ExplainConfig(Schema):
     """The language whose syntax labels may speak of; None: python for the standard library, plain for any other text."""
     endpoint: EndpointConfig | None = None
     """The language model that labels a sample of the latents; None: offline labels alone."""
+    share: tuple[int, int] = (0, 1)
+    """Which share of the SAEs, of how many, this process takes; each reads the text for itself."""
     seed: int = Field(default=0, ge=0)
     """Seed of halves, samples, nulls and resamplings."""
+
+    @model_validator(mode="after")
+    def _check_share(self) -> "ExplainConfig":
+        number, count = self.share
+        if not 0 <= number < count:
+            raise ValueError(f"share={self.share}: expected (number, count) with number from 0 to count - 1")
+        return self
 
     @property
     def language(self) -> Syntax:

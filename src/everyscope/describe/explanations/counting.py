@@ -1,7 +1,6 @@
 """Counting the values of some tokens over all families, compiled by numba: the search for rules does little else.
 
-The counters are as long as there are values, of which a latent's firings have few; so they are kept between calls, and what
-was counted is taken back before the call returns.
+The counters are as long as there are values, of which a latent's firings have few; so they are kept between calls.
 """
 
 import numba
@@ -17,7 +16,7 @@ class Counters:
     def __init__(self, values: Int[np.ndarray, "tokens families"], num_values: int) -> None:
         """Nothing is counted yet."""
         self._values = np.ascontiguousarray(values, np.int32)
-        self._counts, self._totals = np.zeros(num_values, np.int64), np.zeros(num_values, np.int64)
+        self._counts, self._totals = np.zeros(num_values, np.int64), np.zeros(num_values, np.int32)
         self._recall = np.zeros(num_values)
 
     def count(
@@ -31,10 +30,9 @@ class Counters:
 
     def totals(self, rows: Int[np.ndarray, " n"], wanted: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
         """On how many of these tokens each wanted value stands."""
-        _add(self._values, rows, self._totals, 1)
-        found = self._totals[wanted]
-        _add(self._values, rows, self._totals, -1)
-        return found
+        self._totals.fill(0)
+        _add(self._values, rows, self._totals)
+        return self._totals[wanted].astype(np.int64)
 
 
 @compiled
@@ -54,10 +52,10 @@ def _count(values: np.ndarray, rows: np.ndarray, weights: np.ndarray, counts: np
 
 
 @compiled
-def _add(values: np.ndarray, rows: np.ndarray, totals: np.ndarray, amount: int) -> None:
+def _add(values: np.ndarray, rows: np.ndarray, totals: np.ndarray) -> None:
     for row in rows:
         for value in values[row]:
-            totals[value] += amount
+            totals[value] += 1
 
 
 @compiled

@@ -131,11 +131,12 @@ def marks_passing(rule: Rule, traits: Traits, marks: Sequence[Int[np.ndarray, " 
 def samples_of(ground: Ground, firings: Firings, latents: Sequence[int], num_active: int, num_silent: int) -> dict[int, Sample]:
     """The windows on which each latent's label is judged."""
     neighbours = neighbours_of(firings, ground.score, latents)
-    samples = {}
+    samples: dict[int, Sample] = {}
+    active = {other: window_peaks(firings, ground.score, other)[0] for other in np.unique(neighbours).tolist()}
     for latent, near in zip(latents, neighbours.tolist(), strict=True):
         fire = np.zeros(len(ground.score), bool)
         for other in near:
-            fire[window_peaks(firings, ground.score, other)[0]] = True
+            fire[active[other]] = True
         samples[latent] = draw_sample(firings, ground.score, latent, fire, num_active, num_silent, ground.config.seed)
     return samples
 

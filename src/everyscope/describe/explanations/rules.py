@@ -120,13 +120,37 @@ class _Sets:
         return self.recall - 1 + (1 - np.minimum(self.false_alarms / silent, 1.0)) ** length - self.price
 
 
+@dataclass(frozen=True)
+class _Postings:
+    """For each value of a family the places at which it stands."""
+
+    order: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " values_plus_1"]
+
+    @classmethod
+    def of(cls, column: Int[np.ndarray, " n"], num_values: int) -> "_Postings":
+        order = np.argsort(column, kind="stable").astype(np.int32)
+        return cls(order, np.concatenate([[0], np.cumsum(np.bincount(column, minlength=num_values))]))
+
+    @property
+    def num_values(self) -> int:
+        return len(self.starts) - 1
+
+    def count(self, values: tuple[int, ...]) -> int:
+        """At how many places one of the values stands."""
+        return int(sum(self.starts[value + 1] - self.starts[value] for value in values))
+
+    def places(self, values: tuple[int, ...]) -> Int[np.ndarray, " k"]:
+        """These places, value by value."""
+        return np.concatenate([self.order[self.starts[value] : self.starts[value + 1]] for value in values])
+
+
 class RuleSearch:
     """The search over one set of learning tokens; made once for all latents."""
 
     def __init__(self, traits: Traits, tokens: Int[np.ndarray, " n"], windows: Windows, window_tokens: int) -> None:
         """`tokens` are in order, `windows` cut from them; `window_tokens` is the length of those that are whole [tokens]."""
         self._tokens, self._length = tokens, window_tokens
-        self._families = traits.families
         families = list(traits.families.values())
         self._names = [family.name for family in families]
         self._sizes = np.array([family.max_values for family in families])
@@ -135,6 +159,7 @@ class RuleSearch:
         numbered = [column + offset for column, offset in zip(self._columns, self._offsets, strict=False)]
         self._values = np.stack(numbered, axis=1).astype(np.int32)
         self._counters = Counters(self._values, int(self._offsets[-1]))
+        self._places = [_Postings.of(column, len(family.keys)) for column, family in zip(self._columns, families, strict=True)]
         self._totals = np.bincount(self._values.ravel(), minlength=self._offsets[-1])
         self._window, self._num_windows = windows.of_token[tokens], len(windows)
 
@@ -224,11 +249,11 @@ class RuleSearch:
 
     def _either(self, rule: Rule, whole: _Scope, cost: float) -> Iterator[Rule]:
         """A rule, or one of the best sets outside of it."""
-        passed = self.passed(rule)
-        left = ~passed[whole.firing]
+        passing = self.places_of(rule)
+        left = ~self._marked(passing)[whole.firing]
         firing, weights = whole.firing[left], whole.weights[left]
         values, counts, recall = self._counters.count(firing, weights)
-        totals = self._totals[values] - self._counters.totals(np.flatnonzero(passed), values)
+        totals = self._totals[values] - self._counters.totals(passing, values)
         scope = _Scope(firing, weights, values, counts, recall, totals)
         for share in COSTS[:2]:
             others = self._sets(scope, cost * share)
@@ -237,20 +262,38 @@ class RuleSearch:
 
     def _within(self, rule: Rule, whole: _Scope) -> _Scope:
         """The learning tokens that pass a rule."""
-        passed = self.passed(rule)
-        kept = passed[whole.firing]
+        passing = self.places_of(rule)
+        kept = self._marked(passing)[whole.firing]
         firing, weights = whole.firing[kept], whole.weights[kept]
         values, counts, recall = self._counters.count(firing, weights)
-        return _Scope(firing, weights, values, counts, recall, self._counters.totals(np.flatnonzero(passed), values))
+        return _Scope(firing, weights, values, counts, recall, self._counters.totals(passing, values))
 
-    def passed(self, rule: Rule) -> Bool[np.ndarray, " n"]:
-        """Which learning tokens pass."""
-        numbers = {test.family: self._names.index(test.family) for tests in rule.alternatives for test in tests}
-        values = {name: self._columns[number] for name, number in numbers.items()}
-        return passing(rule, values, {name: len(self._families[name].keys) for name in numbers})
+    def places_of(self, rule: Rule) -> Int[np.ndarray, " k"]:
+        """Places, among the learning tokens, of those that pass, in no order; each once if the rule has one alternative.
 
-    def windows_of(self, tokens: Bool[np.ndarray, " n"] | Int[np.ndarray, " k"]) -> Bool[np.ndarray, " windows"]:
-        """The windows in which some of the learning tokens lie."""
+        What a mask over all tokens would say, at the cost of the tokens that pass: rules are narrow and the text is long.
+        """
+        return np.concatenate([self._places_of_all(tests) for tests in rule.alternatives])
+
+    def _places_of_all(self, tests: tuple[OneOf, ...]) -> Int[np.ndarray, " k"]:
+        """Where all of some tests hold: where the narrowest does, and the others with it."""
+        numbers = [self._names.index(test.family) for test in tests]
+        sizes = [self._places[number].count(test.values) for number, test in zip(numbers, tests, strict=True)]
+        first = int(np.argmin(sizes))
+        found = self._places[numbers[first]].places(tests[first].values)
+        for which, (number, test) in enumerate(zip(numbers, tests, strict=True)):
+            if which != first:
+                found = found[_is_one_of(test.values, self._places[number].num_values)[self._columns[number][found]]]
+        return found
+
+    def _marked(self, places: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " n"]:
+        """A mask over the learning tokens."""
+        marked = np.zeros(len(self._tokens), bool)
+        marked[places] = True
+        return marked
+
+    def windows_of(self, tokens: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " windows"]:
+        """The windows in which some of the learning tokens, given by their places, lie."""
         found = np.zeros(self._num_windows + 1, bool)  # the last, for tokens in no window
         found[self._window[tokens]] = True
         return found[:-1]
@@ -265,7 +308,7 @@ class _Judge:
 
     def found(self, rule: Rule) -> Found:
         """The rule with its worth."""
-        answers = self._search.windows_of(self._search.passed(rule))
+        answers = self._search.windows_of(self._search.places_of(rule))
         hits = int((answers & self._active).sum())
         false_alarms = int(answers.sum()) - hits
         worth = hits / max(self._num_active, 1) - false_alarms / max(self._num_silent, 1)

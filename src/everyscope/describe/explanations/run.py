@@ -6,6 +6,7 @@ before it is asked anything.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ def run(config: ExplainConfig) -> ExplainResult:
     return ExplainResult(config.out, len(pending), skipped, expected, budget)
 
 
+def run_share(config: ExplainConfig, progress: Callable[[int], None]) -> None:
+    """One of the jobs that share an explanation without a language model; `progress` is told of latents."""
+    pending = [target for target in find_targets(config) if not target.is_explained]
+    if pending:
+        _explain(read_ground(config), pending, None, progress)
+
+
 def read_ground(config: ExplainConfig) -> Ground:
     """Text, traits and windows of a config."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
@@ -116,8 +124,10 @@ def _quote(ground: Ground, targets: Sequence[Target]) -> Quote | None:
     return quote(ground.config.endpoint, len(asked), window_bytes, sum(num_paid(target.out) for target in asked))
 
 
-def _explain(ground: Ground, targets: Sequence[Target], endpoint: Endpoint | None) -> None:
-    """All SAEs, a group at a time."""
+def _explain(
+    ground: Ground, targets: Sequence[Target], endpoint: Endpoint | None, progress: Callable[[int], None] | None = None
+) -> None:
+    """All SAEs, a group at a time; where nobody else is told of progress, with bars of its own."""
     config = ground.config
     model = load_language_model(config.model).model
     device = torch.device(config.model.device)
@@ -125,11 +135,14 @@ def _explain(ground: Ground, targets: Sequence[Target], endpoint: Endpoint | Non
     for start in range(0, len(targets), size):
         group = targets[start : start + size]
         saes = [(target.site, read_sae(target.folder)[0].to(device)) for target in group]
-        with meter("read", num_blocks, "blocks") as progress:
-            found = collect_firings(model, saes, ground.passages, config.batch_blocks, progress.advance)
-        with meter("explain", sum(firings.d_sae for firings in found), "latents") as progress:
+        with nullcontext() if progress else meter("read", num_blocks, "blocks") as bar:
+            read = bar.advance if bar else lambda blocks: None
+            found = collect_firings(model, saes, ground.passages, config.batch_blocks, read)
+        with nullcontext() if progress else meter("explain", sum(firings.d_sae for firings in found), "latents") as bar:
+            done = bar.advance if bar else progress
+            assert done is not None
             for target, firings in zip(group, found, strict=True):
-                explain_sae(ground, target, firings, endpoint, progress.advance)
+                explain_sae(ground, target, firings, endpoint, done)
 
 
 def explain_sae(ground: Ground, target: Target, firings: Firings, endpoint: Endpoint | None, done: Callable[[int], None]) -> None:

@@ -9,10 +9,10 @@ from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.describe.explanations.config import EndpointConfig, ExplainConfig
 from everyscope.describe.explanations.table import EXPLANATIONS_FILE, facts_of
-from everyscope.sae.files import trained_folders, weights_digest
+from everyscope.sae.files import WEIGHTS, read_record, trained_folders
 from everyscope.sites.names import Site, parse_folder
 
-IDLE_FIELDS = {"saes", "out", "trained", "batch_blocks", "saes_per_pass", "endpoint"}
+IDLE_FIELDS = {"saes", "out", "trained", "batch_blocks", "saes_per_pass", "endpoint", "share"}
 """Fields of the config on which explanations do not depend, or only some do."""
 DECIDING_ENDPOINT_FIELDS = {
     "model",
@@ -39,6 +39,7 @@ class Target:
     """Where the trained SAE lies."""
     out: Path
     """Where its explanations go."""
+    width: int
     identity: str
     """Hash of all that decides the explanations."""
     endpoint: EndpointConfig | None
@@ -56,7 +57,9 @@ class Target:
 
 
 def find_targets(config: ExplainConfig) -> list[Target]:
-    """All finished SAEs below `config.trained`, by site and name; DataError where there is none, or none that is asked for."""
+    """The config's share of all finished SAEs below `config.trained`, by site and name; DataError where there is none, or none
+    that is asked for.
+    """
     folders = trained_folders(config.trained)
     if not folders:
         raise DataError(f"{config.trained}: holds no finished SAE; run `everyscope train` first")
@@ -70,17 +73,19 @@ def find_targets(config: ExplainConfig) -> list[Target]:
             f"endpoint.saes={config.endpoint.saes!r} matches no SAE below {config.trained}; "
             f"one of them is {folders[0].relative_to(config.trained).as_posix()}"
         )
-    return sorted(targets, key=lambda target: (target.site, target.name))
+    number, count = config.share
+    return sorted(targets, key=lambda target: (target.site, target.name))[number::count]
 
 
 def _target(config: ExplainConfig, folder: Path) -> Target:
     name = folder.relative_to(config.trained).as_posix()
     site = parse_folder(folder.parent.relative_to(config.trained).as_posix())
     endpoint = config.endpoint if config.endpoint is not None and fnmatchcase(name, config.endpoint.saes) else None
+    record = read_record(folder)
     decides: dict[str, Any] = config.model_dump(mode="json", exclude=IDLE_FIELDS)
     decides |= {
         "version": VERSION,
-        "sae": weights_digest(folder),
+        "sae": record[WEIGHTS],
         "endpoint": endpoint and endpoint.model_dump(mode="json", include=DECIDING_ENDPOINT_FIELDS),
     }
-    return Target(site, folder.name, folder, config.out / name, content_id(decides), endpoint)
+    return Target(site, folder.name, folder, config.out / name, int(record["width"]), content_id(decides), endpoint)
