@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from everyscope.activations.shards.order import permutation
+from everyscope.activations.shards.reader import Shards
 from everyscope.base.files import whole_file
 from everyscope.base.progress import meter
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.run import run as harvest
 from everyscope.harvest.subject import subject_of
-from everyscope.shards.order import permutation
-from everyscope.shards.reader import Shards
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
 from everyscope.text.blocks import read_blocks

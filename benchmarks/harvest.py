@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from training import device
 
+from everyscope.activations.shards.reader import Tokens
 from everyscope.base.files import make_folder, write_json
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.run import run as harvest
 from everyscope.run.find import find_recipe
-from everyscope.shards.reader import Tokens
 from everyscope.sites.model import load_language_model
 
 CHUNK_BYTES = 64 << 20

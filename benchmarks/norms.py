@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from everyscope.shards.manifest import MANIFEST, TOKENS, read_manifest
-from everyscope.shards.reader import Shards
+from everyscope.activations.shards.manifest import MANIFEST, TOKENS, read_manifest
+from everyscope.activations.shards.reader import Shards
 
 MULTIPLES = (3.0, 5.0, 8.0, 10.0)
 

@@ -36,20 +36,20 @@ from training import device
 
 from everyscope.base.files import make_folder, write_json
 from everyscope.base.progress import say
-from everyscope.cost.cluster import curve
-from everyscope.cost.cluster_report import curve_table
-from everyscope.cost.devices import device_of
-from everyscope.cost.step import ASSUMED, Load, summed_bytes
 from everyscope.harvest.run import run as harvest
-from everyscope.parallel.group import Group, file_store
-from everyscope.parallel.launch import Seat, launch
-from everyscope.parallel.mesh import Mesh
 from everyscope.run.config import RunConfig
+from everyscope.run.cost.cluster import curve
+from everyscope.run.cost.cluster_report import curve_table
+from everyscope.run.cost.devices import device_of
+from everyscope.run.cost.step import ASSUMED, Load, summed_bytes
 from everyscope.run.find import find_recipe
 from everyscope.run.pipeline import quiet_transformers
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.mesh import Mesh
 from everyscope.sae.normalisation import Normalisation
 from everyscope.train.bank import Bank
+from everyscope.train.launch import Seat, launch
+from everyscope.train.process_group import Group, file_store
 from everyscope.train.run import run as train
 
 PARTS = ("harvest", "banks", "sums", "curve")
@@ -292,7 +292,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
     console.print(f"{device()['processor']}, {os.cpu_count()} cores; {options.out / 'results.json'}")
     if not all(line["agrees"] for line in results.get("sums", [])):
-        sys.exit("bytes that ranks summed are not those of the formulas: mend everyscope.cost.step")
+        sys.exit("bytes that ranks summed are not those of the formulas: mend everyscope.run.cost.step")
 
 
 if __name__ == "__main__":

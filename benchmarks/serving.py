@@ -34,16 +34,16 @@ from rich.console import Console
 from rich.table import Table
 from training import device
 
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.serve.origin import ShardOrigin
+from everyscope.activations.serve.run import serving
+from everyscope.activations.shards.format import CARRIER
+from everyscope.activations.shards.manifest import read_manifest, read_sidecar, seal_folder, shard_path
+from everyscope.activations.shards.writer import new_activation_shard
+from everyscope.activations.stream.flight import FlightSource
+from everyscope.activations.stream.local import LocalSource
 from everyscope.base.files import make_folder, write_json
 from everyscope.base.progress import meter, say
-from everyscope.serve.config import ServeConfig
-from everyscope.serve.origin import ShardOrigin
-from everyscope.serve.run import serving
-from everyscope.shards.format import CARRIER
-from everyscope.shards.manifest import read_manifest, read_sidecar, seal_folder, shard_path
-from everyscope.shards.writer import new_activation_shard
-from everyscope.stream.flight import FlightSource
-from everyscope.stream.local import LocalSource
 
 SITE = "resid_post/layer_0"
 WAYS = ("mmap", "local", "handover", "flight", "flight4", "remote", "remote+any")

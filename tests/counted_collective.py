@@ -2,7 +2,7 @@
 
 import torch
 
-from everyscope.parallel.mesh import AXES, Axis, Mesh
+from everyscope.sae.mesh import AXES, Axis, Mesh
 
 
 class Counting:

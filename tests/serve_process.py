@@ -8,13 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from everyscope.serve.config import ServeConfig
+from everyscope.activations.serve.config import ServeConfig
 
 TOKEN = "a-token-for-tests-only-0123456789"
 SERVER = """
 import sys
-from everyscope.serve.config import ServeConfig
-from everyscope.serve.run import run
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.serve.run import run
 run(ServeConfig.model_validate_json(sys.argv[1]))
 """
 PATIENCE = 60.0

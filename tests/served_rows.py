@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from everyscope.serve.config import ServeConfig
-from everyscope.serve.origin import ShardOrigin
-from everyscope.serve.run import Serving, serving
-from everyscope.shards.manifest import seal_folder, shard_path
-from everyscope.shards.writer import new_activation_shard
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.serve.origin import ShardOrigin
+from everyscope.activations.serve.run import Serving, serving
+from everyscope.activations.shards.manifest import seal_folder, shard_path
+from everyscope.activations.shards.writer import new_activation_shard
 
 D_IN, SIZES = 6, (370, 640, 31)
 NUM_ROWS = sum(SIZES)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from everyscope.activations.shards.manifest import seal_folder, shard_path
+from everyscope.activations.shards.writer import new_activation_shard
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
-from everyscope.shards.manifest import seal_folder, shard_path
-from everyscope.shards.writer import new_activation_shard
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, sites_of

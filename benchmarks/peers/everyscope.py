@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from everyscope.activations.shards.norms import MAX_NORM
+from everyscope.activations.stream.local import ArraySource
 from everyscope.sae.config import TARGET_WEIGHT, SaeConfig, SaeRecipe
 from everyscope.sae.functional import pre_activations
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
-from everyscope.shards.norms import MAX_NORM
-from everyscope.stream.local import ArraySource
 from everyscope.train.bank import Bank, normalisation_for
 from peers.worker import Rows, Settings, serve, threshold_for
 

@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everyscope.activations.shards.reader import open_shards
+    from everyscope.activations.stream.flight import FlightSource
+    from everyscope.activations.stream.local import ArraySource, LocalSource
     from everyscope.base.errors import EveryscopeError
     from everyscope.run.config import RunConfig
     from everyscope.run.find import find_recipe
@@ -17,24 +20,21 @@ if TYPE_CHECKING:
     from everyscope.sae.folded import Sae, save_sae
     from everyscope.sae.metadata import SaeMetadata
     from everyscope.sae.presets import fast, gemma_scope, gemma_scope_2
-    from everyscope.shards.reader import open_shards
     from everyscope.sites.capture import capture, capturing
     from everyscope.sites.config import ModelConfig
     from everyscope.sites.inputs import Tokens, tokenize
     from everyscope.sites.model import LanguageModel, load_language_model
     from everyscope.sites.names import Site
     from everyscope.sites.splice import Spliced, splice
-    from everyscope.stream.flight import FlightSource
-    from everyscope.stream.local import ArraySource, LocalSource
     from everyscope.suite.reader import Suite, load_sae, load_suite
     from everyscope.train.arrays import TrainedSaes, train_saes
 
 _HOMES = {
-    "ArraySource": "everyscope.stream.local",
+    "ArraySource": "everyscope.activations.stream.local",
     "EveryscopeError": "everyscope.base.errors",
-    "FlightSource": "everyscope.stream.flight",
+    "FlightSource": "everyscope.activations.stream.flight",
     "LanguageModel": "everyscope.sites.model",
-    "LocalSource": "everyscope.stream.local",
+    "LocalSource": "everyscope.activations.stream.local",
     "ModelConfig": "everyscope.sites.config",
     "RunConfig": "everyscope.run.config",
     "Sae": "everyscope.sae.folded",
@@ -55,7 +55,7 @@ _HOMES = {
     "load_language_model": "everyscope.sites.model",
     "load_sae": "everyscope.suite.reader",
     "load_suite": "everyscope.suite.reader",
-    "open_shards": "everyscope.shards.reader",
+    "open_shards": "everyscope.activations.shards.reader",
     "run_recipe": "everyscope.run.pipeline",
     "save_sae": "everyscope.sae.folded",
     "splice": "everyscope.sites.splice",

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from everyscope.activations.shards.writer import ActivationWriter
 from everyscope.base.progress import console
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.run import harvest, run
 from everyscope.harvest.subject import model_identity, subject_of
-from everyscope.shards.writer import ActivationWriter
 
 
 def dies_at(moment: int) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import distributed
 
-from everyscope.parallel.group import Group, file_store
-from everyscope.parallel.launch import Seat
-from everyscope.parallel.mesh import Mesh
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.mesh import Mesh
 from everyscope.sae.presets import fast
 from everyscope.sites.names import Site
 from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.launch import Seat
+from everyscope.train.process_group import Group, file_store
 from everyscope.train.run import run_rank
 
 ROWS, D_IN, BATCH, STEPS, SCALE = 640, 16, 64, int(os.environ.get("EVERYSCOPE_TEST_STEPS", "200")), 2.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from everyscope.shards.verify import verify_shards
+from everyscope.activations.shards.verify import verify_shards
 
 DRIVER = Path(__file__).with_name("partition_driver.py")
 NUM_SEEDS = int(os.environ.get("EVERYSCOPE_KILL_SEEDS", "1"))

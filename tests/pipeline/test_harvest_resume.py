@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from everyscope.shards.verify import verify_shards
+from everyscope.activations.shards.verify import verify_shards
 
 DRIVER = Path(__file__).with_name("harvest_driver.py")
 

@@ -10,15 +10,15 @@ from small_scope import build_scope, tree_bytes
 
 from everyscope.evaluate.run import run as evaluate
 from everyscope.harvest.run import run as harvest
-from everyscope.jobs.config import EngineConfig
-from everyscope.jobs.job import Job, Resources, config_of, spec_of
-from everyscope.jobs.processes import Processes
-from everyscope.jobs.runner import LocalRunner
-from everyscope.jobs.schedule import Schedule
 from everyscope.run.activation_servers import served
 from everyscope.run.find import RECIPES, find_recipe
-from everyscope.run.jobs import bank_jobs, evaluation_jobs, gather_scores, harvest_jobs
+from everyscope.run.jobs.config import EngineConfig
+from everyscope.run.jobs.job import Job, Resources, config_of, spec_of
+from everyscope.run.jobs.processes import Processes
+from everyscope.run.jobs.runner import LocalRunner
+from everyscope.run.jobs.schedule import Schedule
 from everyscope.run.placement import Devices
+from everyscope.run.stage_jobs import bank_jobs, evaluation_jobs, gather_scores, harvest_jobs
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.presets import fast
 from everyscope.sites.names import Site

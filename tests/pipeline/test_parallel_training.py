@@ -17,14 +17,14 @@ import pytest
 import torch
 from pipeline.parallel_driver import CHECKPOINT_STEPS, D_IN, MESHES, ROWS, SAES, SCALE, STEPS, bank, train_on_every_mesh
 
-from everyscope.parallel.launch import launch
+from everyscope.activations.shards.manifest import seal_folder, shard_path
+from everyscope.activations.shards.writer import new_activation_shard
 from everyscope.sae.files import TENSOR_FILE, read_sae
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold, new_sae
-from everyscope.shards.manifest import seal_folder, shard_path
-from everyscope.shards.writer import new_activation_shard
 from everyscope.train.checkpoint import find_checkpoint, folder_of_ranks
 from everyscope.train.config import TrainConfig, sae_name
+from everyscope.train.launch import launch
 from everyscope.train.run import checkpoint_path, is_finished, run
 
 TOLERANCE = 1e-5

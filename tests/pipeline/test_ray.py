@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from everyscope.cli.main import main
-from everyscope.jobs.ray_cluster import LocalCluster
+from everyscope.run.jobs.ray_cluster import LocalCluster
 
 pytestmark = [
     pytest.mark.cluster,
@@ -25,7 +25,7 @@ pytestmark = [
 
 RECIPE = """
 from everyscope.run.config import *
-from everyscope.recipes.tiny import recipe as tiny
+from everyscope.run.recipes.tiny import recipe as tiny
 
 def recipe():
     return tiny().model_copy(update=dict(
@@ -152,7 +152,7 @@ def events(child: subprocess.Popen[str]) -> Iterator[dict]:
 
 def kill(pid: int) -> None:
     """SIGKILL to a worker, which its own event named."""
-    assert b"everyscope.jobs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert b"everyscope.run.jobs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     os.kill(pid, signal.SIGKILL)
 
 

@@ -19,9 +19,9 @@ import torch
 from serve_process import TOKEN, resident_bytes, start_server
 from served_rows import CHUNK_ROWS, NUM_ROWS, SITES, row_ids, write_sites
 
-from everyscope.serve.config import ServeConfig
-from everyscope.stream.flight import FlightSource
-from everyscope.stream.local import LocalSource
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.stream.flight import FlightSource
+from everyscope.activations.stream.local import LocalSource
 
 SITE = "resid_post/layer_0"
 REQUESTS = int(os.environ.get("EVERYSCOPE_FUZZ", "10000"))

@@ -18,14 +18,14 @@ import torch
 from serve_process import PATIENCE, ServerProcess, resident_bytes, spawn, start_server, wait_until
 from served_rows import CHUNK_ROWS, D_IN, NUM_ROWS, SITES, row_ids, write_site, write_sites
 
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.stream.flight import FlightSource
+from everyscope.activations.stream.local import LocalSource
+from everyscope.activations.stream.sliced import SlicedSource
+from everyscope.activations.stream.source import Source
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold
-from everyscope.serve.config import ServeConfig
-from everyscope.stream.flight import FlightSource
-from everyscope.stream.local import LocalSource
-from everyscope.stream.sliced import SlicedSource
-from everyscope.stream.source import Source
 from everyscope.train.bank import Bank
 from everyscope.train.run import fit
 
@@ -35,7 +35,7 @@ ROWS = 30
 TRAINER = """
 import json, sys, time
 from pathlib import Path
-from everyscope.stream.flight import FlightSource
+from everyscope.activations.stream.flight import FlightSource
 url, order, name, out, steps, rows, pause = sys.argv[1:]
 lines = Path(out)
 lines.touch()

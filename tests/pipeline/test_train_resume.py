@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from everyscope.activations.shards.manifest import seal_folder, shard_path
+from everyscope.activations.shards.writer import new_activation_shard
+from everyscope.activations.stream.local import LocalSource
 from everyscope.base.errors import ConfigError, DamagedData, DataError, StorageError
 from everyscope.base.files import read_json
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.files import read_sae
-from everyscope.shards.manifest import seal_folder, shard_path
-from everyscope.shards.writer import new_activation_shard
 from everyscope.sites.names import Site
-from everyscope.stream.local import LocalSource
 from everyscope.train import checkpoint
 from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.config import BankSettings, TrainConfig

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = """
 from everyscope.run.config import *
 from everyscope.sites.names import SUBLAYERS
-from everyscope.recipes.tiny import recipe as tiny
+from everyscope.run.recipes.tiny import recipe as tiny
 
 def recipe():
     return tiny().model_copy(update=dict(

@@ -25,7 +25,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 EMPTY_WORDS = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
 HEAVY = ("torch", "transformers", "matplotlib")
 """What nothing torch-free may load."""
-LIGHT = ("everyscope.base", "everyscope.browse", "everyscope.cli", "everyscope.cost", "everyscope.run.find")
+LIGHT = ("everyscope.base", "everyscope.browse", "everyscope.cli", "everyscope.run.cost", "everyscope.run.find")
 """Packages that are torch-free, beside every config.py; of `browse` all but the model behind its live pages."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

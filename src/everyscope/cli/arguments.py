@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema, one_line
-from everyscope.jobs.config import HERE, EngineConfig
 from everyscope.run.find import RECIPES
+from everyscope.run.jobs.config import HERE, EngineConfig
 from everyscope.sites.names import SITE_KINDS
 from everyscope.text.config import TextSource
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from everyscope.activations.serve.config import ServeConfig
 from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError
 from everyscope.browse.config import BrowseConfig, ExportConfig
@@ -21,17 +22,16 @@ from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wish
 from everyscope.cli.stages import show_stages, show_suite
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
-from everyscope.jobs.config import EngineConfig
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES
+from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.stages import RECIPE_FILE, Servers, stages_of
-from everyscope.serve.config import ServeConfig
 from everyscope.sites.config import ModelConfig
 
 if TYPE_CHECKING:
     from everyscope.browse.live import Live
-    from everyscope.jobs.schedule import Watch
+    from everyscope.run.jobs.schedule import Watch
     from everyscope.run.placement import Devices
     from everyscope.sites.config import ModelConfig
 
@@ -55,7 +55,7 @@ def run_command(options: argparse.Namespace, fields: list[str]) -> None:
 
 def watches(options: argparse.Namespace) -> "list[Watch]":
     """Who hears of jobs besides the person at the terminal: a program that reads standard output."""
-    from everyscope.jobs.watch import printed
+    from everyscope.run.jobs.watch import printed
 
     return [printed] if options.json and options.engine == "ray" else []
 
@@ -139,8 +139,8 @@ def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
 def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Print what a recipe costs; spends nothing."""
     config, out = resolve(options, fields)
-    from everyscope.cost.cluster_report import cluster_report
-    from everyscope.cost.machine import plan, plan_json, plan_tables
+    from everyscope.run.cost.cluster_report import cluster_report
+    from everyscope.run.cost.machine import plan, plan_json, plan_tables
 
     if wants_cluster(options):
         rates = {"mfu": options.mfu, "disk_gbps": options.disk_gbps}
@@ -177,7 +177,7 @@ def devices_here(config: RunConfig) -> "Devices | None":
 
 def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Check shards, a suite, or a run's folder that holds both, against their checksums."""
-    from everyscope.shards.verify import verify_shards
+    from everyscope.activations.shards.verify import verify_shards
     from everyscope.suite.verify import verify_suite
 
     path: Path = options.path
@@ -205,7 +205,7 @@ def import_command(options: argparse.Namespace, fields: list[str]) -> None:
 def serve_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Serve shards to trainers, or activations as a model makes them, or look at servers that do."""
     if options.watch:
-        from everyscope.serve.watch import watch
+        from everyscope.activations.serve.watch import watch
 
         if fields:
             raise ConfigError(f"--watch takes no {' '.join(fields)}; give HOST:PORT, --once, --token-file and --tls-roots alone")
@@ -220,7 +220,7 @@ def serve_command(options: argparse.Namespace, fields: list[str]) -> None:
     if options.out is not None:
         raise ConfigError(f"--out {options.out}: shards are served where they lie; leave it out, or serve a recipe with --live")
     config = configured(ServeConfig, options, "shards", fields)
-    from everyscope.serve.run import run
+    from everyscope.activations.serve.run import run
 
     run(config)
 

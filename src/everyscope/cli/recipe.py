@@ -13,9 +13,9 @@ from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import read_json
 from everyscope.cli.flags import divided, parse_fields
-from everyscope.cost.prices import SUSTAINED, Rates, stage_prices
 from everyscope.run.automatic import Machine, Wishes, automatic, context_of, slug, text_of
 from everyscope.run.config import RunConfig
+from everyscope.run.cost.prices import SUSTAINED, Rates, stage_prices
 from everyscope.run.find import RECIPES, find_recipe, nearest_recipe
 from everyscope.run.settings import ModelShape
 from everyscope.run.stages import RECIPE_FILE, stages_of
@@ -106,7 +106,7 @@ def new_config(model: str, wishes: Wishes) -> RunConfig:
     from everyscope.run.model import measure_products, shape_of
 
     shape = shape_of(ModelConfig(name=model))
-    from everyscope.jobs.config import EngineConfig
+    from everyscope.run.jobs.config import EngineConfig
 
     devices = found_devices(EngineConfig())
     device = "cpu" if devices is None else "cuda"
@@ -130,8 +130,8 @@ def rates_for(config: RunConfig, teraflops: float | None) -> Rates:
     """The rates that a plan assumes: those given, or this machine's."""
     if teraflops is not None:
         return Rates(teraflops * 1e12, teraflops * 1e12, "given")
-    from everyscope.jobs.config import EngineConfig
     from everyscope.run.checks import found_devices
+    from everyscope.run.jobs.config import EngineConfig
     from everyscope.run.model import measure_products
 
     is_gpu = config.model.device.startswith("cuda") and found_devices(EngineConfig()) is not None

@@ -31,9 +31,9 @@ from everyscope.describe.sequences import Sequences, read_sequences, write_seque
 from everyscope.describe.table import held_out_columns, measured_before, write_latents
 from everyscope.describe.targets import Target, find_targets, read_facts, text_identity
 from everyscope.describe.vocabulary import write_vocabulary
-from everyscope.parallel.threads import single_threaded_pool
 from everyscope.sae.files import read_sae
 from everyscope.sae.folded import Sae
+from everyscope.sae.threads import single_threaded_pool
 from everyscope.sites.logits import LogitPath, final_norm, gain_of, logit_path
 from everyscope.sites.model import LanguageModel, load_language_model
 from everyscope.suite.descriptions import write_order

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.activations.shards.reader import Shards
+from everyscope.activations.shards.statistics import Sums
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.base.ids import content_id
 from everyscope.base.progress import say
@@ -24,8 +26,6 @@ from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.sae.normalisation import is_massive
-from everyscope.shards.reader import Shards
-from everyscope.shards.statistics import Sums
 from everyscope.sites.capture import capture
 from everyscope.sites.model import LanguageModel
 from everyscope.sites.names import Site

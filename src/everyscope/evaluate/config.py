@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from everyscope.activations.shards.norms import MAX_NORM, TAIL
 from everyscope.base.schema import Schema
-from everyscope.shards.norms import MAX_NORM, TAIL
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig

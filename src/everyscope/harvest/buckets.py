@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from everyscope.activations.shards.checksums import BLOCK_BYTES
+from everyscope.activations.shards.format import activation_layout, token_layout
+from everyscope.activations.shards.norms import record_bytes
+from everyscope.activations.shards.order import permutation
 from everyscope.harvest.config import HarvestConfig
-from everyscope.shards.checksums import BLOCK_BYTES
-from everyscope.shards.format import activation_layout, token_layout
-from everyscope.shards.norms import record_bytes
-from everyscope.shards.order import permutation
 from everyscope.text.blocks import Block, Cursor, read_blocks
 
 NUMBER_BYTES = 36

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everyscope.activations.shards.format import Layout, activation_layout
+from everyscope.activations.shards.memory import RecycledMemory
+from everyscope.activations.shards.writer import ActivationWriter, new_activation_shard
 from everyscope.base.progress import Meter
 from everyscope.harvest.buckets import Bucket
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.ledger import Ledger
 from everyscope.harvest.subject import Capture
-from everyscope.shards.format import Layout, activation_layout
-from everyscope.shards.memory import RecycledMemory
-from everyscope.shards.writer import ActivationWriter, new_activation_shard
 from everyscope.sites.names import Site
 
 Writers = dict[Site, ActivationWriter]

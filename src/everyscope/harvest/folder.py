@@ -17,14 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from everyscope.base.errors import ConfigError, StorageError
-from everyscope.base.files import PARTIAL, read_json, write_json
-from everyscope.base.ids import content_id
-from everyscope.harvest.buckets import Place, folder_bytes, is_full
-from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.heal import take_away_damage
-from everyscope.harvest.locks import clear, gate, writing
-from everyscope.shards.manifest import (
+from everyscope.activations.shards.manifest import (
     MANIFEST,
     STATISTICS,
     TOKENS,
@@ -34,6 +27,13 @@ from everyscope.shards.manifest import (
     shard_path,
     sidecar_path,
 )
+from everyscope.base.errors import ConfigError, StorageError
+from everyscope.base.files import PARTIAL, read_json, write_json
+from everyscope.base.ids import content_id
+from everyscope.harvest.buckets import Place, folder_bytes, is_full
+from everyscope.harvest.config import HarvestConfig
+from everyscope.harvest.heal import take_away_damage
+from everyscope.harvest.locks import clear, gate, writing
 from everyscope.sites.names import Site
 from everyscope.text.corpora import GIVEN
 from everyscope.text.identity import text_identity

@@ -14,6 +14,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from everyscope.activations.shards.format import Layout, activation_layout
+from everyscope.activations.shards.manifest import MANIFEST, is_committed, read_manifest, seal_folder, shard_path, sidecar_path
+from everyscope.activations.shards.order import scattered
+from everyscope.activations.shards.writer import ActivationWriter, new_activation_shard
 from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.base.files import PARTIAL, read_json, require_free_space, write_json
 from everyscope.base.ids import content_id
@@ -22,10 +26,6 @@ from everyscope.harvest.config import ImportConfig
 from everyscope.harvest.fill import segment_rows, sync
 from everyscope.harvest.locks import clear, writing
 from everyscope.harvest.tables import Table, open_table
-from everyscope.shards.format import Layout, activation_layout
-from everyscope.shards.manifest import MANIFEST, is_committed, read_manifest, seal_folder, shard_path, sidecar_path
-from everyscope.shards.order import scattered
-from everyscope.shards.writer import ActivationWriter, new_activation_shard
 
 OWNER = "import.json"
 """The file that says what the folder is being filled with."""

@@ -6,11 +6,8 @@ from pathlib import Path
 
 import torch
 
-from everyscope.base.errors import DamagedData, DataError
-from everyscope.base.files import read_bytes
-from everyscope.base.progress import say
-from everyscope.shards.checksums import checksums_of
-from everyscope.shards.manifest import (
+from everyscope.activations.shards.checksums import checksums_of
+from everyscope.activations.shards.manifest import (
     MANIFEST,
     STATISTICS,
     Manifest,
@@ -20,7 +17,10 @@ from everyscope.shards.manifest import (
     sidecar_path,
     statistics_bytes,
 )
-from everyscope.shards.verify import verify_shard
+from everyscope.activations.shards.verify import verify_shard
+from everyscope.base.errors import DamagedData, DataError
+from everyscope.base.files import read_bytes
+from everyscope.base.progress import say
 
 
 def take_away_damage(folders: tuple[Path, ...]) -> None:

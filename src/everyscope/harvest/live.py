@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.activations.shards.bits import TORCH_DTYPE, carrier_of
+from everyscope.activations.shards.format import RowDtype
+from everyscope.activations.shards.statistics import Statistics, StatisticsRecord, Sums
 from everyscope.base.errors import ConfigError, NonFinite
 from everyscope.base.progress import say
 from everyscope.harvest.buckets import Bucket, read_buckets
@@ -19,9 +22,6 @@ from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.massive import tell_massive
 from everyscope.harvest.outline import LIVE_FILE, changed_text, find_outline, record_of, write_outline
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
-from everyscope.shards.bits import TORCH_DTYPE, carrier_of
-from everyscope.shards.format import RowDtype
-from everyscope.shards.statistics import Statistics, StatisticsRecord, Sums
 from everyscope.sites.names import Site
 
 

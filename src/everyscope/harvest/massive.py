@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from everyscope.activations.shards.norms import MAX_NORM
+from everyscope.activations.shards.statistics import Statistics
 from everyscope.base.progress import say
-from everyscope.shards.norms import MAX_NORM
-from everyscope.shards.statistics import Statistics
 
 WORTH_TELLING = 0.01
 """Share of the sum of squares from which on massive rows are told of [1]."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from everyscope.activations.shards.statistics import StatisticsRecord
 from everyscope.base.errors import DataError, TextError
 from everyscope.base.files import read_json, write_json
 from everyscope.base.ids import content_id
@@ -18,7 +19,6 @@ from everyscope.base.progress import meter, say
 from everyscope.base.schema import Schema
 from everyscope.harvest.buckets import Bucket, Place, read_buckets
 from everyscope.harvest.config import HarvestConfig
-from everyscope.shards.statistics import StatisticsRecord
 from everyscope.text.identity import text_identity
 
 LIVE_FILE = "live.json"

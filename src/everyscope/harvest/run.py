@@ -14,6 +14,9 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
+from everyscope.activations.shards.manifest import read_manifest, seal_folder, shard_path
+from everyscope.activations.shards.reader import Shards, Tokens
+from everyscope.activations.shards.writer import write_token_shard
 from everyscope.base.errors import StorageError, TextError
 from everyscope.base.files import human_bytes, require_free_space
 from everyscope.base.progress import Meter, human_count, meter, say
@@ -25,9 +28,6 @@ from everyscope.harvest.ledger import Ledger
 from everyscope.harvest.locks import gate
 from everyscope.harvest.massive import tell_massive
 from everyscope.harvest.subject import Capture, Subject, model_identity, subject_of
-from everyscope.shards.manifest import read_manifest, seal_folder, shard_path
-from everyscope.shards.reader import Shards, Tokens
-from everyscope.shards.writer import write_token_shard
 from everyscope.sites.names import Site
 
 

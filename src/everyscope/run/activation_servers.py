@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from everyscope.activations.serve.config import ServeConfig, host_and_port
+from everyscope.activations.serve.origin import ShardOrigin
+from everyscope.activations.serve.run import serving
 from everyscope.base.errors import StorageError
 from everyscope.base.files import write_text
 from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema
 from everyscope.base.signals import EXIT_CODE, termination
-from everyscope.jobs.config import EngineConfig
-from everyscope.jobs.job import Job, Progress, Resources
-from everyscope.jobs.ray_task import ADDRESS_VARIABLE
-from everyscope.serve.config import ServeConfig, host_and_port
-from everyscope.serve.origin import ShardOrigin
-from everyscope.serve.run import serving
+from everyscope.run.jobs.config import EngineConfig
+from everyscope.run.jobs.job import Job, Progress, Resources
+from everyscope.run.jobs.ray_task import ADDRESS_VARIABLE
 from everyscope.train.config import TrainConfig
 from everyscope.train.run import run as train_bank
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from everyscope.base.errors import ConfigError, MissingExtra, TextError, first_line
-from everyscope.jobs.config import EngineConfig
 from everyscope.run.config import RunConfig
+from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.model import shape_of
 from everyscope.run.placement import Devices
 from everyscope.run.stages import Stages

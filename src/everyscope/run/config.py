@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.shards.norms import MAX_NORM, TAIL
 from everyscope.base.bundled import public_name
 from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema
@@ -40,8 +42,6 @@ from everyscope.run.settings import (
     SaeGroup,
 )
 from everyscope.sae.config import SaeConfig, SaeRecipe
-from everyscope.serve.config import ServeConfig
-from everyscope.shards.norms import MAX_NORM, TAIL
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, sites_of
 from everyscope.text.config import TextConfig

@@ -12,15 +12,15 @@ from everyscope.base.schema import one_line
 from everyscope.run.config import RunConfig
 
 RECIPES = {
-    "tiny": "everyscope.recipes.tiny:recipe",
-    "pythia_70m": "everyscope.recipes.small_models:pythia_70m",
-    "gpt2_small": "everyscope.recipes.small_models:gpt2_small",
-    "smollm2_135m": "everyscope.recipes.small_models:smollm2_135m",
-    "gemma_3_270m": "everyscope.recipes.small_models:gemma_3_270m",
-    "gemma_2_2b": "everyscope.recipes.gemma_2:gemma_2_2b",
-    "gemma_2_9b": "everyscope.recipes.gemma_2:gemma_2_9b",
-    "gemma_2_27b": "everyscope.recipes.gemma_2:gemma_2_27b",
-    "gemma_2_9b_it": "everyscope.recipes.gemma_2:gemma_2_9b_it",
+    "tiny": "everyscope.run.recipes.tiny:recipe",
+    "pythia_70m": "everyscope.run.recipes.small_models:pythia_70m",
+    "gpt2_small": "everyscope.run.recipes.small_models:gpt2_small",
+    "smollm2_135m": "everyscope.run.recipes.small_models:smollm2_135m",
+    "gemma_3_270m": "everyscope.run.recipes.small_models:gemma_3_270m",
+    "gemma_2_2b": "everyscope.run.recipes.gemma_2:gemma_2_2b",
+    "gemma_2_9b": "everyscope.run.recipes.gemma_2:gemma_2_9b",
+    "gemma_2_27b": "everyscope.run.recipes.gemma_2:gemma_2_27b",
+    "gemma_2_9b_it": "everyscope.run.recipes.gemma_2:gemma_2_9b_it",
 }
 """The recipes that come with everyscope: name, module, function."""
 

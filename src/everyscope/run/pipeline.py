@@ -9,22 +9,26 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.serve.live import LiveOrigin
+from everyscope.activations.serve.run import serve
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import make_folder, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
 from everyscope.describe.run import run as describe
 from everyscope.harvest.live import LiveHarvest
 from everyscope.harvest.run import run as harvest
-from everyscope.jobs.config import EngineConfig
-from everyscope.jobs.job import Job
-from everyscope.jobs.runner import LocalRunner, Runner, opened_runner
-from everyscope.jobs.schedule import Watch
 from everyscope.publish.run import PublishResult
 from everyscope.publish.run import run as publish
 from everyscope.run.activation_servers import served
 from everyscope.run.checks import check, check_shape, found_devices
 from everyscope.run.config import RunConfig
-from everyscope.run.jobs import (
+from everyscope.run.jobs.config import EngineConfig
+from everyscope.run.jobs.job import Job
+from everyscope.run.jobs.runner import LocalRunner, Runner, opened_runner
+from everyscope.run.jobs.schedule import Watch
+from everyscope.run.model import with_shape
+from everyscope.run.stage_jobs import (
     bank_jobs,
     bank_workers,
     comparison_jobs,
@@ -35,11 +39,7 @@ from everyscope.run.jobs import (
     harvest_jobs,
     model_resources,
 )
-from everyscope.run.model import with_shape
 from everyscope.run.stages import RECIPE_FILE, Part, Stages, stages_of
-from everyscope.serve.config import ServeConfig
-from everyscope.serve.live import LiveOrigin
-from everyscope.serve.run import serve
 
 LOCK_FILE = ".lock"
 JOBS_FOLDER = "jobs"

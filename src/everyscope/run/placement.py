@@ -41,7 +41,7 @@ class Devices:
 
 
 DENSE_COST = 7.0
-"""What a latent of an SAE that steps densely on a GPU costs, as a multiple of one that steps by pairs; by cost/step.py's roofline
+"""What a latent of an SAE that steps densely on a GPU costs, as a multiple of one that steps by pairs; by run/cost/step.py's roofline
 for an H100 [1]."""
 WidthOf = Callable[[TrainConfig], int]
 """The size of a group's activations, d_in."""

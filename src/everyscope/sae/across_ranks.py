@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
-from everyscope.parallel.mesh import Collective, of_all
 from everyscope.sae.functional import Gradients, backward, forward
+from everyscope.sae.mesh import Collective, of_all
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import sparsity_weight
 from everyscope.sae.trainable import StepLosses, TrainableSae, move_along

@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from everyscope.parallel.mesh import ALONE, Collective
-from everyscope.parallel.threads import single_threaded_pool
 from everyscope.sae.across_ranks import counted, shared_dense_update, shared_penalty
 from everyscope.sae.kernels.cpu import (
     SUM_ROWS,
@@ -32,8 +30,10 @@ from everyscope.sae.kernels.cpu import (
     screen_rows,
 )
 from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, update_b_dec, update_latents
+from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.threads import single_threaded_pool
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
 TILE_NUMBERS = 12 * 2**15

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.across_ranks import counted, largest, shared_dense_update, shared_penalty
 from everyscope.sae.gpu_limits import DENSE_SHARE, PAIRS_SHARE, SEGMENT, list_room
 from everyscope.sae.kernels.gpu import (
@@ -30,6 +29,7 @@ from everyscope.sae.kernels.gpu import (
 from everyscope.sae.kernels.gpu_sums import LatentSums, PairLists, sum_gradients, sum_latents
 from everyscope.sae.kernels.gpu_triton import blocks
 from everyscope.sae.kernels.gpu_update import AdamStep, sum_through_encoder, update_latents, update_latents_by
+from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update

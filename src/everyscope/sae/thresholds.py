@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from everyscope.parallel.mesh import ALONE, Axis, Collective
 from everyscope.sae.functional import pre_activations
+from everyscope.sae.mesh import ALONE, Axis, Collective
 from everyscope.sae.trainable import StepLosses, TrainableSae
 
 PRODUCTS = 2**24

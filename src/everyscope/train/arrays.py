@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from everyscope.activations.shards.norms import MAX_NORM
+from everyscope.activations.stream.local import ArraySource
+from everyscope.activations.stream.source import Source
 from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.base.progress import meter
 from everyscope.sae.config import SaeConfig, SaeRecipe
@@ -17,10 +20,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sae.presets import PresetName, preset_of
 from everyscope.sae.trainable import StepLosses, fold
-from everyscope.shards.norms import MAX_NORM
 from everyscope.sites.names import Site, as_site
-from everyscope.stream.local import ArraySource
-from everyscope.stream.source import Source
 from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.config import EngineName, SinkName
 from everyscope.train.metrics import losses_row

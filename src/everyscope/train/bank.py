@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from everyscope.activations.shards.statistics import Statistics
 from everyscope.base.errors import ConfigError, DataError
-from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.config import SaeConfig
+from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.schedules import is_driven
 from everyscope.sae.thresholds import drive_thresholds, warm_start
 from everyscope.sae.trainable import LATENT_AXIS, StepLosses, new_sae
-from everyscope.shards.statistics import Statistics
 from everyscope.train.config import EngineName
 from everyscope.train.engines import engine_for
 

@@ -5,10 +5,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from everyscope.activations.shards.norms import MAX_NORM, TAIL
 from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema
 from everyscope.sae.config import SaeConfig
-from everyscope.shards.norms import MAX_NORM, TAIL
 from everyscope.sites.names import Site
 
 EngineName = Literal["auto", "dense", "pairs"]

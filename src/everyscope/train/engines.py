@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.base.errors import ConfigError
-from everyscope.parallel.mesh import ALONE, Collective
 from everyscope.sae.across_ranks import shared_dense_update
+from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 from everyscope.train.config import EngineName

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from everyscope.parallel.threads import single_threaded_pool
-from everyscope.stream.source import Source
+from everyscope.activations.stream.source import Source
+from everyscope.sae.threads import single_threaded_pool
 
 
 def batches(

@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 
+from everyscope.activations.stream.places import opened as opened_source
+from everyscope.activations.stream.source import Source
 from everyscope.base.errors import ConfigError, NonFinite
 from everyscope.base.files import write_json
 from everyscope.base.ids import content_id
 from everyscope.base.logs import JsonLines
 from everyscope.base.signals import EXIT_CODE, termination
-from everyscope.parallel.group import Group, file_store
-from everyscope.parallel.launch import Seat, launch
-from everyscope.parallel.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import has_sae, read_record, write_sae
+from everyscope.sae.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import StepLosses, fold
-from everyscope.stream.places import opened as opened_source
-from everyscope.stream.source import Source
 from everyscope.train.assembly import save_assembled
 from everyscope.train.bank import Bank, normalisation_for
 from everyscope.train.checkpoint import (
@@ -40,7 +38,9 @@ from everyscope.train.checkpoint import (
 )
 from everyscope.train.config import TrainConfig, sae_name
 from everyscope.train.feed import batches
+from everyscope.train.launch import Seat, launch
 from everyscope.train.metrics import losses_row
+from everyscope.train.process_group import Group, file_store
 from everyscope.train.sinks import Sink, opened_sinks
 
 Hook = Callable[[Bank, list[StepLosses]], None]

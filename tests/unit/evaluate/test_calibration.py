@@ -6,11 +6,11 @@ import pytest
 import torch
 from small_scope import build_scope, write_shards
 
+from everyscope.activations.shards.reader import Shards
 from everyscope.base.errors import DataError, ShapeMismatch
 from everyscope.evaluate import calibration
 from everyscope.evaluate.calibration import CALIBRATION_FILE, CalibrationSums, calibrate
 from everyscope.evaluate.cost import read_costs
-from everyscope.shards.reader import Shards
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 

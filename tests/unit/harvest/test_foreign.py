@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from everyscope.activations.shards.reader import Shards
+from everyscope.activations.shards.verify import verify_shards
+from everyscope.activations.stream.local import LocalSource
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch, StorageError
 from everyscope.harvest import foreign, tables
 from everyscope.harvest.config import ImportConfig
 from everyscope.harvest.foreign import import_array
-from everyscope.shards.reader import Shards
-from everyscope.shards.verify import verify_shards
-from everyscope.stream.local import LocalSource
 from tests.unit.harvest.conftest import tree
 
 SEQUENCES, POSITIONS, D_IN = 90, 7, 5

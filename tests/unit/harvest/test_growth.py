@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 
+from everyscope.activations.shards.manifest import read_manifest
+from everyscope.activations.shards.reader import Shards, Tokens
+from everyscope.activations.shards.verify import verify_shards
 from everyscope.base.errors import ConfigError, StorageError, TextError
-from everyscope.shards.manifest import read_manifest
-from everyscope.shards.reader import Shards, Tokens
-from everyscope.shards.verify import verify_shards
 from everyscope.sites.names import Site
 from everyscope.text.config import TextConfig
 from everyscope.text.identity import text_identity

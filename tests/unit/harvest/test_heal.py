@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from everyscope.activations.shards.verify import verify_shards
 from everyscope.base.errors import ConfigError, DamagedData, StorageError
 from everyscope.harvest.folder import HarvestFolder
-from everyscope.shards.verify import verify_shards
 from everyscope.sites.names import Site
 from tests.unit.harvest.conftest import activations_of, tree
 

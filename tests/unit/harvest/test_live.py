@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from everyscope.activations.shards.bits import carrier_of
+from everyscope.activations.shards.reader import Shards
 from everyscope.base.errors import ConfigError, NonFinite, TextError
 from everyscope.harvest import outline
 from everyscope.harvest.config import HarvestConfig
@@ -14,8 +16,6 @@ from everyscope.harvest.live import LiveHarvest
 from everyscope.harvest.outline import LIVE_FILE
 from everyscope.harvest.run import run
 from everyscope.harvest.subject import Subject
-from everyscope.shards.bits import carrier_of
-from everyscope.shards.reader import Shards
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
 from everyscope.text.blocks import read_blocks

@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 
+from everyscope.activations.shards.reader import Shards
+from everyscope.activations.shards.verify import verify_shards
 from everyscope.base.errors import ConfigError, DataError, StorageError
 from everyscope.harvest.folder import HarvestFolder
 from everyscope.harvest.locks import gate, partitions_at_work
-from everyscope.shards.reader import Shards
-from everyscope.shards.verify import verify_shards
 from tests.unit.harvest.conftest import tree
 
 NUM_BUCKETS = 4

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from everyscope.activations.shards.reader import Shards, Tokens
+from everyscope.activations.shards.verify import verify_shards
 from everyscope.base.errors import ConfigError, EveryscopeError, ModelError, NonFinite, StorageError, TextError
 from everyscope.base.ids import content_id
 from everyscope.harvest.buckets import Place, read_buckets
 from everyscope.harvest.folder import HarvestFolder
 from everyscope.harvest.ledger import PARTS
-from everyscope.shards.reader import Shards, Tokens
-from everyscope.shards.verify import verify_shards
 from everyscope.sites.names import Site
 from everyscope.text.blocks import read_blocks
 from tests.unit.harvest.conftest import WIDTHS, activations_of, tree

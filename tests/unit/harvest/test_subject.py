@@ -5,12 +5,12 @@ import pytest
 import torch
 from huggingface_hub import constants, file_download
 
+from everyscope.activations.shards.reader import Shards, Tokens
 from everyscope.base.errors import ConfigError, ModelError
 from everyscope.harvest import subject
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.run import run
 from everyscope.harvest.subject import model_identity, subject_of
-from everyscope.shards.reader import Shards, Tokens
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model

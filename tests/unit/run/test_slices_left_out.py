@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from everyscope.evaluate.comparisons.config import ProbingConfig, Subset, SubsetsConfig
-from everyscope.recipes.tiny import recipe
 from everyscope.run.config import RunConfig
+from everyscope.run.recipes.tiny import recipe
 from everyscope.run.settings import CompareSettings
 from everyscope.text.config import TextConfig
 

@@ -7,11 +7,11 @@ import pytest
 
 from everyscope.base.errors import ConfigError, EveryscopeError, MissingExtra, ModelError, TextError
 from everyscope.cli.main import main
-from everyscope.jobs.config import EngineConfig
 from everyscope.run import checks
 from everyscope.run.checks import check
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES, find_recipe
+from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.stages import Servers, stages_of
 
 

@@ -7,9 +7,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from everyscope.parallel.mesh import Mesh
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.gpu_limits import LEAST_ROOM
+from everyscope.sae.mesh import Mesh
 from everyscope.sae.trainable import new_sae
 from everyscope.train.config import BankSettings
 from everyscope.train.engines import Dense

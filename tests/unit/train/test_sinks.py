@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from everyscope.activations.stream.local import ArraySource
 from everyscope.base.errors import MissingExtra
 from everyscope.sae.config import SaeConfig
 from everyscope.sites.names import Site
-from everyscope.stream.local import ArraySource
 from everyscope.train.arrays import train_saes
 from everyscope.train.config import BankSettings, TrainConfig
 from everyscope.train.run import train

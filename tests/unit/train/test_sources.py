@@ -10,19 +10,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from everyscope.activations.serve.config import ServeConfig
+from everyscope.activations.serve.live import LiveOrigin
+from everyscope.activations.serve.run import Serving, serving
+from everyscope.activations.stream.local import stretches
+from everyscope.activations.stream.places import opened
 from everyscope.base.ids import content_id
 from everyscope.harvest.config import HarvestConfig
 from everyscope.harvest.live import LiveHarvest
 from everyscope.run.find import find_recipe
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.files import read_sae
-from everyscope.serve.config import ServeConfig
-from everyscope.serve.live import LiveOrigin
-from everyscope.serve.run import Serving, serving
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
-from everyscope.stream.local import stretches
-from everyscope.stream.places import opened
 from everyscope.text.config import TextConfig
 from everyscope.train.config import BankSettings, TrainConfig, sae_name
 from everyscope.train.run import is_finished, run, train

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_scope import build_scope, random_sae
 
+from everyscope.activations.shards.reader import Shards
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.sae.files import write_sae
-from everyscope.shards.reader import Shards
 from everyscope.sites.names import Site
 
 SITES = (Site("mlp_out", 1), Site("resid_post", 0))

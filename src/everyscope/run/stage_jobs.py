@@ -1,0 +1,221 @@
+"""Into which jobs each stage of a recipe is divided, and what each takes of the machine that it runs on.
+
+A harvest is divided by buckets, which write the same files whoever writes them; training by banks; an evaluation, if asked, by
+sites, labels by SAEs. Comparisons are a job each, description one: its SAEs share passes of the model and look at one another.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from everyscope.base.errors import ConfigError
+from everyscope.base.ids import content_id
+from everyscope.describe.explanations.config import ExplainConfig
+from everyscope.describe.explanations.run import run as explain
+from everyscope.describe.explanations.run import run_share as explain_share
+from everyscope.describe.explanations.targets import find_targets as explained
+from everyscope.evaluate.comparisons import precision, probing, random_model, splitting, subsets, transfer, widths
+from everyscope.evaluate.comparisons.config import (
+    ComparisonConfig,
+    PrecisionConfig,
+    ProbingConfig,
+    RandomModelConfig,
+    SplittingConfig,
+    SubsetsConfig,
+    TransferConfig,
+    WidthsConfig,
+)
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.cost import read_costs, write_costs
+from everyscope.evaluate.run import run as evaluate
+from everyscope.evaluate.targets import Target, load_targets
+from everyscope.harvest.config import HarvestConfig
+from everyscope.harvest.folder import HarvestFolder
+from everyscope.harvest.run import run as harvest
+from everyscope.harvest.subject import model_identity
+from everyscope.run.jobs.config import EngineConfig
+from everyscope.run.jobs.job import Job, Resources
+from everyscope.run.jobs.pool import default_workers, threads_of
+from everyscope.run.placement import Devices, WidthOf, work_of
+from everyscope.sae.files import trained_folders
+from everyscope.suite.layout import METRICS_FILE
+from everyscope.train.config import TrainConfig
+from everyscope.train.memory import CONTEXT_BYTES, bytes_of
+from everyscope.train.run import is_finished
+from everyscope.train.run import run as train_bank
+
+COMPARISONS: dict[type, Callable[[Any], Path]] = {
+    WidthsConfig: widths.run,
+    SplittingConfig: splitting.run,
+    SubsetsConfig: subsets.run,
+    PrecisionConfig: precision.run,
+    ProbingConfig: probing.run,
+    TransferConfig: transfer.run,
+    RandomModelConfig: random_model.run,
+}
+"""By its config, how each comparison is made."""
+PARTS_FOLDER = "parts"
+"""Below the scores, while an evaluation is divided."""
+EXPLANATION_BYTES = 2**32
+"""What a process that labels latents holds besides the model: torch, the text and the firings of a group of SAEs [bytes]."""
+GPU_JOB_CPUS = 4
+"""Cores beside a whole GPU; a bank with a share of one takes the same share of them [cores]."""
+
+
+def model_resources(device: str, engine: EngineConfig, workers: int = 1) -> Resources:
+    """What one of `workers` jobs takes that run the language model; ConfigError for a device that a job cannot be given."""
+    if not _is_gpu(device, engine):
+        return Resources(cpus=engine.job_cpus or threads_of(workers))
+    return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS, gpus=float(engine.model_gpus))
+
+
+def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: str) -> list[Job]:
+    """One job for each of `count` partitions, or fewer where there are fewer buckets; none where all is there."""
+    folder = HarvestFolder(config, {"model": model_identity(config.model)})
+    folder.check_owner()
+    folder.learn()
+    if folder.is_finished() and not config.heal:
+        return []
+    folder.check_text()
+    count = max(1, min(count, -(-config.num_tokens // config.bucket_rows)))
+    return [
+        Job(
+            harvest,
+            config.model_copy(update={"partition": (index, count)}),
+            f"{name} {index + 1}/{count}",
+            resources,
+            units=-(-config.num_tokens // count),
+        )
+        for index in range(count)
+    ]
+
+
+def bank_jobs(banks: Sequence[TrainConfig], d_in_of: WidthOf, engine: EngineConfig, devices: Devices | None = None) -> list[Job]:
+    """One job for each training group that is not finished; its memory is known where `devices` are."""
+    pending = [bank for bank in banks if not is_finished(bank)]
+    workers = bank_workers(banks, engine)
+    names = [f"{bank.site} {bank.bank_id[:6]}" for bank in pending]
+    return [
+        Job(
+            train_bank,
+            bank,
+            name if names.count(name) == 1 else f"{bank.out.parent.parent.parent.name} {name}",
+            bank_resources(bank, d_in_of(bank), workers, engine, devices),
+            units=bank.steps,
+            cost=work_of(bank, d_in_of(bank)),
+        )
+        for bank, name in zip(pending, names, strict=True)
+    ]
+
+
+def bank_workers(banks: Sequence[TrainConfig], engine: EngineConfig) -> int:
+    """How many of a run's banks train side by side on one host: none gets fewer cores than it has ranks."""
+    most = max(bank.settings.ranks for bank in banks)
+    return engine.workers or max(1, default_workers(len(banks), banks[0].settings.device) // most)
+
+
+def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineConfig, devices: Devices | None = None) -> Resources:
+    """What a training group takes. On a GPU a share by its memory, so that many small ones lie on one; several ranks one each.
+
+    A group that does not fit is cut before it comes here (`run.placement.placed`).
+    """
+    num_bytes, ranks = bytes_of(bank, d_in), bank.settings.ranks
+    if not _is_gpu(bank.settings.device, engine):
+        return Resources(cpus=max(engine.job_cpus or threads_of(workers), ranks), memory_bytes=num_bytes * ranks)
+    if ranks > 1:
+        return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS * ranks, gpus=float(ranks))
+    share = 1.0 if devices is None else (num_bytes + CONTEXT_BYTES) / (devices.usable_bytes + CONTEXT_BYTES)
+    assert share <= 1, f"{bank.site}: {num_bytes} bytes do not fit {devices}"
+    if share > 0.5:  # two of them would not fit
+        share = 1.0
+    return Resources(cpus=engine.job_cpus or max(1, int(GPU_JOB_CPUS * share)), gpus=share)
+
+
+def evaluation_jobs(config: EvaluateConfig, count: int, resources: Resources, name: str) -> list[Job]:
+    """The SAEs that have no scores yet, divided by site into up to `count` jobs with a folder each; `gather_scores` ends them.
+
+    A single job works in the scores folder itself. What goes together depends on what is pending alone, so a killed part goes on.
+    """
+    pending = [target for target in load_targets(config) if not target.is_scored]
+    parts = _by_site(pending, count)
+    if len(parts) < 2:
+        return [Job(score, config, name, resources)]
+    jobs = []
+    for number, part in enumerate(parts):
+        saes = tuple(target.place for target in part)
+        changes = {"saes": saes, "out": config.out / PARTS_FOLDER / content_id(saes)}
+        title = f"{name} {number + 1}/{len(parts)}"
+        jobs.append(Job(score, config.model_copy(update=changes), title, resources, cost=float(len(part))))
+    return jobs
+
+
+def score(config: EvaluateConfig) -> None:
+    """An evaluation as a job: it has a bar of its own, in blocks, and tells nobody else of them."""
+    evaluate(config)
+
+
+def gather_scores(scores: Path) -> None:
+    """Move what parts of an evaluation have found of each site to its place, metrics.json last, and add up what it cost."""
+    parts = scores / PARTS_FOLDER
+    for part in sorted(parts.iterdir()) if parts.is_dir() else ():
+        files = sorted(path for path in part.rglob("*") if path.is_file() and path.parent != part)
+        for path in sorted(files, key=lambda path: path.name == METRICS_FILE):
+            target = scores / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        entries = {f"{part.name} {key}": cost for key, cost in read_costs(part).items()}
+        write_costs(scores, read_costs(scores) | entries)
+        shutil.rmtree(part)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def explanation_jobs(config: ExplainConfig, workers: int, resources: Resources) -> list[Job]:
+    """The SAEs without labels, divided among `workers`; one job where a language model is asked, whose budget is one."""
+    if config.endpoint is not None or workers == 1:
+        return [Job(explain, config, "explain", resources)]
+    jobs = []
+    for number in range(workers):
+        share = config.model_copy(update={"share": (number, workers)})
+        units = sum(target.width for target in explained(share) if not target.is_explained)
+        if units:
+            jobs.append(Job(explain_share, share, f"explain {number + 1}/{workers}", resources, units=units))
+    return jobs
+
+
+def explanation_workers(config: ExplainConfig, num_parameters: int, engine: EngineConfig) -> int:
+    """How many processes label latents side by side on one host: as many as cores, as far as the model fits beside itself."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    fitting = int(room / (4 * num_parameters + EXPLANATION_BYTES))
+    return engine.workers or max(1, min(default_workers(len(trained_folders(config.trained)), config.model.device), fitting))
+
+
+def comparison_jobs(configs: Sequence[ComparisonConfig], resources: Resources) -> list[Job]:
+    """One job a comparison."""
+    runs = [COMPARISONS[type(config)] for config in configs]
+    return [Job(run, config, comparison_name(run), resources) for run, config in zip(runs, configs, strict=True)]
+
+
+def comparison_name(run: Callable[[Any], Path]) -> str:
+    """What people call a comparison."""
+    return f"compare {run.__module__.rpartition('.')[2].replace('_', ' ')}"
+
+
+def _by_site(targets: Sequence[Target], count: int) -> list[list[Target]]:
+    """Targets in up to `count` groups of about equal size, all of a site in one."""
+    sites: dict[Any, list[Target]] = {}
+    for target in targets:
+        sites.setdefault(target.site, []).append(target)
+    groups: list[list[Target]] = [[] for _ in range(min(count, len(sites)))]
+    for members in sorted(sites.values(), key=len, reverse=True):
+        min(groups, key=len).extend(members)
+    return groups
+
+
+def _is_gpu(device: str, engine: EngineConfig) -> bool:
+    if device == "cpu":
+        return False
+    if engine.engine == "ray" and device != "cuda":
+        raise ConfigError(f"device={device!r}: on a cluster a job sees only the GPUs that it is given; set device='cuda'")
+    return True

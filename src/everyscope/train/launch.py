@@ -1,0 +1,193 @@
+"""Ranks on this host: one process each, watched together, and started again from the last checkpoint when one dies.
+
+An error that a rank reports would come again and ends them all. A rank that just dies, as a machine or an out-of-memory killer
+makes it, takes the others with it, for they wait for it; then all start anew.
+"""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everyscope.base.errors import EveryscopeError, first_line
+from everyscope.base.progress import say
+from everyscope.base.signals import EXIT_CODE, termination
+from everyscope.train.process_group import LostPeer
+
+MAX_RESTARTS = 3
+"""Starts in a row that may end without a step more than before."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Before the first restart, doubled before each further one in a row, and at most [s]."""
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 3.0
+"""After the first rank has failed, the others have so long to say why [s]."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One rank's place on this host."""
+
+    rank: int
+    ranks: int
+    meeting: Path
+    """A file that does not exist yet, for `group.file_store`."""
+
+
+Work = Callable[[Any, Seat, Callable[[int], None]], None]
+"""What a rank does: (config, seat, progress); progress is told the steps done in all. A module-level function."""
+
+
+def launch(
+    work: Work,
+    config: Any,
+    ranks: int,
+    progress: Callable[[int], None] = lambda steps: None,
+    *,
+    max_restarts: int = MAX_RESTARTS,
+    first_pause: float = FIRST_PAUSE,
+) -> None:
+    """Run `work` in `ranks` processes until all have finished; `progress` hears of steps done, each once.
+
+    The cores that torch has here are divided among them. Raises a rank's own error, once; EveryscopeError where ranks keep dying;
+    SystemExit, after the ranks have saved what they do, on SIGTERM.
+    """
+    heard, failures, pause = _Heard(progress), 0, first_pause
+    with termination() as is_asked_to_stop:
+        while True:
+            before = heard.furthest
+            with tempfile.TemporaryDirectory(prefix="everyscope-") as folder:  # for its owner alone
+                reason = _attempt(work, config, ranks, Path(folder) / "meeting", heard, is_asked_to_stop)
+            if is_asked_to_stop():
+                raise SystemExit(EXIT_CODE)
+            if reason is None:
+                return
+            failures, pause = (1, first_pause) if heard.furthest > before else (failures + 1, min(2 * pause, LONGEST_PAUSE))
+            if failures > max_restarts:
+                raise EveryscopeError(
+                    f"{reason}, {failures} times in a row; the same command goes on from the last checkpoint: "
+                    "look for what ends it, most likely want of memory"
+                )
+            say(f"  {reason}; all {ranks} ranks go on from the last checkpoint in {pause:.3g} s")
+            _pause(pause, is_asked_to_stop)
+
+
+def _pause(seconds: float, is_asked_to_stop: Callable[[], bool]) -> None:
+    stop = time.monotonic() + seconds
+    while (left := stop - time.monotonic()) > 0 and not is_asked_to_stop():
+        time.sleep(min(left, POLL_SECONDS))
+
+
+class _Heard:
+    """What ranks have said, over all starts."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress, self.furthest = progress, 0
+        self.error: EveryscopeError | None = None
+
+    def take(self, said: int | EveryscopeError) -> None:
+        if isinstance(said, EveryscopeError):
+            self.error = said if self.error is None or isinstance(self.error, LostPeer) else self.error
+        elif said > self.furthest:
+            self._progress(said - self.furthest)
+            self.furthest = said
+
+
+def _attempt(
+    work: Work, config: Any, ranks: int, meeting: Path, heard: _Heard, is_asked_to_stop: Callable[[], bool]
+) -> str | None:
+    """One start of all ranks; None where they finished, else why they did not. Raises the error that a rank reports."""
+    context = multiprocessing.get_context("spawn")
+    threads, heard.error = max(1, torch.get_num_threads() // ranks), None
+    processes: list[BaseProcess] = []
+    pipes: list[Connection] = []
+    try:
+        for rank in range(ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank, args=(work, config, Seat(rank, ranks, meeting), theirs, threads), name=f"rank {rank}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        return _watch(processes, pipes, heard, is_asked_to_stop)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()  # whatever it was doing can be done again from the last checkpoint
+            process.join()
+
+
+def _watch(
+    processes: list[BaseProcess], pipes: list[Connection], heard: _Heard, is_asked_to_stop: Callable[[], bool]
+) -> str | None:
+    first: BaseProcess | None = None
+    is_told, deadline = False, float("inf")
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        wait_for_any([*pipes, *(process.sentinel for process in processes if process.is_alive())], POLL_SECONDS)
+        _drain(pipes, heard)
+        if is_asked_to_stop() and not is_told:
+            is_told = True
+            for process in processes:
+                process.terminate()
+        failed = [process for process in processes if process.exitcode]
+        if failed and first is None:
+            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if first is not None and heard.error is not None and not isinstance(heard.error, LostPeer):
+            break
+    _drain(pipes, heard)
+    if first is None and not any(process.exitcode for process in processes):
+        return None
+    if heard.error is not None and not isinstance(heard.error, LostPeer) and not is_asked_to_stop():
+        raise heard.error
+    killed = next((process for process in processes if (process.exitcode or 0) < 0), None)
+    if killed is not None:
+        return f"{killed.name} was killed by signal {-(killed.exitcode or 0)}"
+    return f"{(first or processes[0]).name} has left"
+
+
+def _drain(pipes: list[Connection], heard: _Heard) -> None:
+    """Take all that ranks have said; a pipe whose writer is gone is dropped."""
+    for pipe in list(pipes):
+        try:
+            while pipe.poll():
+                heard.take(pipe.recv())
+        except (EOFError, OSError):
+            pipes.remove(pipe)
+
+
+def _rank(work: Work, config: Any, seat: Seat, pipe: Connection, threads: int) -> None:
+    """A rank's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; whoever started us decides
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        work(config, seat, pipe.send if seat.rank == 0 else lambda steps: None)
+    except EveryscopeError as error:
+        pipe.send(error)
+        raise SystemExit(1) from None
+    except Exception as error:
+        unexpected = EveryscopeError(f"rank {seat.rank}: {type(error).__name__}: {first_line(error)}")
+        unexpected.add_note(traceback.format_exc())
+        pipe.send(unexpected)
+        raise SystemExit(1) from None
+
+
+def _leave_with(sentinel: int) -> None:
+    """A rank must not outlive whoever started it: the next run would find two writers in one folder."""
+    wait_for_any([sentinel])
+    os._exit(1)

@@ -1,0 +1,163 @@
+"""Times against sums done by hand and the paper's figure; bytes over links against what the engines sum."""
+
+import importlib
+import random
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from counted_collective import Counting
+
+from everyscope.run.cost.devices import DEVICES
+from everyscope.run.cost.step import (
+    HIGHEST_RATE,
+    RATE_SPREAD,
+    Load,
+    all_reduce_seconds,
+    compute_time,
+    copy_seconds,
+    pairs_traffic,
+    summed_bytes,
+    touched_share,
+)
+from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.mesh import Axis, Mesh
+from everyscope.sae.pairs_cpu import CpuPairs
+from everyscope.sae.trainable import new_sae
+from everyscope.train.engines import Dense
+from everyscope.train.memory import Part
+
+pairs_gpu = pytest.importorskip("everyscope.sae.pairs_gpu", reason="Triton is not installed")
+
+TPU = DEVICES["tpuv3"]
+
+
+def test_traffic_by_pairs_is_what_the_benchmark_counts():
+    sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
+    benchmark = importlib.import_module("training_gpu")
+    rows, d_in, width, touched, pairs, listed = 64, 24, 512, 70, 3.5, 350
+    way = SimpleNamespace(
+        sae=SimpleNamespace(config=SimpleNamespace(width=width), touched=torch.tensor([9] * touched + [2] * 5)),
+        steps_done=9,
+        losses=SimpleNamespace(pairs=torch.tensor(pairs)),
+        engine=SimpleNamespace(tensors=lambda: {"counts": torch.full((8, 1), listed)}),
+    )
+    load = Load(Part(rows, d_in, width), pairs)
+    assert pairs_traffic(load, touched, pairs * rows, listed, cache_share=0) == benchmark.bytes_of(way, rows, d_in)
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-3, 2e-2])
+@pytest.mark.parametrize("rows", [1, 256, 4096])
+def test_touched_latents_are_those_of_a_simulation(rate, rows):
+    rates = (
+        torch.randn(200_000, generator=torch.Generator().manual_seed(0)).double().mul(RATE_SPREAD).sub(RATE_SPREAD**2 / 2).exp()
+    )
+    simulated = float((1 - (1 - (rates * rate).clamp(max=HIGHEST_RATE)) ** rows).mean())
+    assert touched_share(rate, rows) == pytest.approx(simulated, rel=0.03)
+
+
+def test_131k_latents_of_9b_on_8_tpus_take_45_ms_at_the_papers_utilisation():
+    """Gemma Scope, section 3.3: a 131K SAE, a batch in 45 ms on 8 TPUv3 chips, about 50.8 % utilisation.
+
+    From Google's peak of 123 Tflop/s, 12 operations per row, input and latent, d_in 3,584 and batch 4,096 follow 46.2 ms, or
+    52.1 % at 45 ms: the paper's pair is met within 3 %, and would be met exactly with a peak of 126 Tflop/s.
+    """
+    load = Load.of(3584, 2**17, 100, 4096, shards=8)
+    step = compute_time(load, TPU).total
+    assert step == pytest.approx(0.045, rel=0.03)
+    assert step * 0.508 / 0.045 == pytest.approx(0.521, abs=0.001)  # what 45 ms are of the documented peak
+    implied = 12 * 4096 * 3584 * 2**17 / (8 * 0.045 * 0.508)
+    assert implied / 1e12 == pytest.approx(126, abs=0.5)
+    by_attention = compute_time(Load.of(4096, 2**17, 100, 4096, 8), TPU).total
+    assert by_attention == pytest.approx(0.0528, abs=1e-4)  # so the figure is a residual or MLP site's
+
+
+def test_a_batch_of_9b_at_45_ms_is_more_than_a_gibibyte_a_second():
+    batch = copy_seconds(4096, 3584, TPU) * TPU.host_rate
+    assert batch / 0.045 / 2**30 == pytest.approx(1.22, abs=0.01)
+
+
+def test_shards_and_replicas_divide_work_and_leave_pairs_as_they_are():
+    whole = Load.of(96, 1000, 20, 256)
+    for shards, replicas in [(2, 1), (1, 4), (4, 2), (5, 8)]:
+        part = Load.of(96, 1000, 20, 256, shards, replicas)
+        assert (part.part.width * shards, part.part.rows * replicas) == (whole.part.width, whole.part.rows)
+        assert part.pairs * shards == pytest.approx(whole.pairs)
+        assert part.goes_by_pairs == whole.goes_by_pairs
+    uneven = Load.of(96, 1000, 20, 100, 3, 3)
+    assert (uneven.part.width, uneven.part.rows) == (334, 34)
+
+
+def test_a_dense_step_is_ten_operations_and_one_by_pairs_two():
+    device = DEVICES["h100"].model_copy(update={"product_share": 1.0, "memory_share": 1.0})
+    dense, sparse = Load.of(2304, 2**14, 100, 4096), Load.of(2304, 2**17, 100, 4096)
+    assert (dense.goes_by_pairs, sparse.goes_by_pairs) == (False, True)
+    assert compute_time(dense, device).products == pytest.approx(10 * 4096 * 2304 * 2**14 / 67e12)
+    mean = 0.1 * 10 / 67e12 + 0.9 * 2 / 989e12  # a tenth of the steps is dense
+    assert compute_time(sparse, device).products == pytest.approx(mean * 4096 * 2304 * 2**17)
+
+
+def ring(payload: list[float]) -> list[float]:
+    """Bytes sent by each device in a ring all-reduce of equal chunks: each passes on all chunks but one, twice."""
+    devices = len(payload)
+    sent, chunk = [0.0] * devices, payload[0] / devices
+    for _ in range(2):
+        for _ in range(devices - 1):
+            for device in range(devices):
+                sent[device] += chunk
+    return sent
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_an_all_reduce_takes_what_a_ring_sends(devices):
+    assert all_reduce_seconds(1200.0, devices, 10.0) == pytest.approx(ring([1200.0] * devices)[0] / 10)
+
+
+MESHES = [Mesh(2, 1), Mesh(1, 2), Mesh(2, 2, rank=3)]
+
+
+def summed(engine, mesh: Mesh, shares) -> tuple[dict[Axis, int], Load, int]:
+    """What a rank sums in a step of a small SAE, its load, and how many latents moved."""
+    config = SaeConfig(width=200, sparsity_coefficient=1e-3, recipe=SaeRecipe(prefix_shares=shares, initial_threshold=0.35))
+    sae = new_sae(config, 24, latents=mesh.latents(200))
+    collective = Counting(mesh)
+    x = torch.nn.functional.normalize(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)))
+    engine([sae], collective=collective).step(x, 0, 100)
+    load = Load.of(24, 200, 10.0, 64 * mesh.replicas, mesh.shards, mesh.replicas, len(shares))
+    return collective.bytes, load, int((sae.touched == 1).sum())
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.3, 1.0)])
+@pytest.mark.parametrize(("engine", "way"), [(Dense, "dense"), (CpuPairs, "pairs_cpu")])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_ranks_sum_in_a_step_is_what_the_engines_sum(shares, engine, way, mesh):
+    counted, load, moving = summed(engine, mesh, shares)
+    assert way == "dense" or 0 < moving < load.part.width
+    assert (counted["shards"], counted["replicas"]) == summed_bytes(load, mesh.shards, mesh.replicas, way, moving)
+    assert counted["all"] == 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="Triton interprets nothing here")
+def test_by_pairs_on_a_gpu_too():
+    """In Triton's interpreter."""
+
+    def pairs(saes, collective):
+        engine = pairs_gpu.GpuPairs(saes, collective=collective)
+        engine.tensors()["uses_pairs"].fill_(True)
+        return engine
+
+    mesh = MESHES[-1]
+    counted, load, _ = summed(pairs, mesh, (1.0,))
+    assert (counted["shards"], counted["replicas"]) == summed_bytes(load, mesh.shards, mesh.replicas, "pairs_gpu")
+    assert counted["all"] == 8 * mesh.ranks
+
+
+def test_random_loads_have_finite_positive_times():
+    rng = random.Random(0)
+    for _ in range(200):
+        load = Load.of(rng.randint(1, 5000), rng.randint(1, 2**21), rng.uniform(0.1, 500), rng.randint(1, 8192), 1, 1)
+        for device in DEVICES.values():
+            assert 0 < compute_time(load, device).total < float("inf")
