@@ -41,8 +41,8 @@ class Devices:
 
 
 DENSE_COST = 7.0
-"""What a latent of an SAE that steps densely on a GPU costs, as a multiple of one that steps by pairs; by run/cost/step.py's roofline
-for an H100 [1]."""
+"""What a latent of an SAE that steps densely on a GPU costs, as a multiple of one that steps by pairs; by the roofline of
+run/cost/step.py for an H100 [1]."""
 WidthOf = Callable[[TrainConfig], int]
 """The size of a group's activations, d_in."""
 

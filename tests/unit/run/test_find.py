@@ -22,7 +22,8 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 def test_a_file_is_a_recipe(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from everyscope.run.recipes.tiny import recipe as tiny\ndef recipe():\n return tiny().model_copy(update={'name': 'mine'})\n"
+        "from everyscope.run.recipes.tiny import recipe as tiny\n"
+        "def recipe():\n return tiny().model_copy(update={'name': 'mine'})\n"
     )
     assert find_recipe(str(path)).name == "mine"
 

@@ -9,8 +9,8 @@ Commands come on standard input, events leave on standard output, a JSON object 
 A process of its own, because Ray ends the process that uses it when the cluster's head is away for a minute. Then standard output
 ends, and whoever started this may begin again. When standard input ends, every job is cancelled: it saves its state and leaves.
 
-What goes to the cluster's hosts is the name of a function, in `everyscope.run.jobs.ray_task`, and a Spec as text; what comes back are
-lines of JSON.
+What goes to the cluster's hosts is the name of a function, in `everyscope.run.jobs.ray_task`, and a Spec as text; what comes
+back are lines of JSON.
 """
 
 import json
