@@ -137,7 +137,8 @@ def add_wishes(parser: argparse.ArgumentParser) -> None:
     add("--layers", nargs="+", type=int, help="layers, from 0 (default: one half-way, one at 85 %% of the depth)")
     add("--widths", nargs="+", type=int, help="numbers of latents (default: about 8 times the model's width)")
     add("--l0", nargs="+", type=float, help="active latents per token to aim at (default: 20 50 100)")
-    add("--tokens", type=int, help="tokens that each SAE sees (default: as --hours allow)")
+    add("--tokens", type=int, help="tokens of text to harvest (default: as --hours allow)")
+    add("--passes", type=int, help="times that training reads them (default: as often as pays here, at most 8)")
     add("--text", help="a file or folder, or a dataset on the hub (default: FineWeb-Edu)")
     add("--hours", type=float, help="how long all stages may take (default: 1)")
 

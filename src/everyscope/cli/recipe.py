@@ -21,7 +21,7 @@ from everyscope.run.settings import ModelShape
 from everyscope.run.stages import RECIPE_FILE, stages_of
 from everyscope.sites.config import ModelConfig
 
-WISHES = ("sites", "layers", "widths", "l0", "tokens", "text", "hours")
+WISHES = ("sites", "layers", "widths", "l0", "tokens", "passes", "text", "hours")
 """Flags that are for a model, not for a recipe, which says all of it."""
 
 
@@ -83,7 +83,8 @@ def asked_again(options: argparse.Namespace, config: RunConfig) -> dict[str, tup
         "layers": (wishes.layers, group.layers),
         "widths": (wishes.widths, group.widths),
         "l0": (wishes.l0s, group.target_l0s),
-        "tokens": (wishes.tokens, group.num_tokens),
+        "tokens": (wishes.tokens, config.harvest.num_tokens),
+        "passes": (wishes.passes, group.num_tokens // (config.harvest.num_tokens or group.num_tokens)),
         "text": tuple(one.origin for one in (corpus, text)),
         "hours": (wishes.hours, config.sized_for_hours),
     }
@@ -92,7 +93,7 @@ def asked_again(options: argparse.Namespace, config: RunConfig) -> dict[str, tup
 
 def wishes_of(options: argparse.Namespace) -> Wishes:
     """What the command line says of a run of a model."""
-    given = {name: getattr(options, name) for name in ("sites", "layers", "widths", "tokens", "text", "hours")}
+    given = {name: getattr(options, name) for name in ("sites", "layers", "widths", "tokens", "passes", "text", "hours")}
     given["l0s"] = options.l0
     found: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
@@ -114,10 +115,10 @@ def new_config(model: str, wishes: Wishes) -> RunConfig:
     machine = Machine(device, max(products, key=lambda dtype: products[dtype]))
     rates = rates_of(products, machine.dtype)
 
-    def hours_of(config: RunConfig) -> float:
-        return sum(stage.seconds for stage in stage_prices(stages_of(config, Path(), devices), rates)) / 3600
+    def seconds_of(config: RunConfig) -> dict[str, float]:
+        return {stage.name: stage.seconds for stage in stage_prices(stages_of(config, Path(), devices), rates)}
 
-    return automatic(model, shape, machine, wishes, text_of(wishes.text, context_of(shape, machine)), hours_of)
+    return automatic(model, shape, machine, wishes, text_of(wishes.text, context_of(shape, machine)), seconds_of)
 
 
 def rates_of(products: dict[str, float], dtype: str) -> Rates:

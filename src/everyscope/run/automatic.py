@@ -1,6 +1,7 @@
 """A run made from a model's name: defaults that fit the model, the machine and the hours. Torch-free."""
 
 import importlib.util
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ EXPANSION, WIDEST = 8, 2**14
 """Latents for each input by default, rounded down to a power of two, and at most [latents]."""
 LEAST_TOKENS, MOST_TOKENS = 2**16, 2**28
 """Between these the tokens are chosen by the hours [tokens]."""
+MOST_PASSES = 8
+"""Times that training reads its rows, at most: beyond that the FVU of held-out documents hardly falls any more (docs/log.md)."""
 BATCH_ROWS = 256
 PROSE = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 """Dataset and subset that are read where no text is named."""
@@ -54,40 +57,63 @@ class Wishes:
     widths: tuple[int, ...] | None = None
     l0s: tuple[float, ...] = L0S
     tokens: int | None = None
+    """Of text that are harvested [tokens]."""
+    passes: int | None = None
+    """Times that training reads what was harvested."""
     text: str | None = None
     hours: float = 1.0
     """How long all stages may take [h]."""
 
 
-HoursOf = Callable[[RunConfig], float]
-"""What a run is expected to take, all stages [h]."""
+SecondsOf = Callable[[RunConfig], dict[str, float]]
+"""What each stage of a run is expected to take, by name [s]."""
 
 
-def automatic(model: str, shape: ModelShape, machine: Machine, wishes: Wishes, text: TextConfig, hours_of: HoursOf) -> RunConfig:
-    """The run of `wishes` on `model`, with as many tokens as the hours allow.
+def automatic(
+    model: str, shape: ModelShape, machine: Machine, wishes: Wishes, text: TextConfig, seconds_of: SecondsOf
+) -> RunConfig:
+    """The run of `wishes` on `model`, with as many tokens as the hours allow, read as often as pays.
 
     ConfigError where the hours do not even allow the least.
     """
     if wishes.hours <= 0:
         raise ConfigError(f"--hours {wishes.hours:g}: expected a time above 0")
+    if wishes.passes is not None and wishes.passes < 1:
+        raise ConfigError(f"--passes {wishes.passes}: expected at least 1")
 
-    def of(tokens: int, scale: float = 1.0) -> RunConfig:
-        return _config(model, shape, machine, wishes, text, tokens, scale)
+    def of(tokens: int, scale: float = 1.0, passes: int = 1) -> RunConfig:
+        return _config(model, shape, machine, wishes, text, tokens, scale, passes)
 
+    def hours_of(config: RunConfig) -> float:
+        return sum(seconds_of(config).values()) / 3600
+
+    passes = wishes.passes or passes_that_pay(seconds_of(of(LEAST_TOKENS)))
     if wishes.tokens is not None:
-        return of(wishes.tokens)
+        return of(wishes.tokens, passes=passes)
     scale, tokens = 1.0, MOST_TOKENS
-    while hours_of(of(LEAST_TOKENS, scale)) > 0.7 * wishes.hours and scale > 1 / 16:
+    while hours_of(of(LEAST_TOKENS, scale, passes)) > 0.7 * wishes.hours and scale > 1 / 16:
         scale /= 2  # fewer held-out blocks, so that a share of the time is left for training
-    least = hours_of(of(LEAST_TOKENS, scale))
+    while hours_of(of(LEAST_TOKENS, scale, passes)) > wishes.hours and passes > 1 and wishes.passes is None:
+        passes -= 1
+    least = hours_of(of(LEAST_TOKENS, scale, passes))
     if least > wishes.hours:
         raise ConfigError(
             f"--hours {wishes.hours:g}: the smallest run takes about {least:.2g} h here; give more hours, "
             "fewer --layers or --l0, or narrower --widths"
         )
-    while tokens > LEAST_TOKENS and hours_of(of(tokens, scale)) > wishes.hours:
-        tokens //= 2
-    return of(tokens, scale)
+    while tokens > LEAST_TOKENS and hours_of(of(tokens, scale, passes)) > wishes.hours:
+        tokens = max(LEAST_TOKENS, tokens * 3 // 4 // BATCH_ROWS * BATCH_ROWS)
+    return of(tokens, scale, passes)
+
+
+def passes_that_pay(seconds: dict[str, float]) -> int:
+    """How often training reads its rows, from what one pass over them costs beside making them.
+
+    A second and a third pass lower the FVU of held-out documents by a tenth or more, further ones by less and less, as more text
+    would (docs/log.md): with r the cost of a row over that of training on it once, 1.5 + 1.5 sqrt(r) spends a given time best.
+    """
+    ratio = seconds["harvest"] / max(seconds["train"], 1e-9)
+    return max(1, min(MOST_PASSES, math.floor(1.5 + 1.5 * math.sqrt(ratio))))
 
 
 def text_of(wish: str | None, context: int) -> TextConfig:
@@ -120,7 +146,7 @@ def context_of(shape: ModelShape, machine: Machine) -> int:
 
 
 def _config(
-    model: str, shape: ModelShape, machine: Machine, wishes: Wishes, text: TextConfig, tokens: int, scale: float
+    model: str, shape: ModelShape, machine: Machine, wishes: Wishes, text: TextConfig, tokens: int, scale: float, passes: int
 ) -> RunConfig:
     layers = wishes.layers or tuple(dict.fromkeys(min(shape.num_layers - 1, round(share * shape.num_layers)) for share in DEPTHS))
     widest = min(WIDEST, EXPANSION * shape.d_model)
@@ -129,7 +155,7 @@ def _config(
         layers=layers,
         widths=wishes.widths or (1 << (widest.bit_length() - 1),),
         target_l0s=wishes.l0s,
-        num_tokens=tokens,
+        num_tokens=passes * tokens,
     )
     blocks = max(16, int(256 * scale))
     return RunConfig(
@@ -141,7 +167,7 @@ def _config(
         text=text,
         groups=(group,),
         recipe=fast(shape.d_model),
-        harvest=HarvestSettings(dtype="bfloat16", bucket_rows=min(2**20, max(2**16, tokens // 4))),
+        harvest=HarvestSettings(num_tokens=tokens, dtype="bfloat16", bucket_rows=min(2**20, max(2**16, tokens // 4))),
         train=BankSettings(device=machine.device, batch_rows=BATCH_ROWS),
         evaluate=EvaluateSettings(
             num_sequences=blocks, batch_blocks=8, saes_at_once=16, uniformity_sequences=0, baseline_sequences=max(4, blocks // 16)
@@ -180,6 +206,7 @@ def recipe_text(config: RunConfig, wishes: Wishes) -> str:
         named = f"paths=(Path({str(text.paths[0])!r}),)"
     source = f"TextConfig(source={text.source!r}, {named}, shuffle_seed={text.shuffle_seed}, context={text.context})"
     evaluate, describe, explain = config.evaluate, config.describe, config.explain
+    passes = group.num_tokens // (config.harvest.num_tokens or group.num_tokens)
     return f'''"""SAEs of {config.model.name}. Check with `everyscope plan FILE.py`, run with `everyscope run FILE.py`."""
 
 {IMPORTS}
@@ -199,11 +226,13 @@ def recipe() -> RunConfig:
                 layers={group.layers!r},  # of 0 to {config.sizes.num_layers - 1}; None takes all
                 widths={group.widths!r},  # latents
                 target_l0s={group.target_l0s!r},  # latents that are active on a token, on average
-                num_tokens={group.num_tokens:_},  # that each SAE sees
+                num_tokens={group.num_tokens:_},  # that each SAE sees, {passes} times what is harvested
             ),
         ),
         recipe=fast({config.sizes.d_model}),  # training settings for 10^5 to 10^8 tokens
-        harvest=HarvestSettings(dtype={config.harvest.dtype!r}, bucket_rows={config.harvest.bucket_rows:_}),
+        harvest=HarvestSettings(
+            num_tokens={config.harvest.num_tokens:_}, dtype={config.harvest.dtype!r}, bucket_rows={config.harvest.bucket_rows:_}
+        ),
         train=BankSettings(device={config.train.device!r}, batch_rows={config.train.batch_rows}),
         # blocks of {text.context} tokens: more make scores surer, examples more varied, labels better
         evaluate=EvaluateSettings(

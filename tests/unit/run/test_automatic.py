@@ -12,7 +12,18 @@ from everyscope.cli.commands import COMMANDS
 from everyscope.cli.main import main
 from everyscope.cli.recipe import resolve
 from everyscope.run import model as model_module
-from everyscope.run.automatic import LEAST_TOKENS, MOST_TOKENS, Machine, Wishes, automatic, context_of, recipe_text, slug, text_of
+from everyscope.run.automatic import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    Machine,
+    Wishes,
+    automatic,
+    context_of,
+    passes_that_pay,
+    recipe_text,
+    slug,
+    text_of,
+)
 from everyscope.run.config import RunConfig
 from everyscope.run.find import find_recipe
 from everyscope.run.model import measure_products, shape_of, with_shape
@@ -31,10 +42,15 @@ def words(tmp_path) -> Path:
     return file
 
 
+def seconds_of(config: RunConfig) -> dict[str, float]:
+    """A second for 100,000 tokens of each SAE and for each held-out block; rows cost a fifth of what training on them does."""
+    saes, rows = len(config.saes_of(config.groups[0])) * len(config.all_sites), config.harvest.num_tokens
+    training = config.groups[0].num_tokens * saes / 1e5
+    return {"harvest": rows * saes / 5e5, "train": training, "evaluate": float(config.evaluate.num_sequences)}
+
+
 def hours_of(config: RunConfig) -> float:
-    """A second for 100,000 tokens of each SAE and for each held-out block."""
-    saes = len(config.saes_of(config.groups[0])) * len(config.all_sites)
-    return (config.groups[0].num_tokens * saes / 1e5 + config.evaluate.num_sequences) / 3600
+    return sum(seconds_of(config).values()) / 3600
 
 
 def test_the_shape_of_a_bundled_model_is_that_of_its_recipe():
@@ -50,7 +66,7 @@ def test_the_shape_of_a_bundled_model_is_that_of_its_recipe():
 
 
 def test_defaults_fit_model_and_machine(words):
-    config = automatic("somebody/Some-Model.v2", SHAPE, CPU, Wishes(text=str(words)), text_of(str(words), 128), hours_of)
+    config = automatic("somebody/Some-Model.v2", SHAPE, CPU, Wishes(text=str(words)), text_of(str(words), 128), seconds_of)
     (group,) = config.groups
     assert (config.name, config.title) == ("some_model_v2", "Some-Model.v2 scope")
     assert (group.layers, group.widths, group.target_l0s) == ((10, 17), (4096,), (20, 50, 100))
@@ -62,25 +78,43 @@ def test_defaults_fit_model_and_machine(words):
 
 @pytest.mark.parametrize("hours", [0.03, 0.1, 1, 10])
 def test_tokens_are_as_many_as_the_hours_allow(hours, words):
-    config = automatic("m", SHAPE, CPU, Wishes(hours=hours), text_of(str(words), 128), hours_of)
-    tokens = config.groups[0].num_tokens
+    config = automatic("m", SHAPE, CPU, Wishes(hours=hours), text_of(str(words), 128), seconds_of)
+    tokens, passes = config.harvest.num_tokens, config.groups[0].num_tokens // config.harvest.num_tokens
     assert tokens >= LEAST_TOKENS
+    assert config.groups[0].num_tokens == passes * tokens
     assert hours_of(config) <= hours
-    more = config.model_copy(update={"groups": (config.groups[0].model_copy(update={"num_tokens": 2 * tokens}),)})
+    more = automatic("m", SHAPE, CPU, Wishes(tokens=2 * tokens, passes=passes), text_of(str(words), 128), seconds_of)
     assert hours_of(more) > hours or tokens == MOST_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("harvest", "train", "passes"), [(0.0, 1.0, 1), (1.0, 9.0, 2), (1.0, 1.0, 3), (9.0, 1.0, 6), (1e3, 1.0, 8)]
+)
+def test_rows_are_read_as_often_as_pays(harvest, train, passes):
+    assert passes_that_pay({"harvest": harvest, "train": train}) == passes
+
+
+def test_passes_are_wished_or_chosen(words):
+    text = text_of(str(words), 64)
+    chosen = automatic("m", SHAPE, CPU, Wishes(tokens=10**6), text, seconds_of)
+    assert (chosen.harvest.num_tokens, chosen.groups[0].num_tokens) == (10**6, 2 * 10**6)
+    wished = automatic("m", SHAPE, CPU, Wishes(tokens=10**6, passes=5), text, seconds_of)
+    assert (wished.harvest.num_tokens, wished.groups[0].num_tokens) == (10**6, 5 * 10**6)
+    with pytest.raises(ConfigError, match="--passes 0: expected at least 1"):
+        automatic("m", SHAPE, CPU, Wishes(passes=0), text, seconds_of)
 
 
 def test_wishes_are_kept_and_too_few_hours_are_refused(words):
     text = text_of(str(words), 64)
-    wishes = Wishes(sites=("mlp_out",), layers=(3,), widths=(256, 512), l0s=(7.0,), tokens=10**6)
-    (group,) = automatic("m", SHAPE, CPU, wishes, text, hours_of).groups
+    wishes = Wishes(sites=("mlp_out",), layers=(3,), widths=(256, 512), l0s=(7.0,), tokens=10**6, passes=1)
+    (group,) = automatic("m", SHAPE, CPU, wishes, text, seconds_of).groups
     assert (group.sites, group.layers, group.widths, group.target_l0s, group.num_tokens) == (
         ("mlp_out",), (3,), (256, 512), (7,), 10**6,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"--hours 0.001: the smallest run takes about"):
-        automatic("m", SHAPE, CPU, Wishes(hours=0.001), text, hours_of)
+        automatic("m", SHAPE, CPU, Wishes(hours=0.001), text, seconds_of)
     with pytest.raises(ConfigError, match="expected a time above 0"):
-        automatic("m", SHAPE, CPU, Wishes(hours=0), text, hours_of)
+        automatic("m", SHAPE, CPU, Wishes(hours=0), text, seconds_of)
 
 
 def test_texts_are_files_or_datasets_and_never_a_guess(words, monkeypatch):
@@ -97,7 +131,7 @@ def test_the_printed_recipe_is_the_same_run(tiny_random_model_folder, words):
     name = str(tiny_random_model_folder)
     shape = shape_of(ModelConfig(name=name))
     wishes = Wishes(tokens=2**16)
-    config = automatic(name, shape, CPU, wishes, text_of(str(words), 32), hours_of)
+    config = automatic(name, shape, CPU, wishes, text_of(str(words), 32), seconds_of)
     scope: dict = {}
     exec(recipe_text(config, wishes), scope)
     of_a_recipe: dict = {"public_model": None, "sized_for_hours": None}
@@ -144,7 +178,7 @@ def dry_run(capsys, *words: str) -> dict:
 def test_one_command_for_a_folder_and_the_same_again(tiny_random_model_folder, words, tmp_path, capsys):
     folder, out = str(tiny_random_model_folder), tmp_path / "run"
     flags = ["--out", str(out), "--text", str(words), "--text.context", "32", "--layers", "1", "--widths", "64", "--l0", "4"]
-    first = dry_run(capsys, folder, *flags, "--tokens", "65536")
+    first = dry_run(capsys, folder, *flags, "--tokens", "65536", "--passes", "1")
     assert [group["num_tokens"] for group in first["train"]] == [65536]
     assert first["publish"]["model"] == tiny_random_model_folder.name
     assert not out.exists()
@@ -186,6 +220,7 @@ def test_a_run_that_began_goes_on_by_the_same_command_alone(tiny_random_model_fo
         "hours": "3",
         "sites": "resid_post",
         "tokens": "131072",
+        "passes": "7",
     }.items():
         with pytest.raises(SystemExit):
             main([*same, f"--{name}", value])

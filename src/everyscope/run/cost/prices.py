@@ -5,6 +5,7 @@ logits. Rates are those of a product in each number format, times the share of i
 so seconds are good to a factor of about two.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ SUSTAINED = 0.5
 """Share of a large product's rate that forward passes, training steps and encoders reach; assumed [1]."""
 LOSS_BYTES, MEMORY_RATE = 40, 5e9
 """What the losses of one pass move for each logit, and how fast; assumed [bytes], [bytes/s]."""
+LABEL_SECONDS = 0.01
+"""A core's time for one latent's label: the search for its rule, and its scores [s]."""
 PUBLISH_RATE = 100e6
 """Weights that publishing writes in all its formats and describes; assumed [bytes/s]."""
 
@@ -87,7 +90,9 @@ def stage_prices(stages: Stages, rates: Rates) -> list[StagePrice]:
     seconds = reading_seconds(main, blocks * context, saes, rates) + lens
     prices.append(StagePrice("describe", f"{blocks:,} blocks, logit effects of {width:,} latents", seconds))
     blocks = stages.explain.num_sequences + stages.explain.num_held_out_sequences
-    prices.append(StagePrice("explain", f"{blocks:,} blocks", reading_seconds(main, blocks * context, saes, rates)))
+    workers = (os.cpu_count() or 1) if stages.config.model.device == "cpu" else 1
+    seconds = reading_seconds(main, blocks * context, saes, rates) + width * LABEL_SECONDS / workers
+    prices.append(StagePrice("explain", f"{blocks:,} blocks, labels of {width:,} latents", seconds))
     size = sum(4 * 2 * main.config.sizes.d_in(site) * width for site, width in saes)
     prices.append(StagePrice("publish", f"{len(saes)} SAEs", size / PUBLISH_RATE))
     return prices
