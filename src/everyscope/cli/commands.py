@@ -42,8 +42,9 @@ def run_command(options: argparse.Namespace, fields: list[str]) -> None:
     engine = engine_of(options)
     from everyscope.run import pipeline
     from everyscope.run.checks import check, found_devices
+    from everyscope.sites.model import quiet_transformers
 
-    pipeline.quiet_transformers()
+    quiet_transformers()
     stages = stages_of(config, out, found_devices(engine))
     check(stages, engine)
     if options.dry_run:
@@ -124,7 +125,7 @@ def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
         )
     from everyscope.evaluate.run import run
     from everyscope.evaluate.table import score_rows, score_table
-    from everyscope.run.pipeline import quiet_transformers
+    from everyscope.sites.model import quiet_transformers
 
     quiet_transformers()
     run(config)
@@ -245,7 +246,7 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
     def live() -> "Live":
         from everyscope.browse.cache import suite_folder
         from everyscope.browse.live_model import SuiteModel
-        from everyscope.run.pipeline import quiet_transformers
+        from everyscope.sites.model import quiet_transformers
 
         quiet_transformers()
         suite = suite_folder(config.suite)

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import logging
-
 from everyscope.activations.serve.config import ServeConfig
 from everyscope.activations.serve.live import LiveOrigin
 from everyscope.activations.serve.run import serve
@@ -40,6 +38,7 @@ from everyscope.run.stage_jobs import (
     model_resources,
 )
 from everyscope.run.stages import RECIPE_FILE, Part, Stages, stages_of
+from everyscope.sites.model import quiet_transformers
 
 LOCK_FILE = ".lock"
 JOBS_FOLDER = "jobs"
@@ -62,12 +61,6 @@ def opened_engine(settings: EngineConfig, out: Path, watches: Sequence[Watch] = 
     """The engine of `settings` for a run in `out`; `watches` are told what becomes of jobs that leave this process."""
     with opened_runner(settings, out / JOBS_FOLDER, watches) as runner:
         yield Engine(settings, runner)
-
-
-def quiet_transformers() -> None:
-    """Leave the terminal to our own progress: no bar for every load of a small model, no advice about its arguments."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from everyscope.base.bundled import BUNDLED_MODELS, NO_CODE, model_location
 from everyscope.base.errors import ConfigError, EveryscopeError, ModelError
@@ -26,6 +27,12 @@ from everyscope.text.tokenizer import load_tokenizer
 
 DTYPE_KEYWORD = "dtype" if tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56) else "torch_dtype"
 """What transformers calls the number format: 4.51 knows the old name alone, which later versions warn of."""
+
+
+def quiet_transformers() -> None:
+    """Leave the terminal to our own progress: no bar for every load of a small model, no advice about its arguments."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, eq=False)

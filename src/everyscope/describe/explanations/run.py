@@ -28,7 +28,7 @@ from everyscope.describe.explanations.table import write_explanations
 from everyscope.describe.explanations.targets import Target, find_targets
 from everyscope.describe.explanations.traits import traits_of
 from everyscope.sae.files import read_sae
-from everyscope.sites.model import load_language_model
+from everyscope.sites.model import load_language_model, quiet_transformers
 from everyscope.text.pieces import special_tokens, token_pieces
 from everyscope.text.tokenizer import load_tokenizer
 
@@ -83,6 +83,7 @@ def run(config: ExplainConfig) -> ExplainResult:
 
 def run_share(config: ExplainConfig, progress: Callable[[int], None]) -> None:
     """One of the jobs that share an explanation without a language model; `progress` is told of latents."""
+    quiet_transformers()
     pending = [target for target in find_targets(config) if not target.is_explained]
     if pending:
         _explain(read_ground(config), pending, None, progress)
