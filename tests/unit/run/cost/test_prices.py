@@ -1,10 +1,11 @@
 """Prices of stages against sums done by hand."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from everyscope.run.cost.prices import Rates, StagePrice, pass_flop, stage_prices
+from everyscope.run.cost.prices import LABEL_SECONDS, Rates, StagePrice, pass_flop, stage_prices
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.run.settings import ModelShape
 from everyscope.run.stages import Stages, stages_of
@@ -49,8 +50,11 @@ def test_every_stage_of_every_recipe_has_a_price_that_falls_with_the_rates(name)
     assert len([one for one in prices if one.startswith("compare ")]) == len(stages.comparisons)
     assert all(prices[one].seconds > 0 for one in wanted)
     _, faster = priced(name, Rates(2e12, 1e12, "given"))
-    for one in ("harvest", "train", "explain"):
+    for one in ("harvest", "train"):
         assert faster[one].seconds == pytest.approx(prices[one].seconds / 2)
+    workers = (os.cpu_count() or 1) if stages.config.model.device == "cpu" else 1
+    labels = LABEL_SECONDS * sum(sae.width for group in stages.parts[0].train for sae in group.saes) / workers
+    assert faster["explain"].seconds - labels == pytest.approx((prices["explain"].seconds - labels) / 2)
 
 
 def test_an_evaluation_grows_with_its_saes_and_its_blocks():
