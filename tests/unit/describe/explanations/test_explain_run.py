@@ -257,3 +257,16 @@ def test_what_matches_nothing_is_an_error(explained: ExplainConfig, tmp_path: Pa
         explain.run(explained.model_copy(update={"endpoint": endpoint}))
     with pytest.raises(DataError, match="no finished SAE"):
         explain.run(explained.model_copy(update={"trained": tmp_path}))
+
+
+def test_shares_of_an_explanation_write_what_a_whole_one_does(explained: ExplainConfig, tmp_path: Path):
+    shared, told = explained.model_copy(update={"out": tmp_path}), []
+    for number in range(3):
+        explain.run_share(shared.model_copy(update={"share": (number, 3)}), told.append)
+    assert sum(told) == 4 * 32
+    assert tree_bytes(tmp_path) == {
+        name: content for name, content in tree_bytes(explained.out).items() if name.endswith("explanations.parquet")
+    }
+    assert explain.run(shared).num_skipped == 4
+    with pytest.raises(ValueError, match=r"share=\(3, 3\): expected \(number, count\)"):
+        ExplainConfig.model_validate(shared.model_dump() | {"share": (3, 3)})
