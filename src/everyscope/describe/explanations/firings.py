@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from everyscope.describe.explanations.passages import Passages, Windows
 from everyscope.sae.folded import Sae
+from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site
 
@@ -51,10 +52,13 @@ def firings_of_pairs(
 
 @torch.no_grad()
 def collect_firings(
-    model: Any, saes: Sequence[tuple[Site, Sae]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
+    model: Any, saes: Sequence[tuple[Site, Sae, float]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
 ) -> list[Firings]:
-    """The firings of each SAE over all counting tokens; `done` is told of blocks passed. The SAEs lie on the model's device."""
-    sites = list(dict.fromkeys(site for site, _ in saes))
+    """The firings of each SAE over all counting tokens; `done` is told of blocks passed. The SAEs lie on the model's device.
+
+    On rows whose norm is above an SAE's limit it has no firings: it was not trained on them, and all its latents fire there.
+    """
+    sites = list(dict.fromkeys(site for site, _, _ in saes))
     parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in saes]
     ctx = passages.input_ids.shape[1]
     for start in range(0, len(passages.input_ids), batch_blocks):
@@ -63,10 +67,11 @@ def collect_firings(
         tokens = np.flatnonzero(mask.numpy().ravel()) + start * ctx
         found = capture(model, sites, ids)
         rows = {site: found[site][mask.to(found[site].device)] for site in sites}
-        for number, (site, sae) in enumerate(saes):
+        for number, (site, sae, norm_limit) in enumerate(saes):
             chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
             for first in range(0, len(tokens), chunk):
-                f = sae.encode(rows[site][first : first + chunk].to(sae.w_enc.device))
+                some = rows[site][first : first + chunk].to(sae.w_enc.device)
+                f = sae.encode(some).masked_fill(is_massive(some, norm_limit)[:, None], 0)
                 row, latent = f.nonzero(as_tuple=True)
                 values = f[row, latent].float().cpu().numpy()
                 parts[number].append(
@@ -75,7 +80,7 @@ def collect_firings(
         done(len(ids))
     return [
         firings_of_pairs(*map(np.concatenate, zip(*part, strict=True)), d_sae=sae.d_sae)
-        for part, (_, sae) in zip(parts, saes, strict=True)
+        for part, (_, sae, _) in zip(parts, saes, strict=True)
     ]
 
 

@@ -135,7 +135,7 @@ def _explain(
     size, num_blocks = config.saes_per_pass, len(ground.passages.input_ids)
     for start in range(0, len(targets), size):
         group = targets[start : start + size]
-        saes = [(target.site, read_sae(target.folder)[0].to(device)) for target in group]
+        saes = [(target.site, read_sae(target.folder)[0].to(device), target.norm_limit) for target in group]
         with nullcontext() if progress else meter("read", num_blocks, "blocks") as bar:
             read = bar.advance if bar else lambda blocks: None
             found = collect_firings(model, saes, ground.passages, config.batch_blocks, read)

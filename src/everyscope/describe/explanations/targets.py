@@ -1,5 +1,6 @@
 """The SAEs that are to be explained, and how we know that one already is."""
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +25,7 @@ DECIDING_ENDPOINT_FIELDS = {
     "temperature",
 }
 """Fields of the endpoint on which its labels depend; where it stands, and what it may cost, are not among them."""
-VERSION = 2
+VERSION = 3
 """Part of every identity; raised when the same inputs would give other explanations."""
 
 
@@ -40,6 +41,8 @@ class Target:
     out: Path
     """Where its explanations go."""
     width: int
+    norm_limit: float
+    """The norm above which rows are massive; infinity where none is."""
     identity: str
     """Hash of all that decides the explanations."""
     endpoint: EndpointConfig | None
@@ -82,10 +85,13 @@ def _target(config: ExplainConfig, folder: Path) -> Target:
     site = parse_folder(folder.parent.relative_to(config.trained).as_posix())
     endpoint = config.endpoint if config.endpoint is not None and fnmatchcase(name, config.endpoint.saes) else None
     record = read_record(folder)
+    limit = record.get("norm_limit")
+    norm_limit = math.inf if limit is None else float(limit)
     decides: dict[str, Any] = config.model_dump(mode="json", exclude=IDLE_FIELDS)
     decides |= {
         "version": VERSION,
         "sae": record[WEIGHTS],
+        "norm_limit": limit,
         "endpoint": endpoint and endpoint.model_dump(mode="json", include=DECIDING_ENDPOINT_FIELDS),
     }
-    return Target(site, folder.name, folder, config.out / name, int(record["width"]), content_id(decides), endpoint)
+    return Target(site, folder.name, folder, config.out / name, int(record["width"]), norm_limit, content_id(decides), endpoint)

@@ -1,11 +1,20 @@
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from everyscope.base.errors import DataError
+from everyscope.describe.explanations.firings import collect_firings
 from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passages, cut_windows, join_blocks
 from everyscope.describe.explanations.run import text_pieces
+from everyscope.sae.folded import Sae
+from everyscope.sites.capture import capture
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.model import load_language_model
+from everyscope.sites.names import Site
 from everyscope.text.blocks import Block, Cursor, pack
 from everyscope.text.config import TextConfig
 from everyscope.text.documents import Document
@@ -59,3 +68,23 @@ def test_pieces_spell_the_text_and_frames_are_empty(tokenizer: Any):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert b"".join(pieces[number] for number in ids) == text.encode()
     assert pieces[tokenizer.bos_token_id] == pieces[tokenizer.eos_token_id] == b""
+
+
+def test_massive_rows_have_no_firings(passages: Passages):
+    model = load_language_model(ModelConfig()).model
+    some, site = replace(passages, input_ids=passages.input_ids[:2], mask=passages.mask[:2]), Site("resid_post", 1)
+    generator = torch.Generator().manual_seed(0)
+    w_enc = torch.randn(128, 32, generator=generator)
+    sae = Sae(w_enc, w_enc.T.contiguous(), torch.zeros(32), torch.zeros(128), torch.full((32,), 0.1))
+    rows = capture(model, [site], torch.from_numpy(some.input_ids).long())[site].reshape(-1, 128)
+    norms = rows[torch.from_numpy(some.mask.ravel())].norm(dim=1).sort().values
+    limit = float(norms[len(norms) // 2 :][:2].mean())  # between two rows, not at one
+    usual = set(np.flatnonzero(some.mask.ravel() & (rows.norm(dim=1).numpy() <= limit)).tolist())
+    every, kept = collect_firings(model, [(site, sae, math.inf), (site, sae, limit)], some, 2, lambda blocks: None)
+    assert 0 < len(usual) < int(some.mask.sum())
+    assert set(kept.tokens.tolist()) <= usual < set(every.tokens.tolist())
+    for latent in range(32):
+        tokens, activations = every.of(latent)
+        is_usual = np.isin(tokens, list(usual))
+        np.testing.assert_array_equal(kept.of(latent)[0], tokens[is_usual])
+        np.testing.assert_array_equal(kept.of(latent)[1], activations[is_usual])
