@@ -16,6 +16,13 @@ LOG_SECONDS = 20.0
 """Seconds between two lines where there is no terminal."""
 
 console = Console(stderr=True, highlight=False)
+_quiet = False
+
+
+def silence_meters() -> None:
+    """From here on this process shows no progress: another one shows that of all."""
+    global _quiet
+    _quiet = True
 
 
 class Meter:
@@ -38,7 +45,7 @@ class Meter:
             self._start = now
         rate = self._counted / max(now - self._start, 1e-9)
         self._progress.update(self._task, completed=self._done, rate=f"{human_count(rate)} {self._unit}/s")
-        if not console.is_terminal and (now >= self._next_line or self._done >= self._total):
+        if not console.is_terminal and not _quiet and (now >= self._next_line or self._done >= self._total):
             self._next_line = now + LOG_SECONDS
             share = f"{human_count(self._done)}/{human_count(self._total)} {self._unit}"
             left = f", {human_time((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
@@ -56,7 +63,7 @@ def meter(title: str, total: float, unit: str) -> Iterator[Meter]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=_quiet or not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, rate="")
         yield Meter(title, total, unit, progress, task)
 

@@ -181,7 +181,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--tls-key", type=Path, help="with --serve, its private key, PEM")
         add("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
     if name in ("run", "evaluate"):
-        add("--evaluate-jobs", type=int, default=1, help="jobs among which SAEs are divided for their scores")
+        add("--evaluate-jobs", type=int, help="jobs among which SAEs are divided for their scores (default: one per core)")
     add("--job-cpus", type=int, help="CPU cores and threads of each job")
     add("--model-gpus", type=int, default=1, help="GPUs of each job that runs the language model (default: 1)")
     add("--tries", type=int, default=5, help="retries without progress before a job fails (default: 5)")

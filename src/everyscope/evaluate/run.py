@@ -34,7 +34,7 @@ from everyscope.evaluate.scores import Findings, metrics_of, write_scores
 from everyscope.evaluate.sums import SaeState, SaeSums, State
 from everyscope.evaluate.targets import Target, load_targets
 from everyscope.evaluate.uniformity import UniformitySums
-from everyscope.evaluate.work import Counter, Work, counted
+from everyscope.evaluate.work import Counter, Work, counted, planned_blocks
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
@@ -64,10 +64,7 @@ def run(config: EvaluateConfig, progress: Counter | None = None) -> EvaluateResu
     down), ModelError and TextError (model or text cannot be read), ConfigError, StorageError.
     """
     targets = load_targets(config)
-    groups = [
-        _Group(tuple(target for target in group if not target.is_scored), content_id([target.identity for target in group]))
-        for group in _groups(targets, config.saes_at_once)
-    ]
+    groups = _pending(config, targets)
     num_pending = sum(len(group.pending) for group in groups)
     if num_pending:
         held_out = read_held_out(config)
@@ -93,6 +90,20 @@ class _Group:
     """Those without scores."""
     identity: str
     """Of all of them, scored or not."""
+
+
+def blocks_left(config: EvaluateConfig) -> int:
+    """Blocks that `run` would count on a `progress`."""
+    pending = [len(group.pending) for group in _pending(config, load_targets(config)) if group.pending]
+    return planned_blocks(config, pending)
+
+
+def _pending(config: EvaluateConfig, targets: list[Target]) -> list[_Group]:
+    """Every group, with its SAEs that have no scores yet."""
+    return [
+        _Group(tuple(target for target in group if not target.is_scored), content_id([target.identity for target in group]))
+        for group in _groups(targets, config.saes_at_once)
+    ]
 
 
 def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:

@@ -31,6 +31,7 @@ from everyscope.run.stage_jobs import (
     bank_workers,
     comparison_jobs,
     evaluation_jobs,
+    evaluation_workers,
     explanation_jobs,
     explanation_workers,
     gather_scores,
@@ -130,17 +131,27 @@ def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:
 
 def run_evaluation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     """SAEs and held-out text to scores, then what is compared over the whole suite."""
-    jobs: list[Job] = []
+    divided: list[tuple[str, int, list[Job]]] = []
     for part in stages.parts:
-        resources = model_resources(part.config.model.device, engine.settings)
-        jobs += evaluation_jobs(part.evaluate, engine.settings.evaluate_jobs, resources, _titled("evaluate", part, stages))
-    run_titled(jobs, "evaluate", engine)
+        workers = evaluation_workers(part.evaluate, part.config.sizes.num_parameters, engine.settings)
+        resources, title = model_resources(part.config.model.device, engine.settings, workers), _titled("evaluate", part, stages)
+        divided.append((title, workers, evaluation_jobs(part.evaluate, workers, resources, title)))
+    if isinstance(engine.runner, LocalRunner):
+        for title, workers, jobs in divided:
+            run_divided(jobs, title, "blocks", workers, engine)
+    else:
+        run_titled([job for _, _, jobs in divided for job in jobs], "evaluate", engine)
     for part in stages.parts:
         gather_scores(part.evaluate.out)
     for name, reason in stages.config.slices_left_out.items():
         say(f"  compare {name}: left out; {reason}")
-    resources = model_resources(stages.config.model.device, engine.settings)
-    run_titled(comparison_jobs(stages.comparisons, resources), "compare", engine)
+    workers = divided[0][1] if isinstance(engine.runner, LocalRunner) else 1
+    resources = model_resources(stages.config.model.device, engine.settings, workers)
+    jobs = comparison_jobs(stages.comparisons, workers, resources)
+    if workers == 1:
+        run_titled(jobs, "compare", engine)
+    else:
+        run_divided(jobs, "compare", "comparisons", workers, engine)
 
 
 def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
@@ -154,6 +165,15 @@ def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
         engine.runner.run([job], job.name)
 
 
+def run_divided(jobs: Sequence[Job], title: str, unit: str, workers: int, engine: Engine) -> None:
+    """Run the jobs of a stage: those that tell of units side by side below one title, one that shows its own progress here."""
+    if any(job.units for job in jobs) or not jobs:
+        heading(title)
+        engine.runner.run(jobs, title.partition(" ")[0], unit, workers)
+    else:
+        run_titled(jobs, title, engine)
+
+
 def run_description(stages: Stages, engine: Engine = THIS_HOST) -> None:
     """SAEs and text to the top activating examples and the logit effects of each latent."""
     resources = model_resources(stages.config.model.device, engine.settings)
@@ -165,11 +185,7 @@ def run_explanation(stages: Stages, engine: Engine = THIS_HOST) -> None:
     workers = explanation_workers(stages.explain, stages.config.sizes.num_parameters, engine.settings)
     resources = model_resources(stages.config.model.device, engine.settings, workers)
     jobs = explanation_jobs(stages.explain, workers, resources)
-    if len(jobs) == 1 and not jobs[0].units:
-        run_titled(jobs, "explain", engine)
-        return
-    heading("explain")
-    engine.runner.run(jobs, "explain", "latents", workers)
+    run_divided(jobs, "explain", "latents", workers, engine)
 
 
 def run_publication(stages: Stages, *, by_bytes: bool = True) -> PublishResult:

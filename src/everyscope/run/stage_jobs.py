@@ -7,6 +7,7 @@ sites, labels by SAEs. Comparisons are a job each, description one: its SAEs sha
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from everyscope.evaluate.comparisons.config import (
 )
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import read_costs, write_costs
+from everyscope.evaluate.run import blocks_left
 from everyscope.evaluate.run import run as evaluate
 from everyscope.evaluate.targets import Target, load_targets
 from everyscope.harvest.config import HarvestConfig
@@ -36,10 +38,10 @@ from everyscope.harvest.folder import HarvestFolder
 from everyscope.harvest.run import run as harvest
 from everyscope.harvest.subject import model_identity
 from everyscope.run.jobs.config import EngineConfig
-from everyscope.run.jobs.job import Job, Resources
+from everyscope.run.jobs.job import Job, Progress, Resources
 from everyscope.run.jobs.pool import default_workers, threads_of
 from everyscope.run.placement import Devices, WidthOf, work_of
-from everyscope.sae.files import trained_folders
+from everyscope.sites.model import quiet_transformers
 from everyscope.suite.layout import METRICS_FILE
 from everyscope.train.config import TrainConfig
 from everyscope.train.memory import CONTEXT_BYTES, bytes_of
@@ -58,8 +60,10 @@ COMPARISONS: dict[type, Callable[[Any], Path]] = {
 """By its config, how each comparison is made."""
 PARTS_FOLDER = "parts"
 """Below the scores, while an evaluation is divided."""
-EXPLANATION_BYTES = 2**32
-"""What a process that labels latents holds besides the model: torch, the text and the firings of a group of SAEs [bytes]."""
+PROCESS_BYTES = 2**32
+"""What a process holds besides the model that scores SAEs or labels latents: torch, the text, the firings of a group [bytes]."""
+DIVIDED_BLOCKS, DIVIDED_LATENTS = 1024, 2048
+"""Work that is worth the start of further processes [blocks], [latents]."""
 GPU_JOB_CPUS = 4
 """Cores beside a whole GPU; a bank with a share of one takes the same share of them [cores]."""
 
@@ -136,24 +140,54 @@ def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineCon
 def evaluation_jobs(config: EvaluateConfig, count: int, resources: Resources, name: str) -> list[Job]:
     """The SAEs that have no scores yet, divided by site into up to `count` jobs with a folder each; `gather_scores` ends them.
 
-    A single job works in the scores folder itself. What goes together depends on what is pending alone, so a killed part goes on.
+    With a count of 1 the job works in the scores folder itself. What goes together depends on what is pending alone, so that a
+    killed part resumes.
     """
-    pending = [target for target in load_targets(config) if not target.is_scored]
-    parts = _by_site(pending, count)
-    if len(parts) < 2:
+    if count == 1:
         return [Job(score, config, name, resources)]
+    parts = _by_site([target for target in load_targets(config) if not target.is_scored], count)
     jobs = []
     for number, part in enumerate(parts):
         saes = tuple(target.place for target in part)
-        changes = {"saes": saes, "out": config.out / PARTS_FOLDER / content_id(saes)}
+        share = config.model_copy(update={"saes": saes, "out": config.out / PARTS_FOLDER / content_id(saes)})
         title = f"{name} {number + 1}/{len(parts)}"
-        jobs.append(Job(score, config.model_copy(update=changes), title, resources, cost=float(len(part))))
+        jobs.append(Job(score_share, share, title, resources, units=blocks_left(share), cost=float(len(part))))
     return jobs
+
+
+def evaluation_workers(config: EvaluateConfig, num_parameters: int, engine: EngineConfig) -> int:
+    """Among how many jobs an evaluation is divided: one for each core, as far as sites go and the model fits. A small one is not.
+
+    SAEs that have scores count too: sums depend on the number of threads, and a resumed run must come to the same bits.
+    """
+    targets = load_targets(config)
+    sites = len({target.site for target in targets})
+    if engine.evaluate_jobs is not None:
+        return min(engine.evaluate_jobs, sites)
+    is_large = len(targets) * config.num_sequences >= DIVIDED_BLOCKS
+    return min(_fitting(config.model.device, num_parameters), sites) if is_large else 1
 
 
 def score(config: EvaluateConfig) -> None:
     """An evaluation as a job: it has a bar of its own, in blocks, and tells nobody else of them."""
     evaluate(config)
+
+
+def score_share(config: EvaluateConfig, progress: Progress) -> None:
+    """One of several, which tells of its blocks."""
+    quiet_transformers()
+    evaluate(config, _Told(progress))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A count of blocks that goes to a job's `progress`."""
+
+    progress: Progress
+
+    def advance(self, amount: int, /, *, is_resumed: bool = False) -> None:
+        """Whether this run has read them or one before."""
+        self.progress(amount)
 
 
 def gather_scores(scores: Path) -> None:
@@ -179,22 +213,38 @@ def explanation_jobs(config: ExplainConfig, workers: int, resources: Resources) 
     for number in range(workers):
         share = config.model_copy(update={"share": (number, workers)})
         units = sum(target.width for target in explained(share) if not target.is_explained)
-        if units:
+        if units:  # even a single one goes to a process, which has its share of the threads
             jobs.append(Job(explain_share, share, f"explain {number + 1}/{workers}", resources, units=units))
     return jobs
 
 
 def explanation_workers(config: ExplainConfig, num_parameters: int, engine: EngineConfig) -> int:
-    """How many processes label latents side by side on one host: as many as cores, as far as the model fits beside itself."""
+    """How many processes label latents side by side: one for each core, as far as the model fits; for few latents, one."""
+    latents = sum(target.width for target in explained(config))
+    return engine.workers or (_fitting(config.model.device, num_parameters) if latents >= DIVIDED_LATENTS else 1)
+
+
+def _fitting(device: str, num_parameters: int) -> int:
+    """Processes that hold the language model side by side: one for each core of a CPU, as far as memory goes."""
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    fitting = int(room / (4 * num_parameters + EXPLANATION_BYTES))
-    return engine.workers or max(1, min(default_workers(len(trained_folders(config.trained)), config.model.device), fitting))
+    return max(1, min(default_workers(os.cpu_count() or 1, device), int(room / (4 * num_parameters + PROCESS_BYTES))))
 
 
-def comparison_jobs(configs: Sequence[ComparisonConfig], resources: Resources) -> list[Job]:
-    """One job a comparison."""
-    runs = [COMPARISONS[type(config)] for config in configs]
-    return [Job(run, config, comparison_name(run), resources) for run, config in zip(runs, configs, strict=True)]
+def comparison_jobs(configs: Sequence[ComparisonConfig], workers: int, resources: Resources) -> list[Job]:
+    """One job a comparison; beside others it shows no progress of its own, and tells of its end."""
+    jobs = []
+    for config in configs:
+        work = COMPARISONS[type(config)]
+        name = comparison_name(work)
+        jobs.append(Job(work, config, name, resources) if workers == 1 else Job(compare, config, name, resources, units=1))
+    return jobs
+
+
+def compare(config: ComparisonConfig, progress: Progress) -> None:
+    """One of several comparisons that are made side by side."""
+    quiet_transformers()
+    COMPARISONS[type(config)](config)
+    progress(1)
 
 
 def comparison_name(run: Callable[[Any], Path]) -> str:

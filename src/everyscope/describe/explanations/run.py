@@ -6,7 +6,6 @@ before it is asked anything.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ def _quote(ground: Ground, targets: Sequence[Target]) -> Quote | None:
 def _explain(
     ground: Ground, targets: Sequence[Target], endpoint: Endpoint | None, progress: Callable[[int], None] | None = None
 ) -> None:
-    """All SAEs, a group at a time; where nobody else is told of progress, with bars of its own."""
+    """All SAEs, a group at a time; `progress` is told of latents in place of a bar."""
     config = ground.config
     model = load_language_model(config.model).model
     device = torch.device(config.model.device)
@@ -136,12 +135,10 @@ def _explain(
     for start in range(0, len(targets), size):
         group = targets[start : start + size]
         saes = [(target.site, read_sae(target.folder)[0].to(device), target.norm_limit) for target in group]
-        with nullcontext() if progress else meter("read", num_blocks, "blocks") as bar:
-            read = bar.advance if bar else lambda blocks: None
-            found = collect_firings(model, saes, ground.passages, config.batch_blocks, read)
-        with nullcontext() if progress else meter("explain", sum(firings.d_sae for firings in found), "latents") as bar:
-            done = bar.advance if bar else progress
-            assert done is not None
+        with meter("read", num_blocks, "blocks") as bar:
+            found = collect_firings(model, saes, ground.passages, config.batch_blocks, bar.advance)
+        with meter("explain", sum(firings.d_sae for firings in found), "latents") as bar:
+            done = progress or bar.advance
             for target, firings in zip(group, found, strict=True):
                 explain_sae(ground, target, firings, endpoint, done)
 

@@ -26,9 +26,9 @@ class EngineConfig(Schema):
     takes what a run without engine would, so that both come to the same bits [cores]."""
     model_gpus: int = Field(default=1, ge=1)
     """GPUs of each job that runs the language model on them; more for a model with a device_map [devices]."""
-    evaluate_jobs: int = Field(default=1, ge=1)
-    """Jobs among which the SAEs of an evaluation are divided; scores do not depend on it, but each job makes clean passes of its
-    own, which cost.json counts [jobs]."""
+    evaluate_jobs: int | None = Field(default=None, ge=1)
+    """Jobs among which the SAEs of an evaluation are divided; each makes clean passes of its own, which cost.json counts. None
+    takes one for each core of a CPU, as far as the model fits into memory so often, and else one [jobs]."""
     device_bytes: int | None = Field(default=None, ge=1)
     """Memory of one GPU, of which banks get shares; None asks this host's, and gives each bank a whole one where it has none
     [bytes]."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from everyscope.base.errors import EveryscopeError
-from everyscope.base.progress import Meter, meter, say
+from everyscope.base.progress import Meter, meter, say, silence_meters
 from everyscope.run.jobs.job import Job
 
 POLL_SECONDS = 0.2
@@ -90,6 +90,7 @@ class _Worker:
     @classmethod
     def start(cls, reports: Any, threads: int) -> None:
         cls.reports = reports
+        silence_meters()
         torch.set_num_threads(threads)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent decides
         parent = multiprocessing.parent_process()
