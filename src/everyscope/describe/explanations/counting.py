@@ -60,15 +60,27 @@ def _add(values: np.ndarray, rows: np.ndarray, totals: np.ndarray) -> None:
 
 @compiled
 def choose_sets(
-    values: np.ndarray, gains: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, price: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each family in which something gains: its number, and places of its values of largest gain, best first.
+    values: np.ndarray,
+    counts: np.ndarray,
+    recall: np.ndarray,
+    totals: np.ndarray,
+    cost: float,
+    least: int,
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    price: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each family in which something gains: its number, and its values of largest gain, best first.
 
-    `values` are numbered over all families as `offsets` say, in order. At most `sizes` values of a family are taken, and after
-    the first only those that gain more than `price`. Gives families [n], places [n, largest size] and how many of these are used.
-    """
+    `values` are numbered over all families as `offsets` say, in order; each gains recall - cost * false alarms, nothing where it
+    has less than `least` firings. At most `sizes` values of a family are taken, after the first only those that gain more than
+    `price`. Gives families [n], values [n, largest size], how many of these are used, their summed recall and false alarms.
+    """  # fmt: skip
     families, places = np.empty(len(sizes), np.int64), np.full((len(sizes), sizes.max()), -1, np.int64)
     used = np.zeros(len(sizes), np.int64)
+    gains = np.empty(len(values))
+    for place in range(len(values)):
+        gains[place] = recall[place] - cost * (totals[place] - counts[place]) if counts[place] >= least else -1.0
     num_sets, next_place = 0, 0
     for family in range(len(sizes)):
         while next_place < len(values) and values[next_place] < offsets[family + 1]:
@@ -92,4 +104,11 @@ def choose_sets(
         if size:
             families[num_sets] = family
             num_sets += 1
-    return families[:num_sets], places[:num_sets], used[:num_sets]
+    chosen, hits, missed = np.full((num_sets, places.shape[1]), -1, np.int64), np.zeros(num_sets), np.zeros(num_sets, np.int64)
+    for number in range(num_sets):
+        for rank in range(used[number]):
+            place = places[number, rank]
+            chosen[number, rank] = values[place]
+            hits[number] += recall[place]
+            missed[number] += totals[place] - counts[place]
+    return families[:num_sets], chosen, used[:num_sets], hits, missed

@@ -213,12 +213,18 @@ class RuleSearch:
 
     def _sets(self, scope: _Scope, cost: float) -> _Sets:
         """The best set of each family within a scope at a cost; none where nothing gains."""
-        false_alarms = scope.totals - scope.counts
-        gains = np.where(scope.counts >= MIN_VALUE_FIRINGS, scope.recall - cost * false_alarms, -1.0)
-        family, places, size = choose_sets(scope.values, gains, self._offsets, self._sizes, VALUE_PRICE)
-        is_used = np.arange(places.shape[1]) < size[:, None]
-        recall, missed = (np.where(is_used, part[places], 0).sum(1) for part in (scope.recall, false_alarms))
-        return _Sets(family, scope.values[places], size, recall, missed)
+        found = choose_sets(
+            scope.values,
+            scope.counts,
+            scope.recall,
+            scope.totals,
+            cost,
+            MIN_VALUE_FIRINGS,
+            self._offsets,
+            self._sizes,
+            VALUE_PRICE,
+        )
+        return _Sets(*found)
 
     def _promising(self, whole: _Scope, cost: float) -> list[Rule]:
         """Sets and pairs of sets, of which one is too wide by itself and the other the best one within it, by their promise."""
