@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BUILT := .venv/.built
 
-.PHONY: help demo test test-all test-browser ray test-cluster check bench bench-serving bench-harvest bench-scaling agreement
+.PHONY: help demo test test-all test-browser ray test-cluster check docs bench bench-serving bench-harvest bench-scaling agreement
 .DELETE_ON_ERROR:
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test    the tests of each commit, two at a time; make test WORKERS=8 on a larger machine"
 	@echo "make test-all       these and the thorough ones: every kill moment"
 	@echo "make check   style, types, floors and house rules"
+	@echo "make docs    the documentation site, in build/site; warnings are errors"
 	@echo "make test-cluster   tests on a Ray cluster of this host; installs Ray"
 	@echo "make bench   training beside other trainers, which are installed the first time; options in BENCH='...'"
 
@@ -45,6 +46,18 @@ check: $(BUILT)
 	.venv/bin/pyright
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest tests/unit/test_house.py
+
+# The site is built from the sources as text, in an environment without torch.
+DOCS_ENV := .test-envs/docs
+
+docs: $(DOCS_ENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict
+	@echo "build/site/index.html; with its search: python3 -m http.server --bind 127.0.0.1 --directory build/site"
+
+$(DOCS_ENV)/.built: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/pip install --require-hashes --no-deps -r requirements-docs.lock
+	@touch $@
 
 bench: $(BUILT)
 	.venv/bin/python benchmarks/training.py $(BENCH)

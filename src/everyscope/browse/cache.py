@@ -12,23 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from everyscope.base.errors import ConfigError, DataError, StorageError
+from everyscope.base.errors import StorageError
 from everyscope.base.files import PARTIAL, make_folder, sha256, whole_file
 from everyscope.base.ids import content_id
 from everyscope.browse.tables import VERSION
 from everyscope.suite.layout import INDEX_FILE
 
 SUFFIX = ".sqlite"
-
-
-def suite_folder(path: Path) -> Path:
-    """The suite in `path`, which is its folder or that of its run; ConfigError or DataError where there is none."""
-    if not path.exists():
-        raise ConfigError(f"{path}: no such folder; give a suite's folder, as in `everyscope browse runs/tiny/suite`")
-    for folder in (path, path / "suite"):
-        if (folder / INDEX_FILE).is_file():
-            return folder
-    raise DataError(f"{path}: holds no {INDEX_FILE}, so it is no suite; give a suite's folder, or publish the run first")
 
 
 def cache_folder(given: Path | None) -> Path:

@@ -6,9 +6,9 @@ from pathlib import Path
 from everyscope.base.errors import DataError, EveryscopeError, first_line
 from everyscope.base.progress import meter
 from everyscope.browse.build import build_index, input_files
-from everyscope.browse.cache import ensure_index, index_path, suite_folder
+from everyscope.browse.cache import ensure_index, index_path
 from everyscope.browse.queries import Index
-from everyscope.suite.layout import INDEX_FILE
+from everyscope.suite.layout import INDEX_FILE, suite_folder
 from everyscope.suite.records import SuiteIndex, read_index
 
 

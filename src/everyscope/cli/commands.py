@@ -244,9 +244,9 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
     from everyscope.browse.run import run
 
     def live() -> "Live":
-        from everyscope.browse.cache import suite_folder
         from everyscope.browse.live_model import SuiteModel
         from everyscope.sites.model import quiet_transformers
+        from everyscope.suite.layout import suite_folder
 
         quiet_transformers()
         suite = suite_folder(config.suite)

@@ -16,7 +16,7 @@ from everyscope.cli.flags import divided, parse_fields
 from everyscope.run.automatic import Machine, Wishes, automatic, context_of, slug, text_of
 from everyscope.run.config import RunConfig
 from everyscope.run.cost.prices import SUSTAINED, Rates, stage_prices
-from everyscope.run.find import RECIPES, find_recipe, nearest_recipe
+from everyscope.run.find import RECIPES, find_recipe, is_path, nearest_recipe
 from everyscope.run.settings import ModelShape
 from everyscope.run.stages import RECIPE_FILE, stages_of
 from everyscope.sites.config import ModelConfig
@@ -29,9 +29,9 @@ def is_model(name: str) -> bool:
     """Whether a first argument means a language model: a folder that holds one, a bundled one, or a hub id."""
     if name in RECIPES or name.endswith(".py"):
         return False
-    return (
-        name in BUNDLED_MODELS or (Path(name) / "config.json").is_file() or (not Path(name).exists() and not nearest_recipe(name))
-    )
+    if name in BUNDLED_MODELS or (Path(name) / "config.json").is_file():
+        return True
+    return not (Path(name).exists() or is_path(name) or nearest_recipe(name))
 
 
 def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, Path]:
@@ -42,7 +42,8 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
         given = next((name for name in WISHES if getattr(options, name) is not None), None)
         if given is not None:
             raise ConfigError(
-                f"--{given} is for a MODEL; {first} is a recipe, whose fields `--help` lists, as --groups.0.{given}"
+                f"--{given} is for a MODEL, and {first} is a recipe; its fields are flags too: "
+                f"`everyscope {options.command} {first} --help-all` lists them"
             )
     prog = f"everyscope {options.command} {first}"
     of_shape, fields = divided(fields, {"shape"})  # by itself: tyro has no flags for the fields of what may be None

@@ -14,6 +14,7 @@ from everyscope.run.placement import Devices
 from everyscope.run.stages import Stages
 from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextConfig
+from everyscope.text.corpora import read_documents
 
 MODEL_STAGES = ("harvest", "evaluate", "describe", "explain")
 """Stages that run the language model."""
@@ -84,6 +85,10 @@ def _check_text(text: TextConfig, field: str) -> None:
     for path in text.paths:
         if not Path(path).exists():
             raise TextError(f"{field}.paths: no such file or folder: {path}")
+    if text.source == "files":
+        in_order = text.model_copy(update={"shuffle_seed": None})  # so that nothing is read beyond the first document
+        if next(read_documents(in_order), None) is None:
+            raise TextError(f"{field}.paths: no text in {text.origin}; expected .txt, .jsonl or .parquet files that hold some")
     if text.source == "dataset":
         _require("datasets", "data", f"{field}.dataset={text.dataset}")
 

@@ -59,7 +59,7 @@ class RunConfig(Schema):
     """Everything from text to suite."""
 
     name: str
-    """The run's name; its folder is runs/<name> unless --out says otherwise."""
+    """The run's name; its folder is `runs/<name>` unless --out says otherwise."""
     title: str
     """The suite's name for people."""
     model: ModelConfig

@@ -33,9 +33,18 @@ def find_recipe(name_or_path: str) -> RunConfig:
     path = Path(name_or_path)
     if path.suffix == ".py":
         return _recipe_in(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: has no config.json, so it is no language model; give the folder that save_pretrained wrote")
+    if is_path(name_or_path):
+        raise ConfigError(f"{name_or_path}: no such folder; give a language model's folder, its id on the hub, or a recipe")
     near = nearest_recipe(name_or_path)
     hint = f"did you mean {near!r}? " if near else ""
     raise ConfigError(f"unknown recipe {name_or_path!r}; {hint}Known are {', '.join(RECIPES)}, or give a path to a .py file")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only mean a place on this machine, as ./model or /data/model."""
+    return name.startswith((".", "/", "~"))
 
 
 def nearest_recipe(name: str) -> str | None:

@@ -100,6 +100,11 @@ class SaeConfig(Schema):
                 f"sparsity_coefficient={self.sparsity_coefficient:g} with target_l0={self.target_l0:g}: a target is held by "
                 "target_weight; leave one of the two out"
             )
+        if self.target_l0 is not None and self.target_l0 > self.width:
+            raise ValueError(
+                f"target_l0={self.target_l0:g} with width={self.width}: no more latents than there are can be active; "
+                "aim at fewer, usually 10 to 200"
+            )
         if self.target_l0 is None and self.target_weight != TARGET_WEIGHT:
             raise ValueError(
                 f"target_weight={self.target_weight:g} holds a target_l0, and there is none; give one or leave it out"

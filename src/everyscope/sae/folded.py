@@ -94,6 +94,8 @@ class Sae(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latent activations of raw activations, in raw units; ShapeMismatch for another d_in or another device."""
+        if not isinstance(x, Tensor):
+            raise ShapeMismatch(f"activations are of type {type(x).__name__}, expected a tensor; torch.as_tensor(x) makes one")
         if x.shape[-1] != self.d_in:
             raise ShapeMismatch(
                 f"activations have d_in={x.shape[-1]}, the SAE expects {self.d_in}; is this the SAE of another site?"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from everyscope.base.errors import ConfigError, DataError
 from everyscope.sae.saelens import CONFIG_FILE, WEIGHTS_FILE
 from everyscope.sites.names import Site
 
@@ -12,6 +13,16 @@ NPZ_FILE = "params.npz"
 METRICS_FILE, LATENTS_FILE, EXPLANATIONS_FILE = "metrics.json", "latents.parquet", "explanations.parquet"
 SAE_FILES = (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, LATENTS_FILE, EXPLANATIONS_FILE)
 """What lies in the folder of one SAE; explanations only where they were made."""
+
+
+def suite_folder(path: Path) -> Path:
+    """The suite in `path`, which is its folder or that of its run; ConfigError or DataError where there is none."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder; give the folder of a suite or of its run, as runs/tiny")
+    for folder in (path, path / "suite"):
+        if (folder / INDEX_FILE).is_file():
+            return folder
+    raise DataError(f"{path}: holds no {INDEX_FILE}, so it is no suite; give a suite's folder, or publish the run first")
 
 
 def width_label(width: int) -> str:

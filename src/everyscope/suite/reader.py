@@ -24,7 +24,7 @@ from everyscope.sae.folded import PARAMETERS, Sae, from_tensors
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sae.saelens import metadata_of
 from everyscope.sites.names import Site, SiteKind, as_site
-from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE
+from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE, suite_folder
 from everyscope.suite.npz import array_names, read_arrays
 from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
 from everyscope.suite.verify import checksums, verify_file
@@ -280,5 +280,9 @@ class Suite:
 
 
 def load_suite(path: str | Path) -> Suite:
-    """The suite in a folder; tensors are read only when an entry's `sae()` is called. DataError where there is none."""
-    return Suite(Path(path), read_index(Path(path)))
+    """The suite in a folder, or in a run's; tensors are read only when an entry's `sae()` is called.
+
+    ConfigError where there is no such folder, DataError where it holds no suite.
+    """
+    root = suite_folder(Path(path))
+    return Suite(root, read_index(root))

@@ -23,6 +23,7 @@ def test_a_target_needs_no_other_number():
         ({"sparsity_coefficient": 1e-3, "target_weight": 1}, "holds a target_l0, and there is none"),
         ({"target_l0": 50, "target_weight": -1}, "target_weight"),
         ({"target_l0": 0}, "target_l0"),
+        ({"target_l0": 4097}, "no more latents than there are"),
     ],
 )
 def test_fields_that_contradict_or_would_be_ignored_are_refused(fields, complaint):
@@ -32,7 +33,7 @@ def test_fields_that_contradict_or_would_be_ignored_are_refused(fields, complain
 
 @pytest.mark.parametrize("fields", [{"target_l0": 50}, {"target_l0": 5, "target_weight": 1.5}, {"sparsity_coefficient": 1e-3}])
 def test_a_record_names_the_weight_that_acts_alone_and_reads_back(fields):
-    config = SaeConfig(width=16, **fields)
+    config = SaeConfig(width=64, **fields)
     record = config.as_json()
     assert ("target_weight" in record) == (config.target_l0 is not None) == ("sparsity_coefficient" not in record)
     assert SaeConfig.model_validate(record) == config

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from everyscope.base.errors import ConfigError, DamagedData, DataError
+from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import human_bytes, read_json, sha256, write_json, write_text
 from everyscope.base.ids import content_id
 from everyscope.base.progress import Meter, meter, say
@@ -29,7 +29,7 @@ from everyscope.publish.neuronpedia.names import Source, one_per_set, sources_of
 from everyscope.publish.neuronpedia.rows import activation_rows, explanation_rows, feature_rows
 from everyscope.publish.neuronpedia.text import SuiteText, read_text
 from everyscope.publish.neuronpedia.upload import UploadResult, upload
-from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, INDEX_FILE, LATENTS_FILE
+from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, INDEX_FILE, LATENTS_FILE, suite_folder
 from everyscope.suite.records import SuiteIndex, read_index
 
 VERSION = 1
@@ -96,14 +96,6 @@ def run(config: NeuronpediaConfig) -> NeuronpediaResult:
     heads = _write_heads(config, index, text, api)
     sent = upload(config, heads, [manifests[sources.index(source)] for source in api]) if config.upload else None
     return NeuronpediaResult(config.out, tuple(manifests), skipped, sent)
-
-
-def suite_folder(path: Path) -> Path:
-    """The suite in `path`, which is its folder or that of its run; ConfigError where there is none."""
-    for folder in (path, path / "suite"):
-        if (folder / INDEX_FILE).is_file():
-            return folder
-    raise ConfigError(f"{path}: holds no {INDEX_FILE}, so it is no suite; give a suite's folder, or publish the run first")
 
 
 def identity(config: NeuronpediaConfig, index: SuiteIndex, source: Source) -> str:
