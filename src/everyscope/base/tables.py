@@ -32,7 +32,7 @@ UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError
 @contextmanager
 def new_table(path: Path, schema: pyarrow.Schema, **options: Any) -> Iterator[pyarrow.parquet.ParquetWriter]:
     """A writer of tables of `schema` into a sealed file, whole or not at all. Equal tables give equal bytes."""
-    sealed = schema.with_metadata({**(schema.metadata or {}), CHECKSUM: UNSEALED})
+    sealed = schema.with_metadata({**(schema.metadata or {}), CHECKSUM.encode(): UNSEALED})
     with whole_file(path) as partial:
         with pyarrow.parquet.ParquetWriter(partial, sealed, **options) as writer:
             yield writer
@@ -42,7 +42,7 @@ def new_table(path: Path, schema: pyarrow.Schema, **options: Any) -> Iterator[py
 def write_table(path: Path, table: pyarrow.Table, *, row_group_size: int | None = None, **options: Any) -> None:
     """Write a table into a sealed file, whole or not at all."""
     with new_table(path, table.schema, **options) as writer:
-        sealed = table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM: UNSEALED})
+        sealed = table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM.encode(): UNSEALED})
         writer.write_table(sealed, row_group_size=row_group_size)
 
 
