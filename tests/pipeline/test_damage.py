@@ -9,17 +9,20 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from browser.asking import ask
 from browser.invented_suite import Shape, write_invented_suite
 from invented_scores import SITES, add_sae, add_slices
 
-from everyscope.base.errors import EveryscopeError
-from everyscope.base.tables import check_table
+from everyscope.base.errors import DataError, EveryscopeError
+from everyscope.base.table_trial import Tried
+from everyscope.base.tables import HELD, UNSEALED, _seal, check_table, read_table, write_table
 from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.browse.app import Browser
 from everyscope.browse.preparation import Preparation
@@ -312,6 +315,29 @@ def test_pages_of_a_damaged_suite_are_pages(tmp_path: Path, name: str, count: in
         return [answer.body for answer in answers]
 
     check(Kind(path, read, may_leave_out=True), count, seed=PAGE_FILES.index(name))
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(2000, marks=pytest.mark.thorough)])
+def test_a_hostile_table_that_passes_its_trial_is_read_here_too(kinds: dict[str, Kind], tmp_path: Path, count: int):
+    """Sealed again after each mutation, so that nothing but Arrow stands between the bytes and us."""
+    table = pyarrow.parquet.read_table(kinds["scores/latents.parquet"].path)
+    random_, paths = random.Random(count), [tmp_path / f"{number}.parquet" for number in range(count)]
+    for number, path in enumerate(paths):
+        compression, version = ("none", "zstd")[number % 2], ("1.0", "2.0")[number // 2 % 2]
+        write_table(path, table, compression=compression, data_page_version=version, use_dictionary=number % 3 == 0)
+        good = path.read_bytes()
+        held = HELD.search(good)
+        bad = bytes_damaged(random_, good).replace(held.group(1), UNSEALED.encode())
+        path.write_bytes(bad)
+        if UNSEALED.encode() in bad:
+            _seal(path)
+    tried, num_read = Tried(paths, "again"), 0
+    for path in paths:
+        with suppress(DataError):
+            tried.require(path)
+            assert len(read_table(path, table.column_names, "again")) <= len(table)
+            num_read += 1
+    assert count / 50 < num_read < count / 2
 
 
 def test_two_thousand_mutations_at_night():

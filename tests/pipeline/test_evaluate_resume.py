@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from small_scope import build_scope, score_bytes
 
-from everyscope.evaluate import baseline_sweep
+from everyscope.evaluate import baseline_sweep, sums
 from everyscope.evaluate import run as run_module
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import COST_FILE
 from everyscope.evaluate.run import PROGRESS_FILE, run
 from everyscope.evaluate.scores import write_scores
+from everyscope.evaluate.sums import State
 from everyscope.sites.names import Site
 
 # Waits between the batches of a sweep, so that the kill falls into the middle of it on any machine.
@@ -73,6 +75,36 @@ def test_a_killed_evaluation_ends_with_the_same_bytes(tmp_path: Path, saes_at_on
     assert score_bytes(again.out) == want
     forwards = [json.loads((out / COST_FILE).read_text())["forwards"] for out in (config.out, again.out)]
     assert forwards[0] == forwards[1]
+
+
+def test_a_run_that_lives_for_one_pass_at_a_time_gets_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped as soon as it has kept anything: each life does one SAE or baseline on one batch, and none does it in vain."""
+    small = {"num_sequences": 6, "uniformity_sequences": 2, "baseline_sequences": 4, "checkpoint_batches": 100}
+    config = build_scope(tmp_path, (Site("attn_out", 1), Site("resid_post", 0)), 20).model_copy(update=small)
+    run(config)
+    again, save, lives, kept = config.model_copy(update={"out": tmp_path / "again"}), State.save, 0, []
+
+    def save_and_stop(self: State, path: Path) -> None:
+        save(self, path)
+        kept.append((path.name, self.batches, self.steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(State, "save", save_and_stop)
+    monkeypatch.setattr(sums, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(sums, "SAVE_SHARE", 0.0)
+    while lives == len(kept):
+        with suppress(KeyboardInterrupt):
+            run(again)
+        lives += 1
+        assert lives < 100, kept
+    batches, saes = range(2), range(4)  # of two and four blocks; two SAEs at each site
+    of_saes = [places for name, *places in kept if name == PROGRESS_FILE]
+    assert of_saes == [place for batch in batches for place in (*([batch, sae + 1] for sae in saes), [batch + 1, 0])]
+    of_baselines = [places for name, *places in kept if name == baseline_sweep.PROGRESS_FILE]
+    assert len(of_baselines) == len(kept) - len(of_saes) > 4 * 2  # at least a site's own figures and a dictionary, in two batches
+    assert score_bytes(again.out) == score_bytes(config.out)
+    costs = [json.loads((out / COST_FILE).read_text()) for out in (config.out, again.out)]
+    assert costs[0]["forwards"] == costs[1]["forwards"]
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged"])

@@ -209,6 +209,18 @@ def test_the_comparison_with_saelens_runs_up_to_saelens(finished, tmp_path, monk
     assert all(np.isfinite(row["everyscope_by_their_convention"]) for row in found["rows"])
 
 
+def test_pages_are_timed_while_the_model_steers(finished, tmp_path, monkeypatch):
+    """benchmarks/browsing.py, whose first request is that of another site's page: it is refused, and no model is loaded."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    browsing = importlib.import_module("browsing")
+    monkeypatch.setattr(sys, "argv", ["browsing.py", str(finished), "--quick", "--out", str(tmp_path)])
+    browsing.main()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["steered"] >= 1
+    assert {(row["steering"], row["what"]) for row in found["rows"]} >= {(is_on, "tab 3") for is_on in (False, True)}
+    assert all(0 < row["p50"] <= row["p95"] <= row["max"] for row in found["rows"])
+
+
 def test_the_example_writes_reconstructions_of_every_sae(finished, tiny_random_model_folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = importlib.import_module("write_reconstructions")

@@ -185,12 +185,17 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
+def parse_object(data: bytes, name: Path | str) -> dict[str, Any]:
+    """The JSON object that `data` spells; DataError where it spells another value, or as `parse_json` raises."""
+    value = parse_json(data, name)
+    if not isinstance(value, dict):
+        raise DataError(f"{name}: holds {type(value).__name__}, expected a JSON object; download it, or run its stage, again")
+    return value
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; DataError where it holds another value, or as `read_json` raises."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds {type(value).__name__}, expected a JSON object; download it, or run its stage, again")
-    return value
+    return parse_object(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:

@@ -23,12 +23,16 @@ MAX_TABLE_BYTES = 1 << 30
 """What a table may take in memory by what its file says of itself [bytes]."""
 VALUE_BYTES = 8
 """What a value is reckoned to take at least: an encoding may spell a million of them in a few bytes [bytes]."""
+BATCH_ROWS = 1 << 10
+"""Rows unpacked at once [rows]."""
+UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError)
+"""What Arrow raises over a file that it cannot read: its own errors, and Python's for names that are no UTF-8 or come twice."""
 
 
 @contextmanager
 def new_table(path: Path, schema: pyarrow.Schema, **options: Any) -> Iterator[pyarrow.parquet.ParquetWriter]:
     """A writer of tables of `schema` into a sealed file, whole or not at all. Equal tables give equal bytes."""
-    sealed = schema.with_metadata({**(schema.metadata or {}), CHECKSUM: UNSEALED})
+    sealed = schema.with_metadata({**(schema.metadata or {}), CHECKSUM.encode(): UNSEALED})
     with whole_file(path) as partial:
         with pyarrow.parquet.ParquetWriter(partial, sealed, **options) as writer:
             yield writer
@@ -38,7 +42,7 @@ def new_table(path: Path, schema: pyarrow.Schema, **options: Any) -> Iterator[py
 def write_table(path: Path, table: pyarrow.Table, *, row_group_size: int | None = None, **options: Any) -> None:
     """Write a table into a sealed file, whole or not at all."""
     with new_table(path, table.schema, **options) as writer:
-        sealed = table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM: UNSEALED})
+        sealed = table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM.encode(): UNSEALED})
         writer.write_table(sealed, row_group_size=row_group_size)
 
 
@@ -89,14 +93,14 @@ def opened_table(path: Path, remedy: str) -> pyarrow.parquet.ParquetFile:
     check_table(path, remedy)
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        metadata = file.metadata
+        metadata, width = file.metadata, len(file.schema_arrow.names)  # which are decoded only now
+        # What a footer says of columns is not asked for: with histograms of a wrong size the question itself ends the process.
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            columns = [group.column(place) for place in range(group.num_columns)]
-            needed = sum(max(column.total_uncompressed_size, VALUE_BYTES * column.num_values) for column in columns)
-            if not 0 <= needed <= MAX_TABLE_BYTES:
+            needed = max(group.total_byte_size, VALUE_BYTES * group.num_rows * width)
+            if min(group.total_byte_size, group.num_rows) < 0 or needed > MAX_TABLE_BYTES:
                 raise DamagedData(f"{path}: a group of its rows would take {human_bytes(needed)} in memory; {remedy}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise unreadable(path, "Parquet", error, remedy) from error
     return file
 
@@ -109,15 +113,18 @@ def read_table(
     DamagedData where one is missing, of another type, or cannot be read, or where the whole would take too much memory.
     """
     file = opened_table(path, remedy)
-    metadata = file.metadata
-    needed = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    if not 0 <= max(needed, VALUE_BYTES * metadata.num_rows) <= MAX_TABLE_BYTES:
-        raise DamagedData(f"{path}: would take {human_bytes(needed)} in memory; {remedy}")
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
         raise DamagedData(f"{path}: has no column {missing[0]!r}; {remedy}")
     try:
-        table = file.read(list(columns))
+        batches, num_bytes = [], 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            batches.append(batch)
+            num_bytes += batch.nbytes
+            if num_bytes > MAX_TABLE_BYTES:
+                raise DamagedData(f"{path}: takes more than {human_bytes(MAX_TABLE_BYTES)} in memory; {remedy}")
+        schema = pyarrow.schema([file.schema_arrow.field(name) for name in columns])
+        table = pyarrow.Table.from_batches([batch.select(list(columns)) for batch in batches], schema)
         return pyarrow.table({name: table[name].cast((types or {}).get(name, table[name].type)) for name in columns})
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise unreadable(path, "Parquet", error, remedy) from error

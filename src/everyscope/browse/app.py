@@ -6,7 +6,9 @@ page of a stranger can read this server through the user's browser.
 """
 
 import asyncio
+import sqlite3
 import threading
+import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -129,6 +131,7 @@ class Browser:
         routes += [Route(path, self._asked(*page), methods=["GET", "POST"]) for path, page in live.items()]
         routes += [Route("/static/{name}", self._static), Route("/state", self._state)]
         handlers = {404: self._not_found, EveryscopeError: self._failed, 500: self._broken}
+        handlers |= dict.fromkeys((sqlite3.DatabaseError, zlib.error), self._damaged)
         hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
         # Around everything: as a middleware of Starlette's it would miss the answers to our own faults.
         return SafeHeaders(Starlette(routes=routes, middleware=hosts, exception_handlers=handlers))
@@ -245,6 +248,12 @@ class Browser:
         if status == 503:
             answer.headers["retry-after"] = "5"
         return answer
+
+    def _damaged(self, request: Request, error: Exception) -> Response:
+        """The index, which is a file in the user's cache, was changed after it was written."""
+        self._preparation.forget()
+        message = f"the index of this suite is damaged ({error}) and was deleted; end everyscope browse and start it again"
+        return self._page("error", None, 500, title="The index is damaged", message=message)
 
     def _broken(self, request: Request, error: Exception) -> Response:
         """A fault of ours: the page says so, the terminal has the traceback."""

@@ -15,7 +15,8 @@ import pyarrow
 from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import read_sealed
 from everyscope.base.progress import say
-from everyscope.browse.latent_rows import EXPLANATIONS, flat, open_latents, read_columns
+from everyscope.base.table_trial import Tried
+from everyscope.browse.latent_rows import EXPLANATIONS, REMEDY, flat, open_latents, read_columns
 from everyscope.browse.postings import Matches, Postings
 from everyscope.browse.slices import read_slices, read_splits
 from everyscope.browse.tables import INDEXES, TABLES
@@ -43,14 +44,15 @@ def input_files(suite: Path, index: SuiteIndex) -> list[Path]:
 
 def build_index(path: Path, suite: Path, index: SuiteIndex, advance: Advance) -> None:
     """Write the whole index into the new file `path`."""
+    tables = Tried([file for file in input_files(suite, index) if file.suffix == ".parquet" and file.is_file()], REMEDY)
     database = sqlite3.connect(path)
     try:
         database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;" + TABLES)
-        _write_text(database, suite)
+        _write_text(database, suite, tables)
         first = 0
         matches = Matches()
         for number, record in enumerate(index.saes):
-            _SaeWriter(database, suite, number, record, first, matches).write(advance)
+            _SaeWriter(database, suite, tables, number, record, first, matches).write(advance)
             first += record.width
         matches.write(database)
         numbers = {sae.folder: number for number, sae in enumerate(index.saes)}
@@ -66,14 +68,16 @@ def build_index(path: Path, suite: Path, index: SuiteIndex, advance: Advance) ->
         database.close()
 
 
-def _write_text(database: sqlite3.Connection, suite: Path) -> None:
+def _write_text(database: sqlite3.Connection, suite: Path, tables: Tried) -> None:
     """Vocabulary and sequences, where the suite was described; a damaged file is said, and the pages go without text."""
     try:
         if (suite / VOCABULARY_FILE).is_file():
+            tables.require(suite / VOCABULARY_FILE)
             kinds = {"token": pyarrow.int32(), "piece": pyarrow.binary(), "text": pyarrow.string(), "is_special": pyarrow.bool_()}
             rows = read_columns(suite / VOCABULARY_FILE, kinds).to_pylist()
             database.executemany("INSERT OR REPLACE INTO vocabulary VALUES (?, ?, ?, ?, ?)", map(_vocabulary_row, rows))
         if (suite / SEQUENCES_FILE).is_file():
+            tables.require(suite / SEQUENCES_FILE)
             kinds = {
                 "sequence": pyarrow.int32(),
                 "split": pyarrow.string(),
@@ -107,10 +111,17 @@ class _SaeWriter:
     """Writes one SAE: its latents, their details, postings and matches, and last its own row."""
 
     def __init__(
-        self, database: sqlite3.Connection, suite: Path, number: int, record: SaeRecord, first: int, matches: Matches
+        self,
+        database: sqlite3.Connection,
+        suite: Path,
+        tables: Tried,
+        number: int,
+        record: SaeRecord,
+        first: int,
+        matches: Matches,
     ) -> None:
         self._database, self._suite, self._number, self._record, self._first = database, suite, number, record, first
-        self._matches, self._postings = matches, Postings()
+        self._tables, self._matches, self._postings = tables, matches, Postings()
         self._shuffled = np.empty(0, np.int64)
 
     def write(self, advance: Advance) -> None:
@@ -120,6 +131,7 @@ class _SaeWriter:
         written = 0
         try:
             labels = self._read_labels(folder / EXPLANATIONS_FILE)
+            self._tables.require(folder / LATENTS_FILE)
             file = open_latents(folder / LATENTS_FILE, self._record.width)
             # A walk through all latents in an order that looks random and never changes; now that there are so many.
             self._shuffled = np.random.default_rng(self._number).permutation(self._record.width)
@@ -166,6 +178,7 @@ class _SaeWriter:
         """By latent its label of best detection score, or its tokens where it has none; all of them go into their table."""
         if not path.is_file():
             return {}
+        self._tables.require(path)
         found: dict[int, list[dict[str, Any]]] = {}
         for row in read_columns(path, EXPLANATIONS).to_pylist():
             if row.get("label") and 0 <= (row.get("latent") if row.get("latent") is not None else -1) < self._record.width:

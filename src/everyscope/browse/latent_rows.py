@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from everyscope.base.errors import DamagedData
 from everyscope.base.files import unreadable
-from everyscope.base.tables import opened_table, read_table
+from everyscope.base.tables import UNREADABLE, opened_table, read_table
 
 REMEDY = "download the suite again, or describe and publish it again"
 BATCH = 256
@@ -102,7 +102,7 @@ class LatentFile:
                 for field, column in zip(self.schema, columns, strict=True):
                     _check(self.path, field.name, column)
                 yield pyarrow.RecordBatch.from_arrays(columns, schema=self.schema)
-        except (pyarrow.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise unreadable(self.path, "Parquet", error, REMEDY) from error
 
 

@@ -7,7 +7,7 @@ from everyscope.base.errors import DataError, EveryscopeError, first_line
 from everyscope.base.progress import meter
 from everyscope.browse.build import build_index, input_files
 from everyscope.browse.cache import ensure_index, index_path
-from everyscope.browse.queries import Index
+from everyscope.browse.queries import DAMAGED_INDEX, Index
 from everyscope.suite.layout import INDEX_FILE, suite_folder
 from everyscope.suite.records import SuiteIndex, read_index
 
@@ -40,9 +40,17 @@ class Preparation:
         return min(1.0, self._done / max(1, self._total))
 
     def run(self) -> Index:
-        """Build the index if it is missing, and open it; StorageError where it cannot be written."""
-        self.index = Index(ensure_index(self._path, self._build))
+        """Build the index if it is missing or damaged, and open it; StorageError where it cannot be written."""
+        try:
+            self.index = Index(ensure_index(self._path, self._build))
+        except DAMAGED_INDEX:
+            self.forget()
+            self.index = Index(ensure_index(self._path, self._build))
         return self.index
+
+    def forget(self) -> None:
+        """Take a damaged index away: the next start builds it."""
+        self._path.unlink(missing_ok=True)
 
     def start(self) -> threading.Thread:
         """Do that in a thread; an error is kept for the pages."""

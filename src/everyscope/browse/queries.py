@@ -23,6 +23,8 @@ SITE_TITLES: dict[SiteKind, str] = {
     "resid_post": "Residual stream",
     "embed": "Embedding",
 }
+DAMAGED_INDEX = (sqlite3.DatabaseError, zlib.error, KeyError, json.JSONDecodeError)
+"""What shows that the file of an index was changed after it was written."""
 MAX_VARIABLES = 500
 """Values in one SQL question; SQLite's own limit is higher."""
 

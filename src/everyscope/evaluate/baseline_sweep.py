@@ -5,9 +5,8 @@ errors of any number of components or coordinates follow from one vector per sit
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +18,7 @@ from everyscope.base.ids import content_id
 from everyscope.evaluate.baselines import Baseline, Edit, edit_of
 from everyscope.evaluate.calibration import Calibration, source_of
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.cost import keep_cost
+from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of
 from everyscope.evaluate.losses import next_token_losses
@@ -191,17 +190,20 @@ def _run(config: EvaluateConfig, held_out: HeldOut, sweep: _Sweep, state: State,
     for batch in held_out.batches(ranges[state.batches :], torch.device(config.model.device)):
         began = time.monotonic()
         if sweep.passes(batch.start):
-            _measure(sweep, batch, partial(work.advance, len(batch.input_ids)))
-        state.cost.baselines += passes[state.batches]
-        state.cost.seconds += time.monotonic() - began
-        state.batches += 1
-        if state.batches % config.checkpoint_batches == 0 or state.batches == len(ranges) or state.is_due:
-            state.save(progress)
+            for number, num_passes in enumerate(_measure(sweep, batch, state.steps)):
+                work.advance(num_passes * len(batch.input_ids))
+                if number:
+                    state.step(progress)
+        cost = Cost(baselines=passes[state.batches], seconds=time.monotonic() - began)
+        done = state.batches + 1
+        state.batch(progress, cost, is_needed=done % config.checkpoint_batches == 0 or done == len(ranges))
 
 
 @torch.no_grad()
-def _measure(sweep: _Sweep, batch: Batch, passed: Callable[[], None]) -> None:
-    """Add one batch to all that is still to be measured."""
+def _measure(sweep: _Sweep, batch: Batch, num_done: int) -> Iterator[int]:
+    """Add one batch to all that is still to be measured, in steps that may be kept one by one: the clean pass, then each site's
+    own figures and each baseline. Gives the passes that each has taken. The first `num_done` behind the clean pass are in it.
+    """
     is_head, sized = batch.start < sweep.head, sweep.sized(batch.start)
     sites = sorted({*sweep.sites, *(site for site, _ in sized)})
     losses = torch.zeros(0)
@@ -211,28 +213,45 @@ def _measure(sweep: _Sweep, batch: Batch, passed: Callable[[], None]) -> None:
         del clean
     else:
         activations = capture(sweep.model, captured(sites), batch.input_ids)
-    passed()
+    yield 1
+    number = 0
     for site in sites:
         here = site_rows(activations[site], batch, float(sweep.calibrations[site].norm_limit))
-        if site in sweep.sites:
-            _square(sweep, site, here)
-            if is_head:
-                _ablate(sweep, batch, site, here, activations)
-                passed()
-                passed()
-        for key in (key for key in sized if key[0] == site):
-            sums, edit = sweep.sizes[key], sweep.edits[key]
-            x_hat, firings = edit(here.usual)
-            if key[1].kind == "random_dictionary":
-                sums.errors += _squared(here.usual, x_hat)
-                sums.massive_errors += _squared(here.massive, edit(here.massive)[0]) if len(here.massive) else 0
-                sums.firings += firings.sum(dtype=torch.float64).cpu()
-                sums.rows += len(here.usual)
-            if is_head:
-                sums.spliced += _spliced(sweep, batch, site, x_hat, here, activations).sum(dtype=torch.float64).cpu()
-                sums.clean += losses.sum(dtype=torch.float64).cpu()
-                sums.positions += len(losses)
-                passed()
+        keys = [None] * (site in sweep.sites) + [key for key in sized if key[0] == site]
+        for key in keys:
+            number += 1
+            if number <= num_done:
+                continue
+            if key is None:
+                _square(sweep, site, here)
+                if is_head:
+                    _ablate(sweep, batch, site, here, activations)
+                yield 2 * is_head
+            else:
+                _add_baseline(sweep, batch, key, here, activations, losses)
+                yield int(is_head)
+
+
+def _add_baseline(
+    sweep: _Sweep,
+    batch: Batch,
+    key: tuple[Site, Baseline],
+    here: SiteRows,
+    activations: Activations,
+    losses: Float[Tensor, " m"],
+) -> None:
+    """Add what a sized baseline makes of one batch; `losses` are the untouched model's, where it is spliced in."""
+    sums, edit = sweep.sizes[key], sweep.edits[key]
+    x_hat, firings = edit(here.usual)
+    if key[1].kind == "random_dictionary":
+        sums.errors += _squared(here.usual, x_hat)
+        sums.massive_errors += _squared(here.massive, edit(here.massive)[0]) if len(here.massive) else 0
+        sums.firings += firings.sum(dtype=torch.float64).cpu()
+        sums.rows += len(here.usual)
+    if batch.start < sweep.head:
+        sums.spliced += _spliced(sweep, batch, key[0], x_hat, here, activations).sum(dtype=torch.float64).cpu()
+        sums.clean += losses.sum(dtype=torch.float64).cpu()
+        sums.positions += len(losses)
 
 
 def _squared(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> Float[Tensor, ""]:

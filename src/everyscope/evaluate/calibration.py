@@ -163,16 +163,17 @@ def calibrate(
     missing = [site for site in sites if site not in found]
     began = time.monotonic()
     if config.shards is not None:
-        made = {site: _of_shards(Shards(config.shards / site.folder), config) for site in missing}
+        for site in missing:
+            found[site] = _of_shards(Shards(config.shards / site.folder), config)
+            _keep(config, site, found[site])
     else:
         made, passes = _of_text(config, missing, language, advance) if missing else ({}, 0)
         if passes:
             cost = Cost(calibration=passes, seconds=time.monotonic() - began)
             keep_cost(config.out, f"calibration {content_id([source_of(config, site) for site in sites])}", cost)
-    for site, calibration in made.items():
-        tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
-        write_tensors(_path(config, site), tensors, {"source": source_of(config, site)}, is_sealed=True)
-    found |= made
+        for site, calibration in made.items():
+            _keep(config, site, calibration)
+        found |= made
     for site, calibration in found.items():
         if (want := language.anatomy.width(site)) != (got := len(calibration.mean)):
             raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; are they of another model?")
@@ -181,6 +182,11 @@ def calibrate(
 
 def _path(config: EvaluateConfig, site: Site) -> Path:
     return config.out / site.folder / CALIBRATION_FILE
+
+
+def _keep(config: EvaluateConfig, site: Site, calibration: Calibration) -> None:
+    tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
+    write_tensors(_path(config, site), tensors, {"source": source_of(config, site)}, is_sealed=True)
 
 
 def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:

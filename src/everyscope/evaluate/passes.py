@@ -1,6 +1,6 @@
 """One batch of an evaluation: a clean forward pass for all SAEs, then one spliced pass for each, from its layer on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -96,25 +96,30 @@ def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool
 
 
 @torch.no_grad()
-def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_gradients: bool, passed: Callable[[], None]) -> None:
-    """Add one batch to `state`. Masked and massive positions keep their clean activations in every pass; `passed` is called after
-    each.
+def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_gradients: bool, num_done: int) -> Iterator[None]:
+    """Add one batch to `state`, in steps that may be kept one by one: the clean pass, then each SAE's. The first `num_done` SAEs
+    of the batch, and what comes before them, are in it already. Masked and massive positions keep their clean activations.
     """
     clean = clean_pass(evaluated.model, evaluated.sites, batch, with_gradients)
     losses, loss_groups = next_token_losses(clean.logits, batch.input_ids, batch.mask), batch.loss_groups
-    state.clean.add(loss_groups, torch.stack([torch.ones_like(losses), losses], dim=1))
     in_head = batch.block_of_loss < evaluated.baseline_blocks
     head_groups = part(loss_groups, in_head)
-    state.head.add(head_groups, torch.stack([torch.ones_like(losses), losses], dim=1)[in_head])
-    passed()
-    row_groups = batch.row_groups
+    yield
+    row_groups, number = batch.row_groups, 0
     for site in evaluated.sites:
         calibration, here = evaluated.calibrations[site], site_rows(clean.activations[site], batch, evaluated.limit(site))
         groups, massive_groups = part(row_groups, here.is_usual), part(row_groups, ~here.is_usual)
-        _add_moments(state.sites[site], groups, here.usual, calibration.mean)
-        _add_moments(state.massive[site], massive_groups, here.massive, calibration.mean)
         gradient = clean.gradients[site][here.mask] if with_gradients else None
-        for target in (target for target in evaluated.targets if target.site == site):
+        for place, target in enumerate(target for target in evaluated.targets if target.site == site):
+            number += 1
+            if number <= num_done:
+                continue
+            if number == 1:
+                state.clean.add(loss_groups, torch.stack([torch.ones_like(losses), losses], dim=1))
+                state.head.add(head_groups, torch.stack([torch.ones_like(losses), losses], dim=1)[in_head])
+            if place == 0:
+                _add_moments(state.sites[site], groups, here.usual, calibration.mean)
+                _add_moments(state.massive[site], massive_groups, here.massive, calibration.mean)
             sae, sums = evaluated.saes[target.identity], state.saes[target.identity]
             x_hat = reconstruct(sae, here.usual, groups, sums, gradient)
             measure_massive(sae, here.massive, massive_groups, sums)
@@ -122,7 +127,7 @@ def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_grad
             measured = losses_and_divergences(logits, clean.logits, batch.input_ids, batch.mask, f"{target.place} spliced in")
             sums.losses.add(loss_groups, torch.stack(measured, dim=1))
             sums.head.add(head_groups, measured[0][in_head, None])
-            passed()
+            yield
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ scores are there are skipped, without loading the model; a killed evaluation goe
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -178,19 +177,23 @@ def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, wo
     ranges = ranges_of(held_out.num_sequences, heads, (held_out.num_sequences, config.batch_blocks))
     per_batch = 1 + len(evaluated.targets)
     work.advance(per_batch * sum(map(len, ranges[: sweep.batches])), is_resumed=True)
+    if sweep.batches < len(ranges):
+        work.advance(sweep.steps * len(ranges[sweep.batches]), is_resumed=True)
     for batch in held_out.batches(ranges[sweep.batches :], torch.device(config.model.device)):
         began, with_gradients = time.monotonic(), batch.start < config.uniformity_sequences
-        measure_batch(evaluated, state, batch, with_gradients, partial(work.advance, len(batch.input_ids)))
-        sweep.batches += 1
-        sweep.cost += Cost(
+        for number, _ in enumerate(measure_batch(evaluated, state, batch, with_gradients, sweep.steps)):
+            work.advance(len(batch.input_ids))
+            if number:
+                sweep.step(progress)
+        cost = Cost(
             clean=1,
             spliced=len(evaluated.targets),
             backwards=int(with_gradients),
             seconds=time.monotonic() - began,
             tokens=batch.input_ids.numel(),
         )
-        if sweep.batches % config.checkpoint_batches == 0 or sweep.batches == len(ranges) or sweep.is_due:
-            sweep.save(progress)
+        done = sweep.batches + 1
+        sweep.batch(progress, cost, is_needed=done % config.checkpoint_batches == 0 or done == len(ranges))
     return state, sweep.cost
 
 

@@ -55,10 +55,25 @@ class State:
     """Identity of the text that is swept over."""
     batches: int = 0
     """Batches done."""
+    steps: int = 0
+    """Steps done of the next one."""
     cost: Cost = field(default_factory=Cost)
     """What they took."""
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
+
+    def step(self, path: Path) -> None:
+        """A step of the next batch is done: it is kept in `path` where that is due."""
+        self.steps += 1
+        if self.is_due:
+            self.save(path)
+
+    def batch(self, path: Path, cost: Cost, is_needed: bool) -> None:
+        """All steps of a batch are done, at `cost`: it is kept where that is due, or needed anyway."""
+        self.batches, self.steps = self.batches + 1, 0
+        self.cost += cost
+        if is_needed or self.is_due:
+            self.save(path)
 
     @property
     def is_due(self) -> bool:
@@ -68,7 +83,13 @@ class State:
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file, whole or not at all."""
         began = time.monotonic()
-        header = {"text": self.text, "batches": self.batches, "cost": asdict(self.cost), "parts": sorted(self.parts)}
+        header = {
+            "text": self.text,
+            "batches": self.batches,
+            "steps": self.steps,
+            "cost": asdict(self.cost),
+            "parts": sorted(self.parts),
+        }
         write_tensors(path, _named(self.parts), {"progress": json.dumps(header)}, is_sealed=True)
         self._saved = time.monotonic()
         self._took = self._saved - began
@@ -81,9 +102,10 @@ class State:
         try:
             with opened_tensors(path) as file:
                 header = json.loads((file.metadata() or {})["progress"])
+                places = int(header["batches"]), int(header["steps"])
                 is_ours = header["text"] == self.text and set(self.parts) <= set(header["parts"])
                 saved = {name: file.get_tensor(name) for name in ours} if is_ours else {}
-        except (DataError, KeyError, ValueError):
+        except (DataError, KeyError, TypeError, ValueError):
             say(f"{path} is damaged; the evaluation starts over")
             return
         if not is_ours:
@@ -91,7 +113,7 @@ class State:
             return
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
-        self.batches, self.cost = header["batches"], Cost(**header["cost"])
+        (self.batches, self.steps), self.cost = places, Cost(**header["cost"])
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from browser.asking import ask
 from browser.invented_suite import Shape, write_invented_suite
 
 from everyscope.base.errors import ConfigError, DataError, StorageError
@@ -17,6 +18,7 @@ from everyscope.base.files import read_sealed, write_sealed
 from everyscope.base.tables import write_table
 from everyscope.browse import cache as cache_module
 from everyscope.browse import preparation as preparation_module
+from everyscope.browse.app import Browser
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, finite
 from everyscope.browse.search import TableRequest, find_tokens, latent_page, latents_by_label, latents_by_token, words_query
@@ -268,3 +270,20 @@ def test_what_is_no_suite_is_one_line(tmp_path: Path):
 def test_a_run_folder_leads_to_its_suite(tmp_path: Path):
     write_invented_suite(tmp_path / "run/suite", TINY)
     assert Preparation(tmp_path / "run", tmp_path / "cache").title == "Invented scope"
+
+
+def test_a_damaged_index_is_built_anew_or_said_to_be_damaged(suite: Path, tmp_path: Path):
+    """Before it is opened, and while pages are read."""
+    folders = [sae.folder for sae in Preparation(suite, tmp_path).run().saes]
+    path = next(tmp_path.rglob("*.sqlite"))
+    good = path.read_bytes()
+    for bad in (b"", b"no database" * 1000, good[: len(good) // 2]):
+        path.write_bytes(bad)
+        assert [sae.folder for sae in Preparation(suite, tmp_path).run().saes] == folders
+    preparation = Preparation(suite, tmp_path)
+    preparation.run()
+    app = Browser(preparation, None).app()
+    path.write_bytes(b"\xff" * len(good))
+    answer = ask(app, f"/sae/{folders[0]}/3")
+    assert (answer.status, "is damaged" in answer.text) == (500, True)
+    assert not path.exists()

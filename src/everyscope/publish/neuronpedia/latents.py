@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.compute as compute
-import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
-from everyscope.base.errors import DamagedData, DataError, first_line
+from everyscope.base.errors import DamagedData, DataError
+from everyscope.base.files import unreadable
+from everyscope.base.tables import UNREADABLE, opened_table, read_table
 from everyscope.suite.latents import SCHEMA, UNLABELLED
 from everyscope.suite.layout import LATENTS_FILE
 
+REMEDY = "publish or download the suite again"
 BATCH = 256
 """Rows taken at a time, which is the row group that describing writes [latents]."""
 BATCH_TOKENS = 2**20
@@ -128,11 +130,7 @@ def read_latents(path: Path, width: int) -> Iterator[Latents]:
 
     DataError where they are not described, DamagedData where the file cannot be read or has other rows than one a latent.
     """
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
-    with file:
+    with opened_table(path, REMEDY) as file:
         if missing := [name for name in COLUMNS.names if name not in file.schema_arrow.names]:
             raise DataError(
                 f"{path}: has no {missing[0]}, so its latents are not described; run `everyscope describe` and publish again"
@@ -148,7 +146,7 @@ def read_latents(path: Path, width: int) -> Iterator[Latents]:
                     raise DamagedData(f"{path}: rows are not one per latent, in order; describe and publish again")
                 yield from _halved(Latents(first, table))
                 first += len(table)
-        except (pyarrow.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise damaged(path, error) from error
 
 
@@ -165,10 +163,7 @@ def _halved(latents: Latents) -> Iterator[Latents]:
 
 def read_firings(path: Path) -> Int[np.ndarray, " latents"]:
     """On how many tokens each latent fires."""
-    try:
-        return np.asarray(pyarrow.parquet.read_table(path, columns=["firings"])["firings"], np.int64)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise damaged(path, error) from error
+    return np.asarray(read_table(path, ["firings"], REMEDY)["firings"].fill_null(0), np.int64)
 
 
 class Labels:
@@ -177,14 +172,10 @@ class Labels:
     def __init__(self, path: Path | None) -> None:
         """None has no labels; DamagedData where the file cannot be read."""
         self._path, self._waiting, self._given = path, LABELS.empty_table(), 0
-        try:
-            file = None if path is None else pyarrow.parquet.ParquetFile(path)
-            if file is not None and (missing := [name for name in LABELS.names if name not in file.schema_arrow.names]):
-                raise DataError(f"{path}: has no column {missing[0]}; run `everyscope explain` and publish again")
-            self._batches = iter(()) if file is None else file.iter_batches(BATCH, columns=LABELS.names)
-        except (pyarrow.ArrowException, OSError) as error:
-            assert path is not None
-            raise damaged(path, error) from error
+        file = None if path is None else opened_table(path, REMEDY)
+        if file is not None and (missing := [name for name in LABELS.names if name not in file.schema_arrow.names]):
+            raise DataError(f"{path}: has no column {missing[0]}; run `everyscope explain` and publish again")
+        self._batches = iter(()) if file is None else file.iter_batches(BATCH, columns=LABELS.names)
 
     def until(self, last: int) -> pyarrow.Table:
         """The labels of latents below `last` that were not given yet; DamagedData where they are not in order of latent."""
@@ -207,11 +198,11 @@ class Labels:
         try:
             batch = next(self._batches, None)
             return None if batch is None else pyarrow.Table.from_batches([batch]).cast(LABELS)
-        except (pyarrow.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             assert self._path is not None
             raise damaged(self._path, error) from error
 
 
 def damaged(path: Path, error: BaseException) -> DamagedData:
     """What to say of a Parquet file that Arrow cannot read."""
-    return DamagedData(f"{path}: cannot be read as Parquet ({first_line(error)[:120]}); publish or download the suite again")
+    return unreadable(path, "Parquet", error, REMEDY)

@@ -4,30 +4,30 @@ A source is whole when its manifest, sources/<source>.json, is there: it is writ
 A second run skips what is whole, and a killed one begins again with the source that it was at.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from everyscope.base.errors import DamagedData, DataError
-from everyscope.base.files import human_bytes, read_json, sha256, write_json, write_text
+from everyscope.base.files import human_bytes, parse_object, read_json, read_object, sha256, write_json, write_text
 from everyscope.base.ids import content_id
 from everyscope.base.progress import Meter, meter, say
+from everyscope.base.table_trial import Tried
+from everyscope.base.tables import opened_table
 from everyscope.publish.neuronpedia.batches import MAX_FILES, METADATA_FILES, Batches, latents_per_file
 from everyscope.publish.neuronpedia.bodies import Bodies, feature_objects
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.publish.neuronpedia.examples import read_examples
 from everyscope.publish.neuronpedia.json_columns import constant
-from everyscope.publish.neuronpedia.latents import Labels, damaged, read_firings, read_latents
+from everyscope.publish.neuronpedia.latents import REMEDY, Labels, damaged, read_firings, read_latents
 from everyscope.publish.neuronpedia.metadata import hook_name, metadata_rows, model_body, set_body
 from everyscope.publish.neuronpedia.names import Source, one_per_set, sources_of
 from everyscope.publish.neuronpedia.rows import activation_rows, explanation_rows, feature_rows
-from everyscope.publish.neuronpedia.text import SuiteText, read_text
+from everyscope.publish.neuronpedia.text import SuiteText, read_text, text_tables
 from everyscope.publish.neuronpedia.upload import UploadResult, upload
 from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, INDEX_FILE, LATENTS_FILE, suite_folder
 from everyscope.suite.records import SuiteIndex, read_index
@@ -79,23 +79,31 @@ def run(config: NeuronpediaConfig) -> NeuronpediaResult:
     """
     suite = suite_folder(config.suite)
     index = read_index(suite)
-    sources, text = sources_of(config, index), read_text(suite)
-    manifests, skipped = [], 0
+    sources = sources_of(config, index)
+    found = [_whole(config, source, identity(config, index, source)) for source in sources]
+    tables = Tried([*text_tables(suite), *_tables(suite, sources, found)], REMEDY)
+    text = read_text(suite, tables)
+    manifests = []
     with meter("neuronpedia", sum(source.record.width for source in sources), "latents") as progress:
-        for source in sources:
-            whole = _whole(config, source, identity(config, index, source))
+        for source, whole in zip(sources, found, strict=True):
             if whole is None:
-                manifests.append(_Export(config, suite, index, source, text, progress).write())
+                manifests.append(_Export(config, suite, index, source, text, tables, progress).write())
             else:
                 manifests.append(whole)
-                skipped += 1
                 progress.advance(source.record.width, is_resumed=True)
     api = [source for source in sources if source.is_for_api]
     if left_out := len(sources) - len(api):
         say(f"  The API takes one SAE for each layer of a set: {left_out} of {len(sources)} are in {BULK_FOLDER}/ alone")
     heads = _write_heads(config, index, text, api)
     sent = upload(config, heads, [manifests[sources.index(source)] for source in api]) if config.upload else None
-    return NeuronpediaResult(config.out, tuple(manifests), skipped, sent)
+    return NeuronpediaResult(config.out, tuple(manifests), len(found) - found.count(None), sent)
+
+
+def _tables(suite: Path, sources: Sequence[Source], found: Sequence[dict[str, Any] | None]) -> list[Path]:
+    """The tables of the sources of which nothing was `found`."""
+    folders = [suite / source.record.folder for source, whole in zip(sources, found, strict=True) if whole is None]
+    paths = [folder / name for folder in folders for name in (LATENTS_FILE, EXPLANATIONS_FILE)]
+    return [path for path in paths if path.is_file()]
 
 
 def identity(config: NeuronpediaConfig, index: SuiteIndex, source: Source) -> str:
@@ -144,9 +152,17 @@ class _Export:
     """Writes one source."""
 
     def __init__(
-        self, config: NeuronpediaConfig, suite: Path, index: SuiteIndex, source: Source, text: SuiteText, progress: Meter
+        self,
+        config: NeuronpediaConfig,
+        suite: Path,
+        index: SuiteIndex,
+        source: Source,
+        text: SuiteText,
+        tables: Tried,
+        progress: Meter,
     ) -> None:
         self._config, self._index, self._source, self._text, self._progress = config, index, source, text, progress
+        self._tables = tables
         self._folder = suite / source.record.folder
         self._bulk = config.out / BULK_FOLDER / source.model_id / source.id
         self._bodies = Bodies(config.out, source, config)
@@ -189,6 +205,7 @@ class _Export:
             raise DamagedData(
                 f"{path}: is missing or differs from its checksum in {INDEX_FILE}; publish or download the suite again"
             )
+        self._tables.require(path)
 
     def _write_latents(self) -> dict[str, Any]:
         config, source, text = self._config, self._source, self._text
@@ -221,11 +238,12 @@ class _Export:
         return counts | {"names": {f"{kind}/{name}" for kind, its in batches.items() for name in its.names}}
 
     def _saelens(self) -> dict[str, Any]:
-        return read_json(self._folder / CONFIG_FILE)
+        return read_object(self._folder / CONFIG_FILE)
 
     def _write_metadata(self) -> None:
-        metadata = pyarrow.parquet.read_schema(self._folder / LATENTS_FILE).metadata or {}
-        facts = json.loads(metadata.get(b"everyscope", b"{}"))
+        path = self._folder / LATENTS_FILE
+        metadata = opened_table(path, REMEDY).schema_arrow.metadata or {}
+        facts = parse_object(metadata.get(b"everyscope", b"{}"), path)
         rows = metadata_rows(self._config, self._index, self._source, self._text, self._saelens(), facts)
         assert len(rows) == METADATA_FILES, list(rows)
         for name, row in rows.items():

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 from jaxtyping import Int
 
 from everyscope.base.errors import DataError
-from everyscope.base.files import read_json
+from everyscope.base.files import read_sealed
+from everyscope.base.table_trial import Tried
+from everyscope.base.tables import opened_table, read_table
 from everyscope.publish.neuronpedia.json_columns import literals, shortened
-from everyscope.publish.neuronpedia.latents import damaged, list_lengths
+from everyscope.publish.neuronpedia.latents import REMEDY, list_lengths
 from everyscope.suite.layout import TEXT_FOLDER
 
 SEQUENCES_FILE, VOCABULARY_FILE, MODEL_FILE = "sequences.parquet", "vocabulary.parquet", "model.json"
@@ -49,9 +50,17 @@ class SuiteText:
         return self.documents.take(pyarrow.array(found, mask=~is_known)).fill_null("null")
 
 
-def read_text(suite: Path) -> SuiteText:
-    """The text of a suite; DataError where it has none, DamagedData where it cannot be read."""
+def text_tables(suite: Path) -> list[Path]:
+    """The tables that `read_text` reads, as far as they are there."""
+    paths = [suite / TEXT_FOLDER / name for name in (VOCABULARY_FILE, SEQUENCES_FILE)]
+    return [path for path in paths if path.is_file()]
+
+
+def read_text(suite: Path, tables: Tried) -> SuiteText:
+    """The text of a suite, whose `tables` were tried; DataError where it has none, DamagedData where it cannot be read."""
     folder = suite / TEXT_FOLDER
+    for path in text_tables(suite):
+        tables.require(path)
     for name in (VOCABULARY_FILE, SEQUENCES_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise DataError(f"{folder / name}: missing, the suite is not described; run `everyscope describe` and publish again")
@@ -59,7 +68,7 @@ def read_text(suite: Path) -> SuiteText:
     ids = blocks["input_ids"].combine_chunks()
     lengths = list_lengths(ids)
     names, document_blocks, document_starts = _documents(blocks)
-    model = read_json(folder / MODEL_FILE)
+    model = read_sealed(folder / MODEL_FILE, REMEDY)
     try:
         num_layers, d_model = int(model["num_layers"]), int(model["d_model"])
     except (KeyError, TypeError, ValueError) as error:
@@ -105,10 +114,7 @@ def _documents(blocks: pyarrow.Table) -> tuple[list[str], np.ndarray, np.ndarray
 
 def _table(path: Path, needed: list[str], wished: list[str]) -> Any:
     """The columns that are needed, and those of the wished that are there."""
-    try:
-        names = pyarrow.parquet.read_schema(path).names
-        if missing := [name for name in needed if name not in names]:
-            raise DataError(f"{path}: has no column {missing[0]}; describe and publish again")
-        return pyarrow.parquet.read_table(path, columns=[*needed, *(name for name in wished if name in names)])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
+    names = opened_table(path, REMEDY).schema_arrow.names
+    if missing := [name for name in needed if name not in names]:
+        raise DataError(f"{path}: has no column {missing[0]}; describe and publish again")
+    return read_table(path, [*needed, *(name for name in wished if name in names)], REMEDY)

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from everyscope.base.files import sha256, write_json
+from everyscope.base.files import sha256, write_json, write_sealed
 from everyscope.base.tables import write_table
 from everyscope.sites.names import Site
 from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, LATENTS_FILE, sae_folder
@@ -104,7 +104,7 @@ def write_text(folder: Path, shape: SuiteShape) -> None:
         "documents": [[f"doc_{number}.py", f'doc_{number}"b.py'] for number in range(shape.blocks)],
     }
     write_table(folder / "sequences.parquet", pyarrow.table(sequences))
-    write_json(folder / "model.json", {"num_layers": 3, "d_model": 16})
+    write_sealed(folder / "model.json", {"num_layers": 3, "d_model": 16})
 
 
 def write_sae(folder: Path, number: int, shape: SuiteShape) -> SaeRecord:
