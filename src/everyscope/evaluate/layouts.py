@@ -119,7 +119,7 @@ def of_embeddings(sae: Sae, scale: float) -> Sae:
 
     e @ W_enc = x @ (W_enc / scale), and scale (f @ W_dec + b_dec) = f @ (scale W_dec) + scale b_dec; b_enc and threshold stay.
     """
-    return Sae(sae.W_enc / scale, sae.W_dec * scale, sae.b_enc, sae.b_dec * scale, sae.threshold, metadata=sae.metadata)
+    return sae.with_tensors(W_enc=sae.W_enc / scale, W_dec=sae.W_dec * scale, b_dec=sae.b_dec * scale)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from torch import Tensor
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch, first_line
 from everyscope.base.files import read_object, require_file, unreadable
 from everyscope.sae.files import has_sae, read_sae
-from everyscope.sae.folded import PARAMETERS, Sae, from_tensors
+from everyscope.sae.folded import PARAMETERS, SKIP, Sae, from_tensors
 from everyscope.sae.metadata import SaeMetadata
-from everyscope.sae.saelens import metadata_of
+from everyscope.sae.saelens import SAE, SKIP_TRANSCODER, TRANSCODER, metadata_of
 from everyscope.sites.names import Site, SiteKind, as_site
 from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE
 from everyscope.suite.npz import array_names, read_arrays
@@ -143,13 +143,13 @@ def _require_folded(path: Path, name: str, values: np.ndarray) -> None:
 
 def _checked(path: Path, tensors: Mapping[str, Tensor], metadata: SaeMetadata | None = None) -> Sae:
     """The SAE of five tensors out of the file `path`, float32; what is wrong with them names the file."""
-    for name in PARAMETERS:
+    for name in (*PARAMETERS, SKIP):
         tensor = tensors.get(name)
         if tensor is not None and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise DataError(f"{path}: {name} holds {kind}, expected floating-point numbers; convert it to float32")
     try:
-        sae = from_tensors({name: tensor.float() for name, tensor in tensors.items() if name in PARAMETERS}, metadata)
+        sae = from_tensors({name: tensor.float() for name, tensor in tensors.items() if name in (*PARAMETERS, SKIP)}, metadata)
     except (ShapeMismatch, NonFinite) as error:
         raise type(error)(f"{path}: {error}") from error
     if bool((sae.threshold < 0).any()):
@@ -166,10 +166,16 @@ def read_saelens(folder: Path) -> Sae:
     """
     config, path = read_object(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     architecture, normalised = config.get("architecture"), config.get("normalize_activations") or "none"
-    if architecture != "jumprelu" or normalised != "none":
+    if architecture not in (SAE, TRANSCODER, SKIP_TRANSCODER) or normalised != "none":
         raise ConfigError(
             f"{folder / CONFIG_FILE}: architecture={architecture!r}, normalize_activations={normalised!r}; "
-            "only jumprelu with none can be read, fold the normalisation in first"
+            "only jumprelu SAEs and transcoders with none can be read, fold the normalisation in first"
+        )
+    # SAELens itself takes a missing flag for true.
+    subtracts = config.get("apply_b_dec_to_input", architecture == SAE)
+    if architecture != SAE and subtracts:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: apply_b_dec_to_input=true with {architecture}: its b_dec is of what it writes"
         )
     require_file(path)
     try:
@@ -177,19 +183,29 @@ def read_saelens(folder: Path) -> Sae:
     except (SafetensorError, OSError) as error:
         raise unreadable(path, "safetensors", error) from error
     for name, tensor in tensors.items():
-        if any(word in name.lower() for word in UNFOLDED):
+        if any(word in name.lower() for word in UNFOLDED) and not (name == SKIP and architecture == SKIP_TRANSCODER):
             _require_folded(path, name, tensor.numpy())
+    if (SKIP in tensors) != (architecture == SKIP_TRANSCODER):
+        tensors = _with_skip_as_said(path, tensors, architecture)
+    if SKIP in tensors:
+        tensors[SKIP] = tensors[SKIP].T.contiguous()
     sae = _checked(path, tensors, metadata_of(config))
-    for field, got in (("d_in", sae.d_in), ("d_sae", sae.d_sae)):
+    for field, got in (("d_in", sae.d_in), ("d_sae", sae.d_sae), ("d_out", sae.d_out)):
         if (want := config.get(field, got)) != got:
             raise ShapeMismatch(f"{path}: has {field}={got}, {CONFIG_FILE} says {want!r}; are they of two SAEs? download both")
-    # SAELens itself takes a missing flag for true.
-    return _subtraction_folded(sae) if config.get("apply_b_dec_to_input", True) else sae
+    return _subtraction_folded(sae) if subtracts else sae
+
+
+def _with_skip_as_said(path: Path, tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """The tensors without a skip of zeros that the architecture does not have; ShapeMismatch where it should have one."""
+    if architecture == SKIP_TRANSCODER:
+        raise ShapeMismatch(f"{path}: has no {SKIP}, {CONFIG_FILE} says {architecture}; download both again")
+    return {name: tensor for name, tensor in tensors.items() if name != SKIP}
 
 
 def _subtraction_folded(sae: Sae) -> Sae:
     bias = sae.b_enc.double() - sae.b_dec.double() @ sae.W_enc.double()
-    return Sae(sae.W_enc, sae.W_dec, bias.float(), sae.b_dec, sae.threshold, metadata=sae.metadata)
+    return sae.with_tensors(b_enc=bias.float())
 
 
 def _download(hub_id: str) -> Path:

@@ -167,7 +167,7 @@ def test_files_say_where_an_sae_sits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert load_sae(tmp_path / "run").metadata == SaeMetadata(Site("mlp_out", 1), None, None, 3.0, 9)
     old = saelens_folder(tmp_path / "old", metadata={}, hook_name="blocks.5.attn.hook_z", model_name="gpt2-small")
     assert load_sae(old).metadata == SaeMetadata(Site("attn_out", 5), "gpt2-small")
-    unknown = saelens_folder(tmp_path / "unknown", metadata={"hook_name": "blocks.5.hook_resid_mid"})
+    unknown = saelens_folder(tmp_path / "unknown", metadata={"hook_name": "blocks.5.attn.hook_q"})
     assert load_sae(unknown).metadata.site is None
     write_npz(tmp_path / "hub/layer_20/width_16k/average_l0_71", SAE)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
