@@ -1,30 +1,15 @@
-"""Writing one SAE in the formats that others read. Equal tensors give equal bytes."""
+"""What a suite says of one SAE in SAELens' cfg.json."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from everyscope.base.files import whole_file
 from everyscope.sae import saelens
 from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site
-from everyscope.suite.layout import NPZ_FILE
 
 KEPT_METRICS = ("l0", "fvu", "fvu_usual", "fvu_pca", "delta_loss", "loss_recovered", "dead_fraction", "dense_fraction")
 """Scores that go into cfg.json's metadata."""
-
-
-def write_npz(folder: Path, sae: Sae) -> None:
-    """params.npz as in the Gemma Scope release: five float32 arrays, raw activations in, raw reconstruction out; and a
-    transcoder's W_skip, [d_in, d_out].
-
-    numpy stores entries uncompressed and dated 1980, so the bytes depend on the tensors alone.
-    """
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in sae.tensors().items()}
-    with whole_file(folder / NPZ_FILE) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
 
 
 def write_saelens(folder: Path, sae: Sae, site: Site, model: str, record: dict[str, Any], metrics: dict[str, Any]) -> None:

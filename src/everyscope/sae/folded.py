@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from everyscope.base.errors import ConfigError, NonFinite, ShapeMismatch
-from everyscope.sae.functional import decode, jumprelu, pre_activations
+from everyscope.sae.functional import decode, jumprelu, largest, pre_activations
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sae.saelens import saelens_config, write_saelens
 
@@ -47,8 +47,11 @@ class Sae(nn.Module):
         W_skip: Float[Tensor, "d_in d_out"] | None = None,  # noqa: N803
         *,
         metadata: SaeMetadata | None = None,
+        top_k: int | None = None,
     ) -> None:
         """Take the tensors as they are, without a copy.
+
+        With `top_k`, of the latents above their thresholds only so many are kept, the largest: TopK SAEs, which others release.
 
         ShapeMismatch where they do not fit together, as an SAE's d_out that is not its d_in, and for a skip where `metadata` does
         not say that it is a transcoder; NonFinite where one holds NaN or infinity.
@@ -74,6 +77,9 @@ class Sae(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         if W_skip is None:
             self.register_parameter(SKIP, None)
+        if top_k is not None and not 0 < top_k <= d_sae:
+            raise ShapeMismatch(f"top_k={top_k} of {d_sae} latents; expected 1 to {d_sae}")
+        self.top_k = top_k
 
     @property
     def is_transcoder(self) -> bool:
@@ -123,7 +129,8 @@ class Sae(nn.Module):
             )
         if x.device != self.device:
             raise ShapeMismatch(f"activations are on {x.device}, the SAE on {self.device}; move it: sae.to({str(x.device)!r})")
-        return jumprelu(pre_activations(x.to(self.dtype), self.W_enc, self.b_enc), self.threshold)
+        f = jumprelu(pre_activations(x.to(self.dtype), self.W_enc, self.b_enc), self.threshold)
+        return f if self.top_k is None else largest(f, self.top_k)
 
     def decode(
         self, f: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
@@ -153,11 +160,12 @@ class Sae(nn.Module):
 
     def with_tensors(self, metadata: SaeMetadata | None = None, **tensors: Tensor) -> "Sae":
         """The same coder with some tensors, by name, in place of its own."""
-        return Sae(**(self.own_tensors() | tensors), metadata=metadata or self.metadata)
+        return Sae(**(self.own_tensors() | tensors), metadata=metadata or self.metadata, top_k=self.top_k)
 
     def save(self, folder: str | Path) -> None:
         """Write the SAE into `folder`, in float32 and the format that `load_sae` and SAELens read, with what metadata says."""
-        write_saelens(Path(folder), self.tensors(), saelens_config(self.d_in, self.d_sae, self.metadata, d_out=self.d_out))
+        config = saelens_config(self.d_in, self.d_sae, self.metadata, d_out=self.d_out, top_k=self.top_k)
+        write_saelens(Path(folder), self.tensors(), config)
 
     def __repr__(self) -> str:
         known, kind = self.metadata, "Transcoder" if self.is_transcoder else "Sae"
@@ -166,6 +174,7 @@ class Sae(nn.Module):
         where += [f"of {known.model}"] if known.model is not None else []
         sizes = [f"d_in={self.d_in}", *([f"d_out={self.d_out}"] if self.d_out != self.d_in else []), f"d_sae={self.d_sae}"]
         sizes += ["skip"] if self.W_skip is not None else []
+        sizes += [] if self.top_k is None else [f"TopK {self.top_k}"]
         sizes += [] if known.l0 is None else [f"L0={known.l0:.4g}"]
         sizes += ([] if self.dtype == torch.float32 else [str(self.dtype)]) + (
             [] if self.device.type == "cpu" else [str(self.device)]
@@ -178,9 +187,9 @@ def save_sae(sae: Sae, folder: str | Path) -> None:
     sae.save(folder)
 
 
-def from_tensors(tensors: dict[str, Tensor], metadata: SaeMetadata | None = None) -> Sae:
+def from_tensors(tensors: dict[str, Tensor], metadata: SaeMetadata | None = None, *, top_k: int | None = None) -> Sae:
     """The coder whose tensors are in `tensors` by name; ShapeMismatch where one of the five is missing."""
     missing = [name for name in PARAMETERS if name not in tensors]
     if missing:
         raise ShapeMismatch(f"no tensor named {', '.join(missing)} among {sorted(tensors)}; this is no JumpReLU SAE file")
-    return Sae(*(tensors[name] for name in PARAMETERS), W_skip=tensors.get(SKIP), metadata=metadata)
+    return Sae(*(tensors[name] for name in PARAMETERS), W_skip=tensors.get(SKIP), metadata=metadata, top_k=top_k)
