@@ -44,9 +44,9 @@ def _model(name: str | None) -> str | None:
     """The hub's id of the model: early uploads write gemma-v3, or leave the maker out, and 270m has no -pt there."""
     if name is None:
         return None
-    name = name.replace("-v3", "-3")
-    name = name if "/" in name else f"google/{name}"
-    return name.removesuffix("-pt") if "270m" in name else name
+    name = name.replace("gemma-v3", "gemma-3")
+    name = f"google/{name}" if name.startswith("gemma-3") else name
+    return name.removesuffix("-pt") if "gemma-3-270m" in name else name
 
 
 def read(weights: Path) -> Sae:
