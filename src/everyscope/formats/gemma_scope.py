@@ -22,9 +22,11 @@ from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site, SiteKind
 
 RELEASE = re.compile(
-    r"(?:.*[/-])?google(?:/|--)gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)/.*?layer_(\d+)/width_[0-9a-z]+/average_l0_(\d+)"
+    r"(?:.*/)?(?:models--google--)?gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)/.*?layer_(\d+)/width_[0-9a-z]+/average_l0_(\d+)"
 )
-"""The paths in DeepMind's first release, on the hub or in its cache."""
+"""The paths in DeepMind's first release, in the hub's cache or in a folder of the repository's name."""
+HUB = "google/"
+"""What hub ids of that release begin with."""
 KINDS: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
 UNFOLDED = ("scal", "norm", "skip")
 """Parts of names of arrays beside the five that change what an SAE computes, unless they are 1 everywhere (0 for a skip)."""

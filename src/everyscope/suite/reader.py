@@ -38,7 +38,8 @@ def load_sae(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", 
     if path.exists():
         return _moved(_read_local(path), device, dtype)
     sae = _read_local(_download(str(path_or_hub_id)))
-    if sae.metadata == SaeMetadata():  # a params.npz, which says nothing of itself
+    is_released = str(path_or_hub_id).startswith(gemma_scope.HUB)
+    if is_released and sae.metadata == SaeMetadata():  # a params.npz, which says nothing of itself
         sae.metadata = gemma_scope.known(str(path_or_hub_id))
     return _moved(sae, device, dtype)
 
