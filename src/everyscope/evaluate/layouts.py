@@ -55,11 +55,11 @@ def saes_of_training(trained: Path) -> Iterator[FoundSae]:
 
 
 def saes_of_release(trained: Path, site_kind: SiteKind | None) -> Iterator[FoundSae]:
-    """Our suites, <site>/layer_<L>/..., Gemma Scope's releases, <release>/layer_<L>/... and <release>/embedding/..., and the files
-    of every other format that is read here, most of which name their site.
+    """Our suites, <site>/layer_<L>/..., Gemma Scope's releases, <release>/layer_<L>/... and <release>/embedding/..., and files of
+    every other format that is read here, most of which name their site.
 
-    A site is what the files say, or the kind that the folders from `trained` down tell, or `site_kind`, or the folders above, in this
-    order. ConfigError where none of them tells it.
+    A site is what the files say, or the kind that the folders from `trained` down tell, or `site_kind`, or the folders above, in
+    this order. ConfigError where none of them tells it.
     """
     root = trained.absolute()
     for one, weights in coders_below(root):

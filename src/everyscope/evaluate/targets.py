@@ -80,8 +80,8 @@ def load_targets(config: EvaluateConfig) -> list[Target]:
     found = [*saes_of_training(config.trained)] or [*saes_of_release(config.trained, config.site_kind)]
     if not found:
         raise DataError(
-            f"{config.trained}: holds no finished SAE; run `everyscope train` first, or give the folder of a suite, a release or an "
-            f"SAE: {EXPECTED}"
+            f"{config.trained}: holds no finished SAE; run `everyscope train` first, or give the folder of a suite, a release or "
+            f"an SAE: {EXPECTED}"
         )
     places = {f"{sae.site.folder}/{sae.name}" for sae in found}
     if config.saes is not None and (missing := sorted(set(config.saes) - places)):

@@ -128,7 +128,7 @@ def _check_alike(layer: int, coder: Sae, first: Sae) -> None:
 
     if facts(coder) != facts(first):
         raise ShapeMismatch(
-            f"layer {layer}: d_in, d_sae, d_out, skip and input are {facts(coder)}, of layer 0 {facts(first)}; expected equal ones"
+            f"layer {layer}: d_in, d_sae, d_out, skip and input are {facts(coder)}, of layer 0 {facts(first)}; expected equals"
         )
 
 

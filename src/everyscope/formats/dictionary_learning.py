@@ -1,7 +1,7 @@
 """dictionary_learning: config.json and ae.pt; SAEs of seven classes, of which each has its own names and activation.
 
 AutoEncoder and AutoEncoderNew are ReLU, JumpReluAutoEncoder is JumpReLU, BatchTopKSAE and MatryoshkaBatchTopKSAE keep one
-threshold for use, AutoEncoderTopK takes the k largest, GatedAutoEncoder is JumpReLU in disguise (`coder.gated`). Old names of tensors:
+threshold for use, AutoEncoderTopK takes the k largest, GatedAutoEncoder is JumpReLU in disguise (`coder.gated`):
 
     u = (x - b) @ encoder.weight.T + encoder.bias,   f = activation(u),   x_hat = f @ decoder.weight.T + b
 """

@@ -113,8 +113,8 @@ def _tensors(weights: Path, found: Mapping[str, Tensor], architecture: str) -> d
     form = f"a {architecture} of SAELens"
     if architecture == "gated":
         return gated(*taken(weights, found, ("W_enc", "W_dec", "b_dec", "r_mag", "b_gate", "b_mag"), form))
-    names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    tensors = dict(zip(names, taken(weights, found, names, form), strict=True))
+    names: tuple[str, ...] = ("W_enc", "W_dec", "b_enc", "b_dec")
+    tensors: dict[str, Tensor] = dict(zip(names, taken(weights, found, names, form), strict=True))
     if "jumprelu" not in architecture:
         tensors["threshold"] = torch.zeros_like(tensors["b_enc"])
     elif "log_threshold" in found:  # checkpoints of training before 6.5x

@@ -19,6 +19,7 @@ from invented_coders import (
     largest,
 )
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save
 
 from everyscope.base.errors import ConfigError, DataError, ShapeMismatch
 from everyscope.formats import circuit_tracer
@@ -148,13 +149,11 @@ def test_a_config_is_read_line_by_line(tmp_path: Path):
 
 def test_bfloat16_files_are_read(tmp_path: Path):
     """As published sets are."""
-    from safetensors.torch import save_file as save
-
     path = set_of(tmp_path / "a", [arrays()])
     half = {name: tensor.bfloat16() for name, tensor in coder(skip=True).tensors().items()}
     renamed = {"W_enc": half["W_enc"].T, "W_skip": half["W_skip"].T, "activation_function.threshold": half["threshold"]}
     rest = {name: half[name] for name in ("W_dec", "b_enc", "b_dec")}
-    save({name: tensor.contiguous() for name, tensor in (renamed | rest).items()}, path / "layer_0.safetensors")
+    (path / "layer_0.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in (renamed | rest).items()}))
     found = load_sae(path / "layer_0.safetensors")
     assert found.dtype == torch.float32
     assert torch.equal(found.W_enc, half["W_enc"].float())

@@ -29,7 +29,7 @@ def folder_of(path: Path, a: dict, **config) -> Path:
 @pytest.mark.parametrize("transcodes", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_folder_is_what_its_formula_says(tmp_path: Path, transcodes: bool, skip: bool):
-    """Files of 2025 say skip_connection and no transcode: sparsify then takes b_dec from the input, though not from the skip's."""
+    """Files of 2025 say skip_connection and no transcode: sparsify then takes b_dec from the input, not from the skip's."""
     a = arrays()
     said = {"skip_connection": skip} | ({"transcode": True, "activation": "topk"} if transcodes else {})
     path = folder_of(tmp_path / "run/layers.5.mlp", a, **said)
