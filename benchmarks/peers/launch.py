@@ -18,8 +18,9 @@ PACKAGES: dict[str, str | None] = {
     "sparsify": "eai-sparsify==1.3.3",
     "dictionary_learning": "dictionary-learning==0.1.0",
     "saelens": "sae-lens==6.54.12",
+    "circuit_tracer": "circuit-tracer==0.5.0 nnsight==0.6.1",  # pip alone takes an nnsight that has lost modules it imports
 }
-"""The trainers, and what is installed for each; None runs in this very environment."""
+"""The trainers, and what is installed for each; None runs in this very environment. circuit_tracer trains nothing: it reads."""
 UNWANTED = ("torchvision", "torchaudio")
 """What peers bring along built for another torch, whereupon their `transformers` no longer imports."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -39,7 +40,7 @@ def python_of(trainer: str, cache: Path) -> Path:
         constraints.write_text(f"{TORCH}\n")
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", TORCH, "numpy"], check=True)  # first and alone, so that the build for this machine stays
-        subprocess.run([*pip, "install", "--constraint", str(constraints), package], check=True)
+        subprocess.run([*pip, "install", "--constraint", str(constraints), *package.split()], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
         built.touch()
     return python

@@ -97,7 +97,8 @@ def parser_of(name: str, command: Command) -> OneLineParser:
     if name == "serve":
         add_serve_arguments(parser)
     if name == "export":
-        add("--format", choices=["pages", "neuronpedia"], default="pages", help="for web hosts, or for Neuronpedia")
+        formats = ["pages", "neuronpedia", "circuit-tracer"]
+        add("--format", choices=formats, default="pages", help="for web hosts, for Neuronpedia, or for circuit-tracer")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--help", "-h", action="store_true", help="show this")
     if command.takes_recipe:

@@ -22,6 +22,7 @@ from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wish
 from everyscope.cli.stages import show_stages, show_suite
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.harvest.config import ImportConfig
+from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES
@@ -265,11 +266,18 @@ def model_beside(suite: Path) -> "ModelConfig | None":
 
 
 def export_command(options: argparse.Namespace, fields: list[str]) -> None:
-    """The suite's pages as files for any web host, or its latents for Neuronpedia."""
+    """The suite's pages as files for any web host, its latents for Neuronpedia, or its transcoders for circuit-tracer."""
     if options.format == "neuronpedia":
         from everyscope.publish.neuronpedia.run import run as write_for_neuronpedia
 
         print(write_for_neuronpedia(configured(NeuronpediaConfig, options, "suite", fields)).words)
+        return
+    if options.format == "circuit-tracer":
+        tracer = configured(CircuitTracerConfig, options, "suite", fields)
+        from everyscope.browse.cache import suite_folder
+        from everyscope.publish.circuit_tracer.run import run as write_for_circuit_tracer
+
+        print(write_for_circuit_tracer(tracer, model_beside(suite_folder(tracer.suite))).words)
         return
     config = configured(ExportConfig, options, "suite", fields)
     from everyscope.browse.export import run
@@ -297,7 +305,10 @@ COMMANDS = {
     "publish": Command("SAEs, scores and descriptions to the suite", stage_command),
     "browse": Command("the suite's pages in a web browser, on this machine alone", browse_command, "SUITE", BrowseConfig),
     "export": Command(
-        "the suite's pages for any web host, or its latents for Neuronpedia", export_command, "SUITE", ExportConfig
+        "the suite's pages for any web host, its latents for Neuronpedia, or its transcoders for circuit-tracer",
+        export_command,
+        "SUITE",
+        ExportConfig,
     ),
     "serve": Command("shards to trainers in other processes and on other hosts", serve_command, "SHARDS", ServeConfig),
     "import": Command("activations from elsewhere to shards", import_command, "ARRAY", ImportConfig),

@@ -29,8 +29,8 @@ class EvaluateConfig(Schema):
     text: TextConfig
     """The corpus; scores are of its held-out documents."""
     trained: Path
-    """The SAEs: a folder written by `everyscope train`, a published suite, or a folder with params.npz files of a Gemma Scope
-    release. Every SAE in it is evaluated."""
+    """The SAEs: a folder written by `everyscope train`, a published suite, or a folder of SAEs and transcoders of another project
+    (docs/reference/formats.md). Every one in it is evaluated."""
     out: Path
     """Folder for the scores; lies beside `trained`, is copied into the suite when that is published."""
     shards: Path | None = None

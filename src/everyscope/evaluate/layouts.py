@@ -1,4 +1,4 @@
-"""Folders that hold SAEs, and how each tells the site: our training and suites, Gemma Scope's releases, SAELens.
+"""Folders that hold SAEs and transcoders, and how each tells the site: our training and suites, and every format that is read.
 
 A suite is read by its folders, not by its index, so that suites of any version can be measured.
 """
@@ -13,19 +13,17 @@ import torch
 from torch import nn
 
 from everyscope.base.errors import ConfigError
-from everyscope.base.files import read_object, sha256
+from everyscope.base.files import sha256
+from everyscope.formats.known import coders_below
 from everyscope.sae.files import TENSOR_FILE, trained_folders, weights_digest
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site, SiteKind, parse_folder
-from everyscope.suite.layout import CONFIG_FILE, NPZ_FILE, WEIGHTS_FILE
 
 RELEASE_KINDS: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "embedding": "embed"}
 """The last word of a Gemma Scope repository's name, or a folder's name in it, and the site it stands for."""
 UNSCALED = "embedding"
 """The folder of Gemma Scope's SAEs of the embedding matrix."""
-HOOKS: dict[str, SiteKind] = {"attn.hook_z": "attn_out", "hook_mlp_out": "mlp_out", "hook_resid_post": "resid_post"}
-"""TransformerLens's names of sites within a block, as SAELens keeps them."""
 PROBE_TOKENS = 64
 """Tokens by which the factor between embedding matrix and embeddings is found [tokens]."""
 PROPORTIONAL = 1e-2
@@ -40,6 +38,7 @@ class FoundSae:
     name: str
     """Its folder below that of its site."""
     folder: Path
+    """Its folder; of a set, whose folder holds all layers, its file."""
     weights: Path
     """The file that holds its tensors."""
     digest: str
@@ -56,37 +55,28 @@ def saes_of_training(trained: Path) -> Iterator[FoundSae]:
 
 
 def saes_of_release(trained: Path, site_kind: SiteKind | None) -> Iterator[FoundSae]:
-    """The layouts of our suites, <site>/layer_<L>/..., of Gemma Scope, <release>/layer_<L>/... and <release>/embedding/..., and
-    of SAELens, whose files name their hook.
+    """Our suites, <site>/layer_<L>/..., Gemma Scope's releases, <release>/layer_<L>/... and <release>/embedding/..., and files of
+    every other format that is read here, most of which name their site.
 
-    A site's kind is what the file says, or the folders from `trained` down, or `site_kind`, or the folders above, in this order.
-    ConfigError where none of them tells it, and for transcoders.
+    A site is what the files say, or the kind that the folders from `trained` down tell, or `site_kind`, or the folders above, in
+    this order. ConfigError where none of them tells it.
     """
     root = trained.absolute()
-    folders = {path.parent for name in (NPZ_FILE, WEIGHTS_FILE) for path in root.rglob(name)}
-    for folder in sorted(folder for folder in folders if (folder / NPZ_FILE).exists() or (folder / CONFIG_FILE).exists()):
-        weights = next(path for path in (folder / NPZ_FILE, folder / WEIGHTS_FILE) if path.exists())
+    for one, weights in coders_below(root):
+        folder = one.folder(weights)
         above, inside = root.parent.parts, (root.name, *folder.relative_to(root).parts)
-        hooked = _hooked(folder)
-        site = hooked or _of_path(weights, above, inside, site_kind)
-        names = [place for place, part in enumerate(inside) if re.fullmatch(rf"layer_\d+|{UNSCALED}", part)]
-        name = "/".join(inside[names[-1] + 1 :] if names else inside[1:]) or (inside[-1] if not names else "sae")
+        said = one.known(weights).seat
+        site = said or _of_path(weights, above, inside, site_kind)
         embeds = [part for part in (*above, *inside) if part in ("embed", UNSCALED)]
-        is_unscaled = hooked is None and site.kind == "embed" and embeds[-1:] == [UNSCALED]
-        yield FoundSae(site, name, folder, weights, sha256(weights), is_unscaled)
+        is_unscaled = said is None and site.kind == "embed" and embeds[-1:] == [UNSCALED]
+        name = "/".join(inside[1:]) if one.is_set else _name(inside)
+        yield FoundSae(site, name or "sae", weights if one.is_set else folder, weights, sha256(weights), is_unscaled)
 
 
-def _hooked(folder: Path) -> Site | None:
-    """The site that a SAELens folder's file names; None where there is none, or where the name is not one of ours."""
-    if not (folder / CONFIG_FILE).exists():
-        return None
-    config = read_object(folder / CONFIG_FILE)
-    metadata = config.get("metadata")
-    hook = str((metadata.get("hook_name") if isinstance(metadata, dict) else None) or config.get("hook_name"))
-    if hook == "hook_embed":
-        return Site("embed", 0)
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
-    return Site(HOOKS[found[2]], int(found[1])) if found and found[2] in HOOKS else None
+def _name(inside: Sequence[str]) -> str:
+    """What is behind the layer of a path, or, where it names no layer, all of it."""
+    layers = [place for place, part in enumerate(inside) if re.fullmatch(rf"layer_\d+|{UNSCALED}", part)]
+    return "/".join(inside[layers[-1] + 1 :]) if layers else "/".join(inside[1:]) or inside[-1]
 
 
 def _of_path(weights: Path, above: Sequence[str], inside: Sequence[str], site_kind: SiteKind | None) -> Site:
@@ -102,11 +92,9 @@ def _of_path(weights: Path, above: Sequence[str], inside: Sequence[str], site_ki
 
 
 def _kind(parts: Sequence[str]) -> SiteKind | None:
-    """The kind of site that folders' names tell, the innermost first; ConfigError for transcoders, which join two sites."""
+    """The kind of site that folders' names tell, the innermost first."""
     for part in reversed(parts):
         word = part.rpartition("-")[2]
-        if word.startswith("transcoders"):
-            raise ConfigError(f"{part}: transcoders read one site and write another; give SAEs of one site")
         if part in get_args(SiteKind):
             return next(kind for kind in get_args(SiteKind) if kind == part)
         if word in RELEASE_KINDS and (word != part or word == UNSCALED):
@@ -119,7 +107,7 @@ def of_embeddings(sae: Sae, scale: float) -> Sae:
 
     e @ W_enc = x @ (W_enc / scale), and scale (f @ W_dec + b_dec) = f @ (scale W_dec) + scale b_dec; b_enc and threshold stay.
     """
-    return Sae(sae.W_enc / scale, sae.W_dec * scale, sae.b_enc, sae.b_dec * scale, sae.threshold, metadata=sae.metadata)
+    return sae.with_tensors(W_enc=sae.W_enc / scale, W_dec=sae.W_dec * scale, b_dec=sae.b_dec * scale)
 
 
 @torch.no_grad()

@@ -7,26 +7,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.evaluate.config import SaeDtype
-from everyscope.sae.folded import PARAMETERS, Sae
+from everyscope.sae.folded import Sae
 
 LEVELS = 127
 """The largest integer of a weight in int8; -128 is not used, so that the scale is symmetric."""
 
 
 def rounded(sae: Sae, dtype: SaeDtype) -> Sae:
-    """The SAE as it is in `dtype`: bfloat16 runs in bfloat16, int8 rounds both weight matrices and runs in float32."""
+    """The SAE as it is in `dtype`: bfloat16 runs in bfloat16, int8 rounds all weight matrices and runs in float32."""
     return ROUNDINGS[dtype](sae)
 
 
 def _cast(sae: Sae, dtype: torch.dtype) -> Sae:
-    return Sae(*(getattr(sae, name).to(dtype) for name in PARAMETERS), metadata=sae.metadata)
+    return sae.with_tensors(**{name: tensor.to(dtype) for name, tensor in sae.own_tensors().items()})
 
 
 def _int8(sae: Sae) -> Sae:
     sae = _cast(sae, torch.float32)
-    return Sae(
-        per_latent(sae.W_enc.T).T.contiguous(), per_latent(sae.W_dec), sae.b_enc, sae.b_dec, sae.threshold, metadata=sae.metadata
-    )
+    matrices = {"W_enc": per_latent(sae.W_enc.T).T.contiguous(), "W_dec": per_latent(sae.W_dec)}
+    if sae.W_skip is not None:
+        matrices["W_skip"] = per_latent(sae.W_skip)
+    return sae.with_tensors(**matrices)
 
 
 def per_latent(weights: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:

@@ -9,9 +9,10 @@ from everyscope.base.ids import content_id
 from everyscope.evaluate.calibration import source_of
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.layouts import FoundSae, saes_of_release, saes_of_training
+from everyscope.formats.known import EXPECTED
 from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site
-from everyscope.suite.layout import CONFIG_FILE, LATENTS_FILE, METRICS_FILE, NPZ_FILE, WEIGHTS_FILE
+from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
 from everyscope.suite.reader import load_sae
 from everyscope.suite.scores import read_metrics
 
@@ -43,7 +44,7 @@ class Target:
     name: str
     """The SAE's folder below that of its site, as in width_512_l0_25 or width_16k/average_l0_71."""
     folder: Path
-    """Where the SAE lies."""
+    """Where the SAE lies; of a set, its file."""
     weights: Path
     """The file that holds its tensors."""
     scores: Path
@@ -79,8 +80,8 @@ def load_targets(config: EvaluateConfig) -> list[Target]:
     found = [*saes_of_training(config.trained)] or [*saes_of_release(config.trained, config.site_kind)]
     if not found:
         raise DataError(
-            f"{config.trained}: holds no finished SAE, no {NPZ_FILE} and no {CONFIG_FILE} with {WEIGHTS_FILE}; run "
-            "`everyscope train` first, or give the folder of a suite, a release or an SAE"
+            f"{config.trained}: holds no finished SAE; run `everyscope train` first, or give the folder of a suite, a release or "
+            f"an SAE: {EXPECTED}"
         )
     places = {f"{sae.site.folder}/{sae.name}" for sae in found}
     if config.saes is not None and (missing := sorted(set(config.saes) - places)):

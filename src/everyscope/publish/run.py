@@ -14,11 +14,12 @@ from everyscope.base.errors import DataError
 from everyscope.base.files import PARTIAL, make_folder, require_free_space, sha256, storage_errors, whole_file
 from everyscope.base.ids import content_id
 from everyscope.base.progress import meter, say
+from everyscope.formats import gemma_scope
 from everyscope.publish.config import PublishConfig
 from everyscope.publish.descriptions import check_descriptions, described_files, description_checksums, publish_text
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.flat import write_table
-from everyscope.publish.formats import write_npz, write_saelens
+from everyscope.publish.formats import write_saelens
 from everyscope.publish.pages import TEMPLATES, write_card, write_report
 from everyscope.publish.saebench import write_saebench
 from everyscope.publish.slices import publish_cost, publish_slices, published_slices, read_cost, slice_checksums
@@ -156,7 +157,7 @@ def _publish_sae(config: PublishConfig, source: Source, described: dict[str, Pat
     """Write the folder of one SAE and its SAEBench results; its record and their path."""
     folder, metrics = config.out / source.folder, source.metrics
     sae, record = read_sae(source.trained)
-    write_npz(folder, sae)
+    gemma_scope.write(folder, sae)
     write_saelens(folder, sae, source.site, config.model, record, metrics)
     for name, path in {METRICS_FILE: source.scores / METRICS_FILE, **described}.items():
         with whole_file(folder / name) as partial, storage_errors(folder / name):

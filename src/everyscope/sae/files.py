@@ -4,6 +4,7 @@ The record holds the SHA-256 of the tensors' file, by which everything made from
 again, and its own identity: a file that changed since is refused.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMisma
 from everyscope.base.files import read_sealed, sha256, unreadable, write_sealed
 from everyscope.base.tensors import write_tensors
 from everyscope.sae.folded import Sae, from_tensors
-from everyscope.sae.metadata import SaeMetadata
-from everyscope.sites.names import Site
+from everyscope.sae.metadata import CONVENTIONS, SaeMetadata
+from everyscope.sites.names import Site, parse_folder
 
 TENSOR_FILE, RECORD_FILE = "sae.safetensors", "sae.json"
 WEIGHTS = "weights_sha256"
@@ -71,9 +72,15 @@ def read_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
 
 
 def metadata_of(record: dict[str, Any]) -> SaeMetadata:
-    """What a record says of its SAE."""
-    site = Site(record["site"], record["layer"]) if {"site", "layer"} <= record.keys() else None
-    return SaeMetadata(site, record.get("model"), record.get("l0"), record.get("scale"), record.get("num_tokens"))
+    """What a record says of its SAE, or of its transcoder: that has the place it `reads` and a kind of its own."""
+    known = SaeMetadata(None, record.get("model"), record.get("l0"), record.get("scale"), record.get("num_tokens"))
+    if not {"site", "layer"} <= record.keys():
+        return known
+    site = Site(record["site"], record["layer"])
+    if site.inputs == site.outputs:
+        return replace(known, site=site)
+    reads = parse_folder(record["reads"])
+    return replace(known, site=reads, target=site.outputs[0], convention=CONVENTIONS.get(reads.kind))
 
 
 def trained_folders(root: Path) -> list[Path]:

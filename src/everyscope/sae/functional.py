@@ -26,6 +26,12 @@ def jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sa
     return pre.relu() * (pre > threshold)
 
 
+def largest(f: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
+    """The k largest latents of each row, the others 0 (TopK, arXiv 2406.04093); of equal ones, any."""
+    values, latents = f.topk(min(k, f.shape[-1]), dim=-1)
+    return torch.zeros_like(f).scatter(-1, latents, values)
+
+
 def decode(
     f: Float[Tensor, "*batch d_sae"], w_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "*batch d_in"]:

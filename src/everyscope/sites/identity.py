@@ -1,8 +1,12 @@
-"""The proof that we hook what we claim: each block's output is its input plus what attention and MLP add.
+"""The proof that we hook what we claim: each block's output is its input plus what attention and MLP add, and what the MLP adds
+is made, by the MLP module, of what we say it reads.
 
 Architectures where that does not hold (BLOOM adds inside its sublayers, Granite scales what it adds) are refused, and so is
 a registry entry that takes, say, Gemma 2's `mlp` where the block adds its post-norm's output.
 """
+
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +24,9 @@ TOY_BATCH, TOY_CONTEXT = 2, 16
 def check_residual_identity(model: nn.Module, tolerance: float | None = None, anatomy: Anatomy | None = None) -> float:
     """Check every layer on a short batch of arbitrary tokens and return the largest error [1].
 
-    Two errors per layer, each at its worst token: of resid_post = resid_pre + attention's part + MLP's part, relative to
-    the longest of these four vectors, and of W_O's output against the attention module's. `anatomy` is the registry's
+    Four errors per layer, each at its worst token: of resid_post = resid_pre + attention's part + MLP's part, relative to
+    the longest of these four vectors, of W_O's output against the attention module's, of the MLP module run again on mlp_in
+    against mlp_out, and of the norm before it run again on resid_mid against mlp_in. `anatomy` is the registry's
     unless given; `tolerance` is `default_tolerance` of the model's dtype unless given. ModelError, naming layer and
     error, where one is larger.
     """
@@ -35,17 +40,12 @@ def check_residual_identity(model: nn.Module, tolerance: float | None = None, an
         places[layer, "mlp"] = anatomy.place(Site("mlp_out", layer))
         places[layer, "projected"] = anatomy.projected(layer)
         places[layer, "attended"] = anatomy.attention(layer)
+        places[layer, "mlp_in"] = anatomy.place(Site("mlp_in", layer))
+        places[layer, "mid"] = anatomy.place(Site("resid_mid", layer))
     found = _run(model, places, anatomy.config.vocab_size)
     worst = 0.0
     for layer in range(anatomy.num_layers):
-        pre, post, attention, mlp, projected, attended = (
-            _seen(found, layer, name) for name in ("pre", "post", "attention", "mlp", "projected", "attended")
-        )
-        errors = {
-            "its output is not its input plus what its attention and MLP add": _error(post, pre, attention, mlp),
-            "its attention does not end in the projection that attn_out is read from": _error(attended, projected),
-        }
-        for complaint, error in errors.items():
+        for complaint, error in _errors(anatomy, found, layer):
             if not error <= tolerance:  # so that NaN fails too
                 raise ModelError(
                     f"{type(model).__name__}, layer {layer}: {complaint} (relative error {error:.2g}, allowed {tolerance:.2g}); "
@@ -53,6 +53,17 @@ def check_residual_identity(model: nn.Module, tolerance: float | None = None, an
                 )
             worst = max(worst, error)
     return worst
+
+
+def _errors(anatomy: Anatomy, found: dict[tuple[int, str], Tensor], layer: int) -> Iterator[tuple[str, float]]:
+    """What may be wrong with a layer, and by how much it is; modules run again only where all before is right."""
+    pre, post, attention, mlp, projected, attended, mlp_in, mid = (
+        _seen(found, layer, name) for name in ("pre", "post", "attention", "mlp", "projected", "attended", "mlp_in", "mid")
+    )
+    yield "its output is not its input plus what its attention and MLP add", _error(post, pre, attention, mlp)
+    yield "its attention does not end in the projection that attn_out is read from", _error(attended, projected)
+    yield "its MLP does not make mlp_out of mlp_in", _error_again(mlp, anatomy.mlp_parts(layer), mlp_in)
+    yield "the norm before its MLP does not make mlp_in of resid_mid", _error_again(mlp_in, anatomy.norm_parts(layer), mid)
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -70,7 +81,7 @@ def _run(model: nn.Module, places: dict[tuple[int, str], Place], vocab_size: int
 
     def keep(name: tuple[int, str]) -> Visitor:
         def visit(x: Tensor) -> None:
-            found[name] = x.double()
+            found[name] = x.double()  # a copy, which nothing that the pass does later changes
 
         return visit
 
@@ -79,6 +90,17 @@ def _run(model: nn.Module, places: dict[tuple[int, str], Place], vocab_size: int
     with visiting([(place, keep(name)) for name, place in places.items()]):
         model(input_ids=input_ids.view(TOY_BATCH, TOY_CONTEXT), use_cache=False)
     return found
+
+
+def _error_again(made: Tensor, modules: Sequence[nn.Module], x: Tensor) -> float:
+    """`_error` of what the modules, one after another, make of `x` in their own format; infinite where they cannot."""
+    y = x
+    try:
+        for module in modules:
+            y = module(y.to(next(module.parameters()).dtype))
+    except (TypeError, RuntimeError, AttributeError):  # it takes more than this, or another size
+        return math.inf
+    return _error(made, y.double()) if y.shape == made.shape else math.inf
 
 
 def _seen(found: dict[tuple[int, str], Tensor], layer: int, name: str) -> Tensor:

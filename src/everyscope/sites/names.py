@@ -8,18 +8,22 @@ from typing import Literal, TypeVar, get_args
 
 from everyscope.base.errors import ConfigError
 
-SiteKind = Literal["attn_out", "mlp_out", "resid_post", "embed"]
+SiteKind = Literal["attn_out", "mlp_out", "resid_post", "embed", "mlp_in", "resid_mid", "transcoder"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 SUBLAYERS: tuple[SiteKind, ...] = ("attn_out", "mlp_out", "resid_post")
-"""The kinds that every layer has; `embed` exists once, as layer 0."""
+"""The kinds at which Gemma Scope has SAEs on every layer; `embed` exists once, as layer 0."""
 HOOKS: dict[SiteKind, str] = {
     "attn_out": "blocks.{layer}.attn.hook_z",
     "mlp_out": "blocks.{layer}.hook_mlp_out",
     "resid_post": "blocks.{layer}.hook_resid_post",
     "embed": "hook_embed",
+    "mlp_in": "blocks.{layer}.mlp.hook_in",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
 }
-"""TransformerLens's names of our sites."""
-_OURS = re.compile(rf"({'|'.join(SUBLAYERS)})(?:/layer_|/| layer |\.)(\d+)")
+"""TransformerLens's names of the sites that are one place."""
+IN_LAYERS: tuple[SiteKind, ...] = tuple(kind for kind in HOOKS if kind != "embed")
+"""The kinds that are one place in every layer."""
+_OURS = re.compile(rf"({'|'.join((*IN_LAYERS, 'transcoder'))})(?:/layer_|/| layer |\.)(\d+)")
 _BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
 """A block as a module of a Hugging Face model, as in model.layers.3; its output is resid_post."""
 Value = TypeVar("Value")
@@ -31,7 +35,10 @@ class Site:
 
     attn_out: the heads' outputs, concatenated, before W_O (width heads x head_dim); mlp_out: what the MLP adds to the
     residual stream, after its post-norm where there is one; resid_post: the residual stream behind the block; embed: the
-    embedding as it enters the first block.
+    embedding as it enters the first block; mlp_in: what the MLP module itself receives, normalised and with the norm's gain
+    where there is a norm; resid_mid: the residual stream as that norm receives it.
+
+    transcoder is where a transcoder sits and not one place but two: it reads mlp_in and writes mlp_out.
     """
 
     kind: SiteKind
@@ -53,7 +60,8 @@ class Site:
         """The site of a name in any of the usual conventions; ConfigError, with the nearest name, for anything else.
 
         Ours: resid_post.3, resid_post/layer_3, embed. TransformerLens's: blocks.3.hook_resid_post, blocks.3.hook_mlp_out,
-        blocks.3.attn.hook_z, hook_embed. A Hugging Face block: model.layers.3 or transformer.h.3, which is resid_post.
+        blocks.3.attn.hook_z, blocks.3.mlp.hook_in, blocks.3.hook_resid_mid, hook_embed.
+        A Hugging Face block: model.layers.3 or transformer.h.3, which is resid_post.
         """
         if text in ("embed", "embed.0", "embed/layer_0", "embed layer 0", HOOKS["embed"]):
             return cls("embed", 0)
@@ -61,7 +69,7 @@ class Site:
             return cls(found[1], int(found[2]))  # pyright: ignore[reportArgumentType]
         if found := _BLOCK.fullmatch(text):
             return cls("resid_post", int(found[1]))
-        for kind in SUBLAYERS:
+        for kind in IN_LAYERS:
             if found := re.fullmatch(HOOKS[kind].replace(".", r"\.").format(layer=r"(\d+)"), text):
                 return cls(kind, int(found[1]))
         raise ConfigError(f"{text!r} names no site; {_nearest(text)}")
@@ -72,9 +80,19 @@ class Site:
         return f"{self.kind}/layer_{self.layer}"
 
     @property
+    def inputs(self) -> tuple["Site", ...]:
+        """The places that a coder at this site reads; an SAE reads its own."""
+        return (Site("mlp_in", self.layer),) if self.kind == "transcoder" else (self,)
+
+    @property
+    def outputs(self) -> tuple["Site", ...]:
+        """The places that a coder at this site writes; an SAE writes its own."""
+        return (Site("mlp_out", self.layer),) if self.kind == "transcoder" else (self,)
+
+    @property
     def hook_name(self) -> str:
-        """TransformerLens's name of the site: `blocks.3.hook_resid_post`."""
-        return HOOKS[self.kind].format(layer=self.layer)
+        """TransformerLens's name of the place that a coder reads here: `blocks.3.hook_resid_post`."""
+        return HOOKS[self.inputs[0].kind].format(layer=self.layer)
 
     def __str__(self) -> str:
         return f"{self.kind} layer {self.layer}"
@@ -97,13 +115,14 @@ def _nearest(text: str) -> str:
     for part, meaning in {
         "resid_pre": f"the same activations are {before}",
         "hook_attn_out": f"attn_out lies before W_O, and is written 'attn_out.{layer}' or 'blocks.{layer}.attn.hook_z'",
-        "resid_mid": f"sites of layer {layer} are {', '.join(f'{kind}.{layer}' for kind in SUBLAYERS)}",
-        ".mlp": f"did you mean 'mlp_out.{layer}'?",
+        "hook_mlp_in": f"what the MLP reads behind its norm is 'mlp_in.{layer}', the stream before that norm 'resid_mid.{layer}'",
+        "ln2": f"what the MLP reads, with the norm's gain, is 'mlp_in.{layer}'",
+        ".mlp": f"did you mean 'mlp_in.{layer}' or 'mlp_out.{layer}'?",
         "attn": f"did you mean 'attn_out.{layer}'?",
     }.items():
         if part in text:
             return meaning
-    names = [f"{kind}.{layer}" for kind in SUBLAYERS] + [HOOKS[kind].format(layer=layer) for kind in SUBLAYERS] + ["embed"]
+    names = [f"{kind}.{layer}" for kind in IN_LAYERS] + [HOOKS[kind].format(layer=layer) for kind in IN_LAYERS] + ["embed"]
     close = difflib.get_close_matches(text, names, 1)
     usual = "write it as 'resid_post.3', 'blocks.3.hook_resid_post' or 'model.layers.3'"
     return f"did you mean {close[0]!r}?" if close else f"{usual}; the kinds are {', '.join(SITE_KINDS)}"
@@ -132,6 +151,23 @@ def sites_in(sites: "Site | str | Iterable[Site | str]") -> tuple[Site, ...]:
     if not found:
         raise ConfigError("no sites given; name at least one, as in 'resid_post.0'")
     return found
+
+
+def places_of(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Every place that coders at these sites read or write, once, in order of the sites."""
+    return tuple(dict.fromkeys(place for site in sites for place in (*site.inputs, *site.outputs)))
+
+
+def site_of(reads: Site, writes: Site) -> Site | None:
+    """Where a coder sits that reads and writes these places; None where no site has both.
+
+    A transcoder that reads the residual stream before the MLP's norm sits where others do.
+    """
+    if reads == writes:
+        return reads
+    if reads.kind in ("mlp_in", "resid_mid") and writes == Site("mlp_out", reads.layer):
+        return Site("transcoder", reads.layer)
+    return None
 
 
 def parse_folder(folder: str) -> Site:

@@ -29,16 +29,20 @@ class Family:
     """Its output is what attention adds to the residual stream."""
     mlp_added: str
     """Its output is what the MLP adds to the residual stream."""
+    mlp_norm: str | None
+    """The norm whose output the MLP reads; None where it reads the residual stream."""
+    mlp: str = "mlp"
+    """The whole MLP module."""
 
 
 def _pre_norm(*blocks: str) -> Family:
     """Blocks that add what attention and MLP give, as it is."""
-    return Family(blocks, "self_attn", "self_attn.o_proj", "self_attn", "mlp")
+    return Family(blocks, "self_attn", "self_attn.o_proj", "self_attn", "mlp", "post_attention_layernorm")
 
 
-def _post_norm(*blocks: str) -> Family:
+def _post_norm(*blocks: str, mlp_norm: str | None = "pre_feedforward_layernorm") -> Family:
     """Blocks that normalise what attention and MLP give before they add it."""
-    return Family(blocks, "self_attn", "self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm")
+    return Family(blocks, "self_attn", "self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm", mlp_norm)
 
 
 FAMILIES: dict[str, Family] = {
@@ -46,11 +50,11 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _post_norm("model.layers"),
     "gemma3": _post_norm("model.language_model.layers", "language_model.model.layers"),
     "gemma3_text": _post_norm("model.layers"),
-    "gpt2": Family(("transformer.h",), "attn", "attn.c_proj", "attn", "mlp"),
-    "gpt_neox": Family(("gpt_neox.layers",), "attention", "attention.dense", "attention", "mlp"),
+    "gpt2": Family(("transformer.h",), "attn", "attn.c_proj", "attn", "mlp", "ln_2"),
+    "gpt_neox": Family(("gpt_neox.layers",), "attention", "attention.dense", "attention", "mlp", "post_attention_layernorm"),
     "llama": _pre_norm("model.layers"),
     "mistral": _pre_norm("model.layers"),
-    "olmo2": _post_norm("model.layers"),
+    "olmo2": _post_norm("model.layers", mlp_norm=None),
     "phi3": _pre_norm("model.layers"),
     "qwen2": _pre_norm("model.layers"),
     "qwen3": _pre_norm("model.layers"),
@@ -86,8 +90,10 @@ class Anatomy:
         return self.config.hidden_size
 
     def place(self, site: Site) -> Place:
-        """Where `site` is read and replaced; ConfigError where the model has no such layer."""
+        """Where `site` is read and replaced; ConfigError where the model has no such layer, or the site is two places."""
         block = self.block(site.layer)
+        if site.inputs != site.outputs:
+            raise ConfigError(f"{site} is two places: it reads {site.inputs[0]} and writes {site.outputs[0]}; name one of these")
         match site.kind:
             case "embed":
                 return Place(block, "input")
@@ -97,12 +103,17 @@ class Anatomy:
                 return Place(_part(block, self.family.mlp_added), "output")
             case "resid_post":
                 return Place(block, "output")
+            case "mlp_in":
+                return Place(_part(block, self.family.mlp), "input")
+            case _:
+                return Place(_part(block, self.family.mlp_norm or self.family.mlp), "input")
 
     def width(self, site: Site) -> int:
-        """Size of the activations at `site` [d_in]: heads x head_dim for attn_out, else d_model."""
-        place = self.place(site)
+        """Size of the activations that a coder at `site` reads [d_in]: heads x head_dim for attn_out, else d_model."""
         if site.kind != "attn_out":
+            self.block(site.layer)
             return self.d_model
+        place = self.place(site)
         # GPT-2's Conv1D has no in_features; it keeps its weight as [d_in, d_out].
         return getattr(place.module, "in_features", None) or place.module.get_parameter("weight").shape[0]
 
@@ -117,6 +128,20 @@ class Anatomy:
     def attention_added(self, layer: int) -> Place:
         """What attention of `layer` adds to the residual stream [batch ctx d_model]."""
         return Place(_part(self.block(layer), self.family.attention_added), "output")
+
+    def mlp_parts(self, layer: int) -> tuple[nn.Module, ...]:
+        """The modules that make mlp_out of mlp_in, one after another: the MLP and, where there is one, its post-norm."""
+        paths = dict.fromkeys((self.family.mlp, self.family.mlp_added))
+        return tuple(_part(self.block(layer), path) for path in paths)
+
+    def norm_parts(self, layer: int) -> tuple[nn.Module, ...]:
+        """The modules that make mlp_in of resid_mid: the norm, or none."""
+        norm = self.mlp_norm(layer)
+        return () if norm is None else (norm,)
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the residual stream and the MLP of `layer`; None where there is none."""
+        return None if self.family.mlp_norm is None else _part(self.block(layer), self.family.mlp_norm)
 
     def block(self, layer: int) -> nn.Module:
         """The block of `layer`; ConfigError where there is none."""

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from everyscope.base.errors import ConfigError, DataError
+from everyscope.formats.npz import NPZ_FILE
 from everyscope.sae.saelens import CONFIG_FILE, WEIGHTS_FILE
 from everyscope.sites.names import Site
 
 INDEX_FILE, CARD_FILE, REPORT_FILE = "suite.json", "README.md", "report/index.html"
 TABLE_FILE, COST_FILE = "table.parquet", "cost.json"
 SLICES_FOLDER, SAEBENCH_FOLDER, TEXT_FOLDER = "slices", "saebench/core", "text"
-NPZ_FILE = "params.npz"
 METRICS_FILE, LATENTS_FILE, EXPLANATIONS_FILE = "metrics.json", "latents.parquet", "explanations.parquet"
 SAE_FILES = (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, LATENTS_FILE, EXPLANATIONS_FILE)
 """What lies in the folder of one SAE; explanations only where they were made."""

@@ -1,58 +1,46 @@
-"""Reading SAEs from wherever they lie: suites of ours, original Gemma Scope releases, SAELens folders, the Hugging Face hub.
+"""Reading SAEs and transcoders from wherever they lie: our suites, other projects' files (`formats`), the Hugging Face hub."""
 
-One function per format; `load_sae` only decides which of them it has before it.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch, first_line
-from everyscope.base.files import read_object, require_file, unreadable
+from everyscope.base.errors import ConfigError, DataError, first_line
+from everyscope.formats import gemma_scope, sparsify
+from everyscope.formats.known import FORMATS, coders_in, read_coder
 from everyscope.sae.files import has_sae, read_sae
-from everyscope.sae.folded import PARAMETERS, Sae, from_tensors
+from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
-from everyscope.sae.saelens import metadata_of
-from everyscope.sites.names import Site, SiteKind, as_site
-from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, NPZ_FILE, WEIGHTS_FILE, suite_folder
-from everyscope.suite.npz import array_names, read_arrays
+from everyscope.sites.names import Site, as_site
+from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, suite_folder
 from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
 from everyscope.suite.verify import checksums, verify_file
 
 SUITE_DEPTH = 4
 """How far above an SAE's folder its suite lies: site, layer, width, L0."""
-UNFOLDED = ("scal", "norm", "skip")
-"""Parts of names of arrays beside the five that change what an SAE computes, unless they are 1 everywhere (0 for a skip)."""
-
-GEMMA_SCOPE = re.compile(r"google/gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)/layer_(\d+)/width_[0-9a-z]+/average_l0_(\d+)")
-"""The hub ids of DeepMind's first release, whose files hold tensors alone."""
-GEMMA_SCOPE_SITES: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
+WEIGHT_SUFFIXES = (".npz", ".safetensors", ".pt")
+"""What names of files of weights end with."""
 
 
 def load_sae(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32) -> Sae:
     """One folded SAE: raw activations in, raw reconstruction out; `metadata` says what its files say of site, model and L0.
 
-    Takes an SAE's folder in a suite or in a run, a folder or a params.npz of a Gemma Scope release, a SAELens JumpReLU folder
-    (cfg.json + sae_weights.safetensors), or `org/repo/path/in/repo` on the Hugging Face hub. DataError where nothing
-    readable is there, ConfigError for a kind of SAE that is not ours or a device or dtype that is none, ShapeMismatch and
-    NonFinite for damaged tensors.
+    Takes an SAE's folder in a suite or in a run; the folder, or the file of weights, of an SAE or transcoder of Gemma Scope 1 or
+    2, SAELens, sparsify, dictionary_learning, Llama Scope, Qwen-Scope or circuit-tracer (docs/reference/formats.md); or
+    `org/repo/path/in/repo` on the Hugging Face hub. DataError where nothing readable is there, ConfigError for a kind of coder
+    without a folded form or a device or dtype that is none, ShapeMismatch and NonFinite for damaged tensors.
     """
     path = Path(path_or_hub_id)
     if path.exists():
         return _moved(_read_local(path), device, dtype)
     sae = _read_local(_download(str(path_or_hub_id)))
-    if sae.metadata == SaeMetadata():  # a params.npz, which says nothing of itself
-        sae.metadata = _of_gemma_scope(str(path_or_hub_id))
+    is_released = str(path_or_hub_id).startswith(gemma_scope.HUB)
+    if is_released and sae.metadata == SaeMetadata():  # a params.npz, which says nothing of itself
+        sae.metadata = gemma_scope.known(str(path_or_hub_id))
     return _moved(sae, device, dtype)
 
 
@@ -69,29 +57,16 @@ def _moved(sae: Sae, device: torch.device | str, dtype: torch.dtype | str) -> Sa
         ) from error
 
 
-def _of_gemma_scope(hub_id: str) -> SaeMetadata:
-    """What the path of an SAE in DeepMind's first release says of it; nothing for any other."""
-    found = GEMMA_SCOPE.fullmatch(hub_id.strip("/").removesuffix(f"/{NPZ_FILE}"))
-    if found is None:
-        return SaeMetadata()
-    size, tuned, kind, layer, l0 = found.groups()
-    site = Site(GEMMA_SCOPE_SITES[kind], int(layer))
-    return SaeMetadata(site, f"google/gemma-2-{size}{'-it' if tuned == 'it' else ''}", float(l0))
-
-
 def _read_local(path: Path) -> Sae:
-    if path.is_file() and path.suffix == ".npz":
-        return read_npz(path)
-    if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
-        _verify_in_suite(path)
-        return read_saelens(path)
-    if (path / NPZ_FILE).is_file():
-        return read_npz(path / NPZ_FILE)
-    if has_sae(path):
-        return read_sae(path)[0]
-    if (path / INDEX_FILE).is_file():
-        raise DataError(f"{path}: is a whole suite; use load_suite, or give the folder of one SAE below it")
-    raise DataError(f"{path}: holds no SAE; expected {NPZ_FILE}, or {CONFIG_FILE} with {WEIGHTS_FILE}")
+    found = coders_in(path) if path.is_dir() else [(None, path)]
+    if found and found[0][1].name == WEIGHTS_FILE:
+        _verify_in_suite(found[0][1].parent)
+    if not found:
+        if has_sae(path):
+            return read_sae(path)[0]
+        if (path / INDEX_FILE).is_file():
+            raise DataError(f"{path}: is a whole suite; use load_suite, or give the folder of one SAE below it")
+    return read_coder(path)
 
 
 def _verify_in_suite(folder: Path) -> None:
@@ -116,93 +91,21 @@ def _known_files(suite: Path, time: int) -> dict[str, str]:
     return checksums(read_index(suite))
 
 
-def read_npz(path: Path) -> Sae:
-    """The SAE in a Gemma Scope params.npz, in float32, with the old names of its keys too.
-
-    DataError for what is no npz of plain floating-point numbers or holds a tensor under two names, ConfigError for a scaling
-    factor, or a skip connection, that is not folded into the weights.
-    """
-    found = array_names(path)
-    by_name = {key: [name for name in found if name.lower() == key.lower()] for key in PARAMETERS}
-    doubled = next((names for names in by_name.values() if len(names) > 1), None)
-    if doubled is not None:
-        raise DataError(f"{path}: holds both {' and '.join(doubled)}, which are one tensor; delete one of them")
-    factors = [name for name in found if any(word in name.lower() for word in UNFOLDED)]
-    chosen = {key: names[0] for key, names in by_name.items() if names}
-    arrays = read_arrays(path, [*chosen.values(), *factors])
-    for name in factors:
-        _require_folded(path, name, arrays[name])
-    return _checked(path, {key: torch.from_numpy(arrays[name]) for key, name in chosen.items()})
-
-
-def _require_folded(path: Path, name: str, values: np.ndarray) -> None:
-    neutral = 0 if "skip" in name.lower() else 1
-    if not np.all(values == neutral):
-        raise ConfigError(f"{path}: {name} is not {neutral} everywhere; only folded SAEs are read, rescale W_enc and W_dec first")
-
-
-def _checked(path: Path, tensors: Mapping[str, Tensor], metadata: SaeMetadata | None = None) -> Sae:
-    """The SAE of five tensors out of the file `path`, float32; what is wrong with them names the file."""
-    for name in PARAMETERS:
-        tensor = tensors.get(name)
-        if tensor is not None and not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise DataError(f"{path}: {name} holds {kind}, expected floating-point numbers; convert it to float32")
-    try:
-        sae = from_tensors({name: tensor.float() for name, tensor in tensors.items() if name in PARAMETERS}, metadata)
-    except (ShapeMismatch, NonFinite) as error:
-        raise type(error)(f"{path}: {error}") from error
-    if bool((sae.threshold < 0).any()):
-        lowest = float(sae.threshold.min())
-        raise DataError(f"{path}: threshold has {lowest:.3g}, expected 0 or more everywhere; JumpReLU would keep negative values")
-    return sae
-
-
-def read_saelens(folder: Path) -> Sae:
-    """The JumpReLU SAE in a SAELens folder, folded: b_dec that is subtracted from the input goes into b_enc.
-
-    Pre-activations (x - b_dec) @ W_enc + b_enc equal x @ W_enc + (b_enc - b_dec @ W_enc). ConfigError for another
-    architecture, or activations that must be normalised first; ShapeMismatch where weights are not of the sizes in cfg.json.
-    """
-    config, path = read_object(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-    architecture, normalised = config.get("architecture"), config.get("normalize_activations") or "none"
-    if architecture != "jumprelu" or normalised != "none":
-        raise ConfigError(
-            f"{folder / CONFIG_FILE}: architecture={architecture!r}, normalize_activations={normalised!r}; "
-            "only jumprelu with none can be read, fold the normalisation in first"
-        )
-    require_file(path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise unreadable(path, "safetensors", error) from error
-    for name, tensor in tensors.items():
-        if any(word in name.lower() for word in UNFOLDED):
-            _require_folded(path, name, tensor.numpy())
-    sae = _checked(path, tensors, metadata_of(config))
-    for field, got in (("d_in", sae.d_in), ("d_sae", sae.d_sae)):
-        if (want := config.get(field, got)) != got:
-            raise ShapeMismatch(f"{path}: has {field}={got}, {CONFIG_FILE} says {want!r}; are they of two SAEs? download both")
-    # SAELens itself takes a missing flag for true.
-    return _subtraction_folded(sae) if config.get("apply_b_dec_to_input", True) else sae
-
-
-def _subtraction_folded(sae: Sae) -> Sae:
-    bias = sae.b_enc.double() - sae.b_dec.double() @ sae.W_enc.double()
-    return Sae(sae.W_enc, sae.W_dec, bias.float(), sae.b_dec, sae.threshold, metadata=sae.metadata)
-
-
 def _download(hub_id: str) -> Path:
-    """Fetch `org/repo/path/in/repo` from the hub: that file, or the files of that folder; the local path."""
+    """Fetch `org/repo/path/in/repo` from the hub, a file of weights or a coder's folder, with its configs; the local path."""
     parts = hub_id.strip("/").split("/")
     if len(parts) < 3 or hub_id.startswith((".", "/", "~")):
         raise DataError(f"{hub_id}: no such path, and no hub id either; a hub id is written org/repo/path/in/repo")
     repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    is_file = inside.endswith(WEIGHT_SUFFIXES)
+    folder, _, _ = inside.rpartition("/") if is_file else (inside, "", "")
+    names = [] if is_file else [one.file for one in FORMATS if not one.is_set]
+    names += [one.config for one in FORMATS if one.config is not None]
+    above = f"{folder.rpartition('/')[0]}/{sparsify.RUN_FILE}".lstrip("/")
+    beside = [f"{folder}/{name}".lstrip("/") for name in dict.fromkeys(names)]
     try:
-        if inside.endswith(".npz"):
-            return Path(huggingface_hub.hf_hub_download(repo, inside))
-        patterns = [f"{inside}/{name}" for name in (NPZ_FILE, CONFIG_FILE, WEIGHTS_FILE)]
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / inside
+        fetched = huggingface_hub.snapshot_download(repo, allow_patterns=[*([inside] if is_file else []), *beside, above])
+        return Path(fetched) / inside
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{hub_id}: not found locally or on the hub ({reason}); check name and network") from error

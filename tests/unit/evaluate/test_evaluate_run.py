@@ -13,8 +13,10 @@ from everyscope.base.errors import DataError, ModelError, NonFinite, ShapeMismat
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.work import planned_blocks
+from everyscope.formats import qwen_scope
 from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
+from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites import model as language_models
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
@@ -266,6 +268,20 @@ def test_saes_made_elsewhere_are_scored_without_shards(evaluated: EvaluateConfig
         assert close(got[name], want[name]), name
     assert got["fvu_pca"] == pytest.approx(want["fvu_pca"], rel=0.05)
     assert json.loads((config.out / "cost.json").read_text())["forwards"]["calibration"] > 0
+
+
+def test_topk_saes_of_another_project_are_scored_by_the_same_rules(evaluated: EvaluateConfig, tmp_path: Path):
+    """Every usual row has k latents, for W_enc is wide enough that so many are positive."""
+    sae, _ = read_sae(evaluated.trained / "resid_post/layer_1/w32_0")
+    top = Sae(**sae.own_tensors() | {"threshold": torch.zeros(32)}, metadata=SaeMetadata(Site("resid_post", 1)), top_k=3)
+    qwen_scope.write(tmp_path / "qwen", top, num_layers=2)
+    config = evaluated.model_copy(update={"trained": tmp_path / "qwen", "out": tmp_path / "scores", "shards": None})
+    evaluate.run(config)
+    scores = json.loads((tmp_path / "scores/resid_post/layer_1/sae/metrics.json").read_text())
+    latents = pyarrow.parquet.read_table(tmp_path / "scores/resid_post/layer_1/sae/latents.parquet")
+    assert scores["l0"] == pytest.approx(3, abs=0.05)
+    assert np.asarray(latents["frequency"]).sum() == pytest.approx(scores["l0"])
+    assert 0 < scores["fvu_usual"] < 2
 
 
 def test_saes_of_the_embedding_matrix_meet_the_embeddings_that_they_were_trained_on(tmp_path: Path):

@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from invented_coders import coder
 from small_scope import build_scope, random_sae
 
 from everyscope.base.errors import ConfigError, DataError
-from everyscope.base.files import write_json
+from everyscope.base.files import sha256, write_json
 from everyscope.base.tensors import write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import load_targets
+from everyscope.formats import circuit_tracer, dictionary_learning, gemma_scope_2, llama_scope, qwen_scope, sparsify
 from everyscope.sae.files import write_sae
+from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site
 
 SITE = Site("resid_post", 1)
@@ -64,6 +67,7 @@ def test_sites_and_names_choose(config: EvaluateConfig):
         ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", Site("resid_post", 20), "width_16k/average_l0_71"),
         ("gemma-scope-9b-pt-mlp/layer_3/width_131k/average_l0_9", Site("mlp_out", 3), "width_131k/average_l0_9"),
         ("gemma-scope-2b-pt-att/layer_0/width_16k/average_l0_5", Site("attn_out", 0), "width_16k/average_l0_5"),
+        ("gemma-scope-2b-pt-transcoders/layer_2/width_16k/average_l0_5", Site("transcoder", 2), "width_16k/average_l0_5"),
         ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", Site("embed", 0), "width_4k/average_l0_6"),
         ("mlp_out/layer_7/width_1k/average_l0_2", Site("mlp_out", 7), "width_1k/average_l0_2"),
     ],
@@ -87,8 +91,6 @@ def test_a_kind_that_no_path_tells_is_given_or_asked_for(config: EvaluateConfig,
     assert [(target.site, target.is_of_unscaled_embeddings) for target in above] == [(Site("embed", 0), True)]
     with pytest.raises(ConfigError, match="tells no layer"):
         load_targets(released(config, tmp_path / "b", "mlp_out/sae"))
-    with pytest.raises(ConfigError, match="transcoders"):
-        load_targets(released(config, tmp_path / "c", "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_5"))
 
 
 @pytest.mark.parametrize(
@@ -133,3 +135,31 @@ def test_an_identity_follows_everything_that_decides(config: EvaluateConfig, tmp
     moved = load_targets(config.model_copy(update={"trained": tmp_path / "train"}))
     assert moved[0].identity != first
     assert moved[1].identity == load_targets(config)[1].identity
+
+
+def test_every_format_is_found_with_its_site(config: EvaluateConfig, tmp_path: Path):
+    """One judge for all: whatever lies below a folder is a target, by the site that its own files name."""
+    for layer in range(2):
+        qwen_scope.write(tmp_path / "qwen", coder(top_k=4, metadata=SaeMetadata(Site("resid_post", layer))), num_layers=2)
+    gemma_scope_2.write(tmp_path / "scope_2/layer_3_width_16k_l0_small", coder(metadata=SaeMetadata(Site("attn_out", 3))))
+    gemma_scope_2.write(tmp_path / "scope_2/layer_3_width_16k_l0_small_affine", coder(skip=True))
+    sparsify.write(tmp_path / "run/layers.1.mlp", coder(top_k=4))
+    dictionary_learning.write(tmp_path / "resid_post_layer_1/trainer_0", coder(metadata=SaeMetadata(Site("resid_post", 1))))
+    llama_scope.write(tmp_path / "L3", coder())
+    circuit_tracer.write(tmp_path / "set", [coder(skip=True)] * 2, model="gpt2", output="hook_mlp_out", scan="a")
+    targets = load_targets(config.model_copy(update={"trained": tmp_path, "shards": None}))
+    assert {target.place for target in targets} == {
+        "resid_post/layer_0/qwen",
+        "resid_post/layer_1/qwen",
+        "attn_out/layer_3/scope_2/layer_3_width_16k_l0_small",
+        "transcoder/layer_3/scope_2/layer_3_width_16k_l0_small_affine",
+        "mlp_out/layer_1/run/layers.1.mlp",
+        "resid_post/layer_1/resid_post_layer_1/trainer_0",
+        "resid_post/layer_3/L3",
+        "transcoder/layer_0/set",
+        "transcoder/layer_1/set",
+    }
+    for target in targets:
+        sae = target.sae()
+        assert (sae.d_sae, sae.metadata.seat) == (40, target.site)
+        assert target.digest == sha256(target.weights)

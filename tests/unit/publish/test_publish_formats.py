@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 from small_scope import random_sae
 
-from everyscope.publish.formats import write_npz, write_saelens
+from everyscope.formats import gemma_scope
+from everyscope.publish.formats import write_saelens
 from everyscope.sites.names import Site
 
 SAE = random_sae(6, 40, 0.2, torch.linspace(-1, 1, 6), seed=0)
 
 
 def test_params_npz_reads_back_with_plain_numpy(tmp_path: Path):
-    write_npz(tmp_path, SAE)
+    gemma_scope.write(tmp_path, SAE)
     with np.load(tmp_path / "params.npz", allow_pickle=False) as arrays:
         assert arrays.files == ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
         p = dict(arrays)
@@ -48,7 +49,7 @@ def test_cfg_json_says_what_saelens_needs(tmp_path: Path, site: Site, hook: str,
 
 def test_bytes_do_not_vary(tmp_path: Path):
     for name in ("a", "b"):
-        write_npz(tmp_path / name, SAE)
+        gemma_scope.write(tmp_path / name, SAE)
         write_saelens(tmp_path / name, SAE, Site("mlp_out", 0), "m", {}, {})
     for file in ("params.npz", "cfg.json", "sae_weights.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

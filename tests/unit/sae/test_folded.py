@@ -108,3 +108,19 @@ def test_it_prints_as_one_line():
     sae.metadata = SaeMetadata(site=Site("resid_post", 2), model="tiny", l0=26.94)
     assert repr(copy.deepcopy(sae)) == "Sae(resid_post layer 2 of tiny: d_in=5, d_sae=12, L0=26.94)"
     assert repr(sae.to("meta", torch.bfloat16)).endswith("L0=26.94, torch.bfloat16, meta)")
+
+
+def test_topk_keeps_the_largest_of_a_row():
+    """Against a sort; nothing negative is kept, however few are positive, and thresholds still hold."""
+    sae = some_sae()
+    x = torch.randn(30, sae.d_in, generator=torch.Generator().manual_seed(1))
+    wide = Sae(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.threshold, top_k=3)
+    f, kept = sae.encode(x), wide.encode(x)
+    least = f.sort(dim=1).values[:, [-3]]
+    assert torch.equal(kept, torch.where(f >= least, f, 0))
+    assert torch.equal(wide(x), wide.decode(kept))
+    assert torch.equal(Sae(**sae.own_tensors(), top_k=sae.d_sae).encode(x), f)
+    assert wide.with_tensors(b_dec=sae.b_dec + 1).top_k == 3
+    assert "TopK 3" in repr(wide)
+    with pytest.raises(ShapeMismatch, match=f"top_k=0 of {sae.d_sae} latents"):
+        Sae(**sae.own_tensors(), top_k=0)

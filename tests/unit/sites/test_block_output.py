@@ -32,12 +32,13 @@ class TupleBlock(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.self_attn, self.mlp = TupleAttention(), nn.Linear(D_MODEL, D_MODEL)
+        self.post_attention_layernorm = nn.LayerNorm(D_MODEL)
 
     def forward(self, hidden_states, past_key_values=None, position_embeddings=None):
         if past_key_values is not None:
             past_key_values.append(hidden_states)
         hidden_states = hidden_states + self.self_attn(hidden_states)[0]
-        return hidden_states + self.mlp(hidden_states), None
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), None
 
 
 class TupleModel(nn.Module):

@@ -45,7 +45,9 @@ def test_a_module_that_does_not_exist_is_named(gemma2):
 
 
 def test_bloom_would_be_refused_even_if_it_were_registered(bloom):
-    family = Family(("transformer.h",), "self_attention", "self_attention.dense", "self_attention", "mlp")
+    family = Family(
+        ("transformer.h",), "self_attention", "self_attention.dense", "self_attention", "mlp", "post_attention_layernorm"
+    )
     with pytest.raises(ModelError, match="layer 0"):
         check_residual_identity(bloom, anatomy=dissect(bloom, family))
 

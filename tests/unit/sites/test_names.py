@@ -64,8 +64,9 @@ def test_names_of_other_libraries_are_known(name, site):
         ("blocks.3.hook_resid_pre", "the same activations are 'resid_post.2'"),
         ("blocks.0.hook_resid_pre", "the same activations are 'embed'"),
         ("blocks.3.hook_attn_out", "'attn_out.3'"),  # behind W_O: not what our attn_out is
-        ("blocks.3.hook_resid_mid", "sites of layer 3"),
-        ("model.layers.3.mlp", "did you mean 'mlp_out.3'"),
+        ("blocks.3.hook_mlp_in", "'mlp_in.3'"),  # the stream before the norm, or behind it, by who says it
+        ("blocks.3.ln2.hook_normalized", "'mlp_in.3'"),
+        ("model.layers.3.mlp", "did you mean 'mlp_in.3' or 'mlp_out.3'"),
         ("model.layers.3.self_attn.o_proj", "did you mean 'attn_out.3'"),
         ("resid_post", "did you mean 'resid_post.3'"),
         ("resid_post.-1", "did you mean 'resid_post.1'"),

@@ -12,7 +12,8 @@ from small_scope import random_sae
 from torch.testing import assert_close
 
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
-from everyscope.publish.formats import write_npz, write_saelens
+from everyscope.formats import gemma_scope
+from everyscope.publish.formats import write_saelens
 from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
@@ -36,12 +37,12 @@ def assert_same(sae: Sae) -> None:
 
 
 def test_every_format_gives_identical_reconstructions(tmp_path: Path):
-    write_npz(tmp_path / "gemma_scope", SAE)
+    gemma_scope.write(tmp_path / "gemma_scope", SAE)
     write_sae(tmp_path / "ours", SAE, {})
     for path in ("gemma_scope", "gemma_scope/params.npz", "ours"):
         assert_same(load_sae(tmp_path / path))
     assert_same(load_sae(str(saelens_folder(tmp_path / "saelens"))))
-    write_npz(tmp_path / "saelens", SAE)
+    gemma_scope.write(tmp_path / "saelens", SAE)
     assert_same(load_sae(tmp_path / "saelens"))
 
 
@@ -54,24 +55,23 @@ def test_a_subtracted_b_dec_is_folded_into_b_enc(tmp_path: Path, flag: bool | st
     assert_close(read(X), SAE(X), rtol=1e-5, atol=1e-6)
 
 
-def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_npz(tmp_path / "layer_3/width_1k/average_l0_9", SAE)
-    asked = []
+def test_a_hub_id_is_downloaded_with_what_describes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gemma_scope.write(tmp_path / "layer_3/width_1k/average_l0_9", SAE)
+    asked: list[tuple[str, list[str]]] = []
 
     def folder(repo: str, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns[0]))
+        asked.append((repo, allow_patterns))
         return str(tmp_path)
 
-    def file(repo: str, filename: str) -> str:
-        asked.append((repo, filename))
-        return str(tmp_path / filename)
-
     monkeypatch.setattr(huggingface_hub, "snapshot_download", folder)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
     inside = "layer_3/width_1k/average_l0_9"
-    assert_same(load_sae(f"google/gemma-scope-2b-pt-res/{inside}"))
-    assert_same(load_sae(f"google/gemma-scope-2b-pt-res/{inside}/params.npz"))
-    assert asked == [("google/gemma-scope-2b-pt-res", f"{inside}/params.npz")] * 2
+    for name in ("", "/params.npz"):
+        assert_same(load_sae(f"google/gemma-scope-2b-pt-res/{inside}{name}"))
+    (repo, patterns), (_, of_file) = asked
+    assert repo == "google/gemma-scope-2b-pt-res"
+    assert {f"{inside}/params.npz", f"{inside}/cfg.json", f"{inside}/config.json"} <= set(patterns) & {*of_file, *patterns}
+    assert f"{inside}/params.npz" in of_file
+    assert f"{inside}/sae_weights.safetensors" not in of_file
 
 
 def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -110,9 +110,9 @@ def test_what_is_no_sae_is_refused(tmp_path: Path):
         load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"architecture": "topk"}, {"normalize_activations": "expected_average_only_in"}])
+@pytest.mark.parametrize("changes", [{"architecture": "temporal"}, {"normalize_activations": "expected_average_only_in"}])
 def test_another_kind_of_saelens_sae_is_refused(tmp_path: Path, changes: dict[str, str]):
-    with pytest.raises(ConfigError, match="only jumprelu"):
+    with pytest.raises(ConfigError, match="only standard, gated, jumprelu"):
         load_sae(saelens_folder(tmp_path, **changes))
 
 
@@ -144,7 +144,7 @@ def test_a_cfg_that_is_no_object_is_one_line(tmp_path, value):
 
 
 def test_device_and_dtype_are_the_callers(tmp_path: Path):
-    write_npz(tmp_path, SAE)
+    gemma_scope.write(tmp_path, SAE)
     for dtype in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
         sae = load_sae(tmp_path, dtype=dtype)
         assert sae.dtype == torch.bfloat16
@@ -167,9 +167,9 @@ def test_files_say_where_an_sae_sits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert load_sae(tmp_path / "run").metadata == SaeMetadata(Site("mlp_out", 1), None, None, 3.0, 9)
     old = saelens_folder(tmp_path / "old", metadata={}, hook_name="blocks.5.attn.hook_z", model_name="gpt2-small")
     assert load_sae(old).metadata == SaeMetadata(Site("attn_out", 5), "gpt2-small")
-    unknown = saelens_folder(tmp_path / "unknown", metadata={"hook_name": "blocks.5.hook_resid_mid"})
+    unknown = saelens_folder(tmp_path / "unknown", metadata={"hook_name": "blocks.5.attn.hook_q"})
     assert load_sae(unknown).metadata.site is None
-    write_npz(tmp_path / "hub/layer_20/width_16k/average_l0_71", SAE)
+    gemma_scope.write(tmp_path / "hub/layer_20/width_16k/average_l0_71", SAE)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
     found = load_sae("google/gemma-scope-9b-it-att/layer_20/width_16k/average_l0_71").metadata
     assert found == SaeMetadata(Site("attn_out", 20), "google/gemma-2-9b-it", 71.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from everyscope.base.errors import ConfigError, DataError
-from everyscope.suite.npz import array_names, read_arrays
+from everyscope.formats.npz import array_names, read_arrays
 from everyscope.suite.reader import load_sae
 
 D_IN, D_SAE = 6, 16
@@ -133,11 +133,11 @@ def test_what_does_not_fit_is_refused_with_the_files_name(tmp_path, changes, wor
         load_sae(changed(tmp_path / "params.npz", **changes))
 
 
-@pytest.mark.parametrize("name", ["scaling_factor", "ScalingFactor", "activation_norm", "scale", "W_skip"])
+@pytest.mark.parametrize("name", ["scaling_factor", "ScalingFactor", "activation_norm", "scale", "skip"])
 def test_factors_that_are_not_folded_are_refused_under_any_spelling(tmp_path, name):
     with pytest.raises(ConfigError, match=rf"params\.npz: {name} is not . everywhere"):
         load_sae(changed(tmp_path / "params.npz", **{name: np.full(3, 0.5, np.float32)}))
-    neutral = np.zeros(3) if name == "W_skip" else np.ones(3)
+    neutral = np.zeros(3) if name == "skip" else np.ones(3)
     assert load_sae(changed(tmp_path / "params.npz", **{name: neutral})).d_sae == D_SAE
 
 

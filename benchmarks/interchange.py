@@ -1,0 +1,256 @@
+"""Other projects' own loaders on files that we write: do they compute the same, and does circuit-tracer attribute with them?
+
+    python benchmarks/interchange.py --out results.json
+
+Transcoders of the bundled model's four layers, with and without a skip, whose encoders are random and whose decoders are least
+squares on its activations: they are no good transcoders, but every tensor counts and no matrix is symmetric. Each peer reads them
+in an environment of its own (peers/launch.py), and answers with its largest difference from us, relative to the largest value. With
+--suite RUN/suite the set is what `everyscope export --format circuit-tracer` makes of a suite's own transcoders.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers.launch import python_of
+from torch import Tensor
+
+from everyscope.base.bundled import model_location
+from everyscope.base.files import read_json, write_json
+from everyscope.base.progress import say
+from everyscope.formats import circuit_tracer, dictionary_learning, gemma_scope_2, sparsify
+from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
+from everyscope.publish.circuit_tracer.run import run as export
+from everyscope.sae.conventions import to_convention
+from everyscope.sae.folded import Sae
+from everyscope.sae.metadata import SaeMetadata
+from everyscope.sites.capture import capture
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.inputs import tokenize
+from everyscope.sites.model import LanguageModel, load_language_model
+from everyscope.sites.names import Site
+from everyscope.sites.norms import mlp_norm_of
+from everyscope.suite.reader import load_sae
+
+TOLERANCE = 1e-5
+"""The largest relative difference that counts as agreement [1]."""
+WIDTH, QUANTILE, RIDGE, K = 512, 0.95, 1e-3, 20
+PROMPT = "def add(first, second):\n    return first + second\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x"
+
+
+def main() -> None:
+    """Make coders, write them, ask every peer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", type=Path, default=None, help="a described suite with transcoders of every layer")
+    parser.add_argument("--cache", type=Path, default=Path(__file__).parent / ".cache")
+    parser.add_argument("--work", type=Path, default=None, help="folder for what is written; a temporary one, if not given")
+    parser.add_argument("--out", type=Path, default=None, help="results.json; printed only, if not given")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        found = compare(options.suite, options.work or Path(temporary), options.cache)
+    print(json.dumps(found, indent=2))
+    if options.out:
+        write_json(options.out, found)
+    if found["largest_difference"] > TOLERANCE:
+        raise SystemExit(f"they do not agree to {TOLERANCE}")
+
+
+def compare(suite: Path | None, work: Path, cache: Path) -> dict[str, Any]:
+    """What every peer says."""
+    model = load_language_model(ModelConfig(name="tiny"))
+    layers = range(model.anatomy.num_layers)
+    sites = [place for layer in layers for place in (Site("mlp_in", layer), Site("mlp_out", layer))]
+    prompt = tokenize(model, PROMPT).input_ids
+    text = tokenize(model, [Path(module).read_text()[:4000] for module in (argparse.__file__, tempfile.__file__)])
+    mask = text.attention_mask.clone()
+    mask[:, 0] = False
+    with torch.no_grad():
+        context = model.anatomy.config.max_position_embeddings
+        rows = [capture(model, sites, text.input_ids[:, at : at + context]) for at in range(0, text.input_ids.shape[1], context)]
+        masks = [mask[:, at : at + context] for at in range(0, text.input_ids.shape[1], context)]
+        activations = {site: torch.cat([one[site][keep] for one, keep in zip(rows, masks, strict=True)]) for site in sites}
+        of_prompt = capture(model, sites, prompt)
+    trained = {skip: [transcoder(activations, layer, skip) for layer in layers] for skip in (False, True)}
+    tracers: dict[str, Any] = {}
+    for skip, coders in trained.items():
+        name = "skip" if skip else "no_skip"
+        folder = work / f"set_{name}"
+        normalised = [with_input(model, coder, "normalised") for coder in coders]
+        if suite is None:
+            circuit_tracer.write(
+                folder, normalised, model=model_location("tiny"), output="hook_mlp_out", scan=str(folder.resolve())
+            )
+        else:
+            export(CircuitTracerConfig(suite=suite, out=folder, input="normalised", saes="*_skip" if skip else "*[!p]"))
+            normalised = [load_sae(path) for path in circuit_tracer.layer_files(folder)]
+        tracers[name] = ask_circuit_tracer(model, normalised, folder, prompt, activations, of_prompt, work, cache)
+    found = {"circuit_tracer": tracers, **ask_readers(trained, activations, work, cache)}
+    return {
+        "command": "python benchmarks/interchange.py" + ("" if suite is None else f" --suite {suite}"),
+        "model": "tiny",
+        "width": WIDTH,
+        "rows": len(next(iter(activations.values()))),
+        "tolerance": TOLERANCE,
+        "largest_difference": max(_numbers(found)),
+        **found,
+    }
+
+
+def _numbers(found: dict[str, Any]) -> list[float]:
+    """All differences in it."""
+    of_tracer = [
+        one[name] for one in found["circuit_tracer"].values() for name in ("latents", "outputs", "latents_through_its_hooks")
+    ]
+    others = [
+        value for peer in found if peer != "circuit_tracer" for pair in found[peer]["differences"].values() for value in pair
+    ]
+    return of_tracer + others
+
+
+def transcoder(activations: dict[Site, Tensor], layer: int, skip: bool) -> Sae:
+    """Random directions with thresholds at a quantile, and the least-squares decoder, bias and skip for them."""
+    x, y = activations[Site("mlp_in", layer)].double(), activations[Site("mlp_out", layer)].double()
+    generator = torch.Generator().manual_seed(layer)
+    w_enc = torch.randn(x.shape[1], WIDTH, generator=generator, dtype=torch.float64) / x.norm(dim=1).mean()
+    b_enc = 0.1 * torch.randn(WIDTH, generator=generator, dtype=torch.float64)
+    pre = x @ w_enc + b_enc
+    threshold = pre.quantile(QUANTILE, dim=0).clamp(min=0.01)
+    f = torch.where(pre > threshold, pre, 0)
+    known = torch.cat([f, torch.ones(len(x), 1, dtype=x.dtype), *([x] if skip else [])], dim=1)
+    size = known.square().mean(0).sum() * len(x)
+    solution = torch.linalg.solve(
+        known.T @ known + RIDGE * size / known.shape[1] * torch.eye(known.shape[1], dtype=x.dtype), known.T @ y
+    )
+    tensors = {"W_enc": w_enc, "W_dec": solution[:WIDTH], "b_enc": b_enc, "b_dec": solution[WIDTH], "threshold": threshold}
+    tensors |= {"W_skip": solution[WIDTH + 1 :]} if skip else {}
+    known_by = SaeMetadata(Site("mlp_in", layer), "tiny", target=Site("mlp_out", layer), convention="mlp_input")
+    return Sae(**{name: tensor.float().contiguous() for name, tensor in tensors.items()}, metadata=known_by)
+
+
+def with_input(model: LanguageModel, coder: Sae, convention: Any) -> Sae:
+    """The transcoder for another form of the MLP's input."""
+    assert coder.metadata.site is not None
+    norm = mlp_norm_of(model.anatomy, coder.metadata.site.layer)
+    return to_convention(coder, convention, norm.gain, norm.bias)
+
+
+def ask_circuit_tracer(
+    model: LanguageModel,
+    coders: list[Sae],
+    folder: Path,
+    prompt: Tensor,
+    activations: dict[Site, Tensor],
+    of_prompt: Any,
+    work: Path,
+    cache: Path,
+) -> dict[str, Any]:
+    """Its differences on given activations and through its own hooks, and its attribution graph of the prompt."""
+    norms = [mlp_norm_of(model.anatomy, layer) for layer in range(len(coders))]
+
+    def without_gain(x: Tensor, layer: int) -> Tensor:
+        return (x - norms[layer].bias) / norms[layer].gain
+
+    inputs = [without_gain(activations[Site("mlp_in", layer)][:256], layer) for layer in range(len(coders))]
+    prompts = [without_gain(of_prompt[Site("mlp_in", layer)][0], layer) for layer in range(len(coders))]
+    with torch.no_grad():
+        arrays = {
+            "x": torch.stack(inputs).numpy(),
+            "f": torch.stack([coder.encode(x) for coder, x in zip(coders, inputs, strict=True)]).numpy(),
+            "y": torch.stack([coder(x) for coder, x in zip(coders, inputs, strict=True)]).numpy(),
+            "f_of_prompt": torch.stack([coder.encode(x) for coder, x in zip(coders, prompts, strict=True)]).numpy(),
+            "input_ids": prompt[0].numpy(),
+        }
+    path = work / f"{folder.name}.npz"
+    np.savez(path, **arrays)
+    request = {"set": str(folder.resolve()), "model": model_location("tiny"), "arrays": str(path), "prompt": PROMPT}
+    say(f"  circuit-tracer reads {folder}")
+    found = answer(
+        python_of("circuit_tracer", cache), "circuit_tracer", request | {"graphs": str(work / "graphs"), "slug": folder.name}
+    )
+    nodes = read_json(Path(found["graph"].pop("file")))["nodes"]
+    kinds = sorted({node["feature_type"] for node in nodes})
+    return found | {
+        "graph_file": {"nodes": len(nodes), "by_type": {kind: sum(n["feature_type"] == kind for n in nodes) for kind in kinds}}
+    }
+
+
+def ask_readers(trained: dict[bool, list[Sae]], activations: dict[Site, Tensor], work: Path, cache: Path) -> dict[str, Any]:
+    """The differences of SAELens, sparsify and dictionary_learning, on coders written in their formats."""
+    coders: dict[str, dict[str, tuple[Sae, Path]]] = {"saelens": {}, "sparsify": {}, "dictionary_learning": {}}
+    for skip, (first, *_) in trained.items():
+        name = "skip_transcoder" if skip else "transcoder"
+        coders["saelens"][name] = first, work / f"saelens_{name}"
+        first.save(coders["saelens"][name][1])
+        folder = work / f"layer_0_width_{WIDTH}_l0_small{'_affine' if skip else ''}"
+        gemma_scope_2.write(folder, with_model(first))
+        coders["saelens"][f"gemma_scope_2_{name}"] = first, folder
+        top = Sae(**first.own_tensors() | {"threshold": torch.zeros(WIDTH)}, metadata=first.metadata, top_k=K)
+        coders["sparsify"][name] = top, work / f"sparsify_{name}/layers.0.mlp"
+        sparsify.write(coders["sparsify"][name][1], top)
+    for name, top_k in (("jumprelu", None), ("topk", K)):
+        sae = as_sae(trained[False][1], top_k)
+        for peer, write in (
+            ("saelens", lambda one, path: one.save(path)),
+            ("dictionary_learning", lambda one, path: dictionary_learning.write(path, one)),
+        ):
+            coders[peer][name] = sae, work / f"{peer}_{name}"
+            write(sae, coders[peer][name][1])
+    sae = as_sae(trained[False][1], K)
+    coders["sparsify"]["topk"] = sae, work / "sparsify_sae/layers.1.mlp"
+    sparsify.write(coders["sparsify"]["topk"][1], sae)
+    return {peer: ask_reader(peer, its, activations, work, cache) for peer, its in coders.items()}
+
+
+def ask_reader(
+    peer: str, coders: dict[str, tuple[Sae, Path]], activations: dict[Site, Tensor], work: Path, cache: Path
+) -> dict[str, Any]:
+    """One peer's differences."""
+    arrays = {}
+    for name, (coder, _) in coders.items():
+        site = coder.metadata.site
+        assert site is not None
+        x = activations[site][:256]
+        with torch.no_grad():
+            arrays |= {f"{name}/x": x.numpy(), f"{name}/f": coder.encode(x).numpy(), f"{name}/y": coder(x).numpy()}
+    path = work / f"{peer}.npz"
+    np.savez(path, **arrays)
+    say(f"  {peer} reads {len(coders)} coders")
+    request = {"arrays": str(path), "coders": {name: str(folder) for name, (_, folder) in coders.items()}}
+    return answer(python_of(peer, cache), "readers", request, peer)
+
+
+def with_model(coder: Sae) -> Sae:
+    """The same with a model's name that Gemma Scope 2's readers know."""
+    return coder.with_tensors(replace(coder.metadata, model="google/gemma-3-270m"))
+
+
+def as_sae(coder: Sae, top_k: int | None) -> Sae:
+    """An SAE of mlp_out with the transcoder's tensors: of equal sizes, they fit."""
+    tensors = coder.own_tensors() | ({} if top_k is None else {"threshold": torch.zeros(WIDTH)})
+    site = coder.metadata.target
+    return Sae(**tensors, metadata=SaeMetadata(site, "tiny"), top_k=top_k)
+
+
+def answer(python: Path, module: str, request: dict[str, Any], *before: str) -> dict[str, Any]:
+    """What a peer's process prints last."""
+    finished = subprocess.run(
+        [str(python), "-m", f"peers.{module}", *before, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+    )
+    if finished.returncode:
+        raise SystemExit(f"peers.{module} failed: {finished.stderr.strip()[-3000:]}")
+    return json.loads(finished.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

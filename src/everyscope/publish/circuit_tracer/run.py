@@ -1,0 +1,110 @@
+"""Writing a suite's transcoders for circuit-tracer: the set that it loads, and the feature files that its viewer shows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from everyscope.base.files import human_bytes, make_folder
+from everyscope.base.progress import meter
+from everyscope.formats.circuit_tracer import write as write_set
+from everyscope.publish.circuit_tracer.choice import chosen
+from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
+from everyscope.publish.circuit_tracer.features import Layer, write_index, write_layer
+from everyscope.publish.circuit_tracer.graphs import label_graph
+from everyscope.publish.neuronpedia.run import suite_folder
+from everyscope.publish.neuronpedia.text import SuiteText, read_text
+from everyscope.sae.conventions import to_convention
+from everyscope.sae.folded import Sae
+from everyscope.sites.config import ModelConfig
+from everyscope.sites.model import load_language_model
+from everyscope.sites.norms import mlp_norm_of
+from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE
+from everyscope.suite.reader import load_sae
+from everyscope.suite.records import SaeRecord, read_index
+from everyscope.suite.verify import verify_file
+
+FEATURES_FOLDER = "features"
+
+
+@dataclass(frozen=True)
+class CircuitTracerResult:
+    """What an export left on disk."""
+
+    out: Path
+    """The folder of the set."""
+    num_layers: int
+    num_latents: int
+    """In feature files [latents]."""
+    num_labels: int
+    """Of them, those with a label [latents]."""
+    graphs: dict[Path, tuple[int, int]]
+    """By graph file: nodes that got a label, and all nodes of latents."""
+
+    @property
+    def words(self) -> str:
+        """What there is, in lines for a person."""
+        size = human_bytes(sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file()))
+        lines = [f"Set     {self.out}  transcoders of {self.num_layers} layers, {size} with features"]
+        if self.num_latents:
+            folder = self.out / FEATURES_FOLDER
+            lines.append(f"Viewer  {folder}  {self.num_latents:,} latents, {self.num_labels:,} with a label")
+        lines += [f"Graph   {path}  {labelled} of {total} nodes labelled" for path, (labelled, total) in self.graphs.items()]
+        return "\n".join(lines)
+
+
+def run(config: CircuitTracerConfig, model: ModelConfig | None = None) -> CircuitTracerResult:
+    """Write the set, its feature files, and labels on graphs.
+
+    `model` is the suite's language model where its name in suite.json does not find it. Raises ConfigError (no suite, a layer
+    without a transcoder, an input that cannot be converted), DataError (not described) and DamagedData, StorageError, and
+    ModelError where the input is converted.
+    """
+    suite = suite_folder(config.suite)
+    index, text = read_index(suite), read_text(suite)
+    records = chosen(config, index, text.num_layers)
+    scan = config.scan or str(make_folder(config.out).resolve())
+    name = config.model or index.model
+    output = config.output_hook or ("mlp.hook_out" if "qwen3" in name.lower().replace("-", "") else "hook_mlp_out")
+    coders = _coders(config, suite, records, model or ModelConfig(name=index.model))
+    write_set(config.out, coders, model=name, output=output, scan=scan)
+    layers = _write_features(config, suite, records, text, scan) if config.features else []
+    labels = {str(layer): one.labels for layer, one in enumerate(layers)}
+    return CircuitTracerResult(
+        config.out,
+        len(records),
+        sum(len(one.offsets) - 1 for one in layers),
+        sum(map(len, labels.values())),
+        {path: label_graph(path, labels) for path in config.graphs},
+    )
+
+
+def _coders(config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], model: ModelConfig) -> Iterator[Sae]:
+    """The transcoders, one at a time, in the form of input asked for; the language model is loaded only to convert them."""
+    anatomy = None
+    for record in records:
+        coder = load_sae(suite / record.folder)
+        if config.input not in ("as_trained", coder.metadata.convention):
+            anatomy = anatomy or load_language_model(model).anatomy
+            norm = mlp_norm_of(anatomy, record.layer)
+            coder = to_convention(coder, config.input, norm.gain, norm.bias)  # pyright: ignore[reportArgumentType]
+        yield coder
+
+
+def _write_features(
+    config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], text: SuiteText, scan: str
+) -> list[Layer]:
+    folder, layers = config.out / FEATURES_FOLDER, list[Layer]()
+    with meter("circuit-tracer", sum(record.width for record in records), "latents") as progress:
+        for layer, record in enumerate(records):
+            home = suite / record.folder
+            for name in (LATENTS_FILE, EXPLANATIONS_FILE):
+                if name in record.files:
+                    verify_file(home / name, record.files[name])
+            labels = home / EXPLANATIONS_FILE if EXPLANATIONS_FILE in record.files else None
+            for done in write_layer(folder, layer, home / LATENTS_FILE, labels, record.width, text, scan):
+                if isinstance(done, Layer):
+                    layers.append(done)
+                else:
+                    progress.advance(done)
+    write_index(folder, layers)
+    return layers
