@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from everyscope.sites.names import Site
     from everyscope.sites.splice import Spliced, splice
     from everyscope.suite.reader import Suite, load_sae, load_suite
-    from everyscope.train.arrays import TrainedSaes, train_saes
+    from everyscope.train.arrays import TrainedSaes, train_saes, train_transcoders
 
 _HOMES = {
     "ArraySource": "everyscope.activations.stream.local",
@@ -61,6 +61,7 @@ _HOMES = {
     "splice": "everyscope.sites.splice",
     "tokenize": "everyscope.sites.inputs",
     "train_saes": "everyscope.train.arrays",
+    "train_transcoders": "everyscope.train.arrays",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -4,43 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from jumprelu_oracles import OracleJumpRelu, OracleStep, flat
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.functional import Gradients, jumprelu, loss_gradients
 from everyscope.sae.objective import penalty
 from everyscope.sae.trainable import TENSORS
-
-
-class OracleJumpRelu(torch.autograd.Function):
-    """arXiv 2407.14435, eq. 11: the straight-through derivative by the threshold alone."""
-
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
-
-    @staticmethod
-    def backward(ctx, out):
-        pre, threshold = ctx.saved_tensors
-        kernel = ((pre - threshold).abs() / ctx.bandwidth < 0.5).to(pre)
-        return out * (pre > threshold), (-(threshold / ctx.bandwidth) * kernel * out).sum(0), None
-
-
-class OracleStep(torch.autograd.Function):
-    """arXiv 2407.14435, eq. 12: the step on the pre-activation, which sends nothing to the encoder."""
-
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre)
-
-    @staticmethod
-    def backward(ctx, out):
-        pre, threshold = ctx.saved_tensors
-        kernel = ((pre - threshold).abs() / ctx.bandwidth < 0.5).to(pre)
-        return torch.zeros_like(pre), (-(1 / ctx.bandwidth) * kernel * out).sum(0), None
 
 
 def problem(rows, d_in, d_sae, seed):
@@ -57,11 +26,6 @@ def problem(rows, d_in, d_sae, seed):
         "threshold": draw(d_sae).abs(),
     }
     return draw(rows, d_in), p
-
-
-def flat(coefficient):
-    """The penalty of the paper's loss: every latent costs the same."""
-    return lambda rates: torch.full_like(rates, coefficient)
 
 
 def oracle(x, p, sparsity_coefficient, bandwidth, prefixes=None, sparsity=None) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def shared_gradients(
     """
     mesh, p, bandwidth = collective.mesh, sae.parameters, sae.config.recipe.bandwidth
     batch, (width, d_in) = len(x) * mesh.replicas, p["w_dec"].shape
-    code = forward(x, **p, bandwidth=bandwidth, prefixes=sae.prefixes, is_first=mesh.shard == 0)
+    code = forward(x - p["b_dec"], x, **p, bandwidth=bandwidth, prefixes=sae.prefixes, is_first=mesh.shard == 0)
     by_latent = torch.stack([code.active.sum(0), torch.maximum(code.active, code.near).sum(0)])
     errors = torch.stack(code.errors)
     collective.sum_(errors, "shards")
@@ -88,7 +88,7 @@ def shared_gradients(
     shapes = [(width, d_in), (width, d_in), (width,), (width,), (d_in,)]
     flat = x.new_empty(2 * width * d_in + 2 * width + d_in)
     parts = [part.view(shape) for part, shape in zip(flat.split([prod(shape) for shape in shapes]), shapes, strict=True)]
-    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec = backward(
+    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec, _ = backward(
         code, list(errors), p["w_dec"], p["threshold"], cost, bandwidth, sae.prefixes, batch, parts
     )
     collective.sum_(flat, "replicas")

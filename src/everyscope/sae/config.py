@@ -60,6 +60,8 @@ class SaeRecipe(Schema):
     """Share of rows above which a latent's firing costs extra; None never [1]."""
     frequency_coefficient: float = Field(default=0.1, ge=0)
     """Weight of that cost, sum_i max(0, rate_i / frequency_limit - 1)^2 [1]."""
+    skip_learning_rate: float | None = Field(default=None, ge=0, exclude_if=lambda value: value is None)
+    """Adam's step size for a transcoder's skip; 0 freezes it, None uses learning_rate [1]."""
     prefix_shares: tuple[float, ...] = (1.0,)
     """Matryoshka: the first latents, by these shares of the width, must reconstruct alone; ascending, the last is 1 [1]."""
 
@@ -88,6 +90,8 @@ class SaeConfig(Schema):
     """How firmly target_l0 is held: sparsity costs target_weight * (L0 / target_l0 - 1)^2 [1]."""
     seed: int = 0
     """Seed of the decoder's initial directions."""
+    skip: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Of a transcoder, whether an affine map from what it reads to what it writes stands beside its latents."""
     recipe: SaeRecipe = SaeRecipe()
     """Optimiser, schedules and initial values."""
 

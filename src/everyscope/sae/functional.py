@@ -1,7 +1,8 @@
 """The JumpReLU SAE as formulas, each in one place (Gemma Scope, arXiv 2408.05147; JumpReLU, arXiv 2407.14435).
 
 Row vectors throughout. Training works on x = x_raw / scale, where E||x||^2 = 1: bandwidth and sparsity coefficient mean
-nothing without it.
+nothing without it. An SAE reconstructs its own input, from which b_dec is subtracted first. A transcoder predicts a target y,
+scaled likewise; its b_dec is of the target and touches no input, and a skip x @ w_skip may stand beside its latents.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,20 +34,20 @@ def largest(f: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d
 
 
 def decode(
-    f: Float[Tensor, "*batch d_sae"], w_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]
-) -> Float[Tensor, "*batch d_in"]:
+    f: Float[Tensor, "*batch d_sae"], w_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+) -> Float[Tensor, "*batch d_out"]:
     """The reconstruction f @ w_dec + b_dec."""
     return linear(f, w_dec.T, b_dec)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The loss's gradient by each of the five parameter tensors, with the two terms of the loss and the latents' firing."""
+    """The loss's gradient by each of the parameter tensors, with the two terms of the loss and the latents' firing."""
 
     w_enc: Float[Tensor, "d_in d_sae"]
-    w_dec: Float[Tensor, "d_sae d_in"]
+    w_dec: Float[Tensor, "d_sae d_out"]
     b_enc: Float[Tensor, " d_sae"]
-    b_dec: Float[Tensor, " d_in"]
+    b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, " d_sae"]
     reconstruction_loss: Float[Tensor, ""]
     l0: Float[Tensor, ""]
@@ -54,49 +55,65 @@ class Gradients:
     """Rows on which each latent is active."""
     pairs: Float[Tensor, ""]
     """Mean number of latents per row that are active or within half a bandwidth of their threshold."""
+    w_skip: Float[Tensor, "d_in d_out"] | None = None
+    """None where there is no skip."""
 
 
 def loss_gradients(
     x: Float[Tensor, "batch d_in"],
     w_enc: Float[Tensor, "d_in d_sae"],
-    w_dec: Float[Tensor, "d_sae d_in"],
+    w_dec: Float[Tensor, "d_sae d_out"],
     b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"],
+    b_dec: Float[Tensor, " d_out"],
     threshold: Float[Tensor, " d_sae"],
+    w_skip: Float[Tensor, "d_in d_out"] | None = None,
     *,
+    target: Float[Tensor, "batch d_out"] | None = None,
+    is_transcoder: bool = False,
     penalty: Callable[[Float[Tensor, " d_sae"]], Float[Tensor, " d_sae"]],
     bandwidth: float,
     prefixes: Sequence[int] = (),
 ) -> Gradients:
-    """Gradients of mean ||x - x_hat||^2 plus sparsity terms over the batch, in closed form.
+    """Gradients of mean ||y - y_hat||^2 plus sparsity terms over the batch, in closed form.
+
+    y is `target`, or x where there is none. Of an SAE the encoder sees x - b_dec, of a transcoder x.
 
     `penalty` gives the sparsity terms' derivative by the latents' firing rates, given those. With `prefixes`, ends of nested
     dictionaries of which the last is d_sae (Matryoshka, arXiv 2503.17547), the first term is its mean over the prefixes' own
-    reconstructions; the loss reported is that of all latents.
+    reconstructions, each with the skip; the loss reported is that of all latents.
 
     Straight-through estimates reach the threshold alone, through a box kernel of width `bandwidth` on the pre-activation
     (arXiv 2407.14435, eq. 10 to 12): d jumprelu / d threshold = -(threshold / bandwidth) K, d step / d threshold =
     -(1 / bandwidth) K. The sparsity terms therefore send nothing to the encoder. Dense: five products [batch, d_in, d_sae].
     """
     rows, width = x.shape[0], len(threshold)
-    code = forward(x, w_enc, w_dec, b_enc, b_dec, threshold, bandwidth, prefixes or (width,))
+    encoded, wanted = x if is_transcoder else x - b_dec, without_skip(x, x if target is None else target, w_skip)
+    code = forward(encoded, wanted, w_enc, w_dec, b_enc, b_dec, threshold, bandwidth, prefixes or (width,))
     fired = code.active.sum(0)
     pairs = torch.maximum(code.active, code.near).sum() / rows
     reconstruction_loss = code.errors[-1].square().sum() / rows
-    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec = backward(
+    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec, d_y_hat = backward(
         code, code.errors, w_dec, threshold, penalty(fired / rows), bandwidth, prefixes or (width,), rows
     )
     return Gradients(
         w_enc=d_w_enc.T,  # in the layout of w_enc, which is stored by latent
         w_dec=d_w_dec,
         b_enc=d_b_enc,
-        b_dec=d_b_dec - w_enc @ d_b_enc,
+        b_dec=d_b_dec if is_transcoder else d_b_dec - w_enc @ d_b_enc,
         threshold=d_threshold,
         reconstruction_loss=reconstruction_loss,
         l0=fired.sum() / rows,
         fired=fired,
         pairs=pairs,
+        w_skip=None if w_skip is None else x.T @ d_y_hat,
     )
+
+
+def without_skip(
+    x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], w_skip: Float[Tensor, "d_in d_out"] | None
+) -> Float[Tensor, "batch d_out"]:
+    """What is left of the target for latents and bias: y - x @ w_skip."""
+    return target if w_skip is None else torch.addmm(target, x, w_skip, alpha=-1)
 
 
 @dataclass(frozen=True)
@@ -104,34 +121,38 @@ class Code:
     """A training step up to the errors of the reconstructions."""
 
     centred: Float[Tensor, "batch d_in"]
+    """What the encoder sees."""
     f: Float[Tensor, "batch d_sae"]
     active: Float[Tensor, "batch d_sae"]
     """1 where a latent is active, else 0."""
     near: Float[Tensor, "batch d_sae"]
     """1 where its pre-activation is within half a bandwidth of its threshold, else 0."""
-    errors: list[Float[Tensor, "batch d_in"]]
-    """x_hat^k - x for each prefix k."""
+    errors: list[Float[Tensor, "batch d_out"]]
+    """y_hat^k - y for each prefix k."""
 
 
 def forward(
-    x: Float[Tensor, "batch d_in"],
+    centred: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
     w_enc: Float[Tensor, "d_in d_sae"],
-    w_dec: Float[Tensor, "d_sae d_in"],
+    w_dec: Float[Tensor, "d_sae d_out"],
     b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"],
+    b_dec: Float[Tensor, " d_out"],
     threshold: Float[Tensor, " d_sae"],
     bandwidth: float,
     prefixes: Sequence[int],
     is_first: bool = True,
 ) -> Code:
-    """The first half of `loss_gradients`. Of a shard of latents, errors are its part; b_dec - x is in that of the first alone."""
-    centred = x - b_dec
+    """The first half of `loss_gradients`: what the encoder sees, and what latents and bias are to give.
+
+    Of a shard of latents, errors are its part; b_dec - target is in that of the first alone.
+    """
     pre = pre_activations(centred, w_enc, b_enc)
     # Masks as numbers, written straight into a float tensor: a product with a bool tensor takes five times as long on CPUs.
     active = torch.gt(pre, threshold, out=torch.empty_like(pre))
     near = torch.lt((pre - threshold).abs_(), bandwidth / 2, out=torch.empty_like(pre))
     f = pre.mul_(active)
-    errors = [b_dec - x if is_first else torch.zeros_like(x)]
+    errors = [b_dec - target if is_first else torch.zeros_like(target)]
     for start, stop in pairwise((0, *prefixes)):
         errors.append(torch.addmm(errors[-1], f[:, start:stop], w_dec[start:stop]))
     return Code(centred, f, active, near, errors[1:])
@@ -139,24 +160,25 @@ def forward(
 
 def backward(
     code: Code,
-    errors: Sequence[Float[Tensor, "batch d_in"]],
-    w_dec: Float[Tensor, "d_sae d_in"],
+    errors: Sequence[Float[Tensor, "batch d_out"]],
+    w_dec: Float[Tensor, "d_sae d_out"],
     threshold: Float[Tensor, " d_sae"],
     cost: Float[Tensor, " d_sae"],
     bandwidth: float,
     prefixes: Sequence[int],
     batch: int,
     into: Sequence[Tensor | None] = (None,) * 5,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The second half: gradients by w_enc [d_sae d_in], w_dec, b_enc and threshold, and by the reconstructions' bias [d_in].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The second half: gradients by w_enc [d_sae d_in], w_dec, b_enc, threshold, the bias of reconstructions, and these.
 
     `errors` are those of all latents, `cost` the sparsity terms' derivative by firing rates, `batch` the rows of means. To b_dec
-    also goes, through the pre-encoder bias, -w_enc @ d_b_enc. `into` gives them memory; None takes new. It consumes `code`.
+    also goes, through an SAE's pre-encoder bias, -w_enc @ d_b_enc. `into` gives all but the last memory; None takes new. It
+    consumes `code`. The last, [batch d_out], is by what all prefixes share: bias and skip.
     """
     spans = list(pairwise((0, *prefixes)))
     into_w_enc, into_w_dec, into_b_enc, into_threshold, into_b_dec = into
     d_w_dec = torch.empty_like(w_dec) if into_w_dec is None else into_w_dec
-    d_x_hat, d_f = torch.zeros_like(code.centred), torch.empty_like(code.f)
+    d_x_hat, d_f = torch.zeros_like(errors[0]), torch.empty_like(code.f)
     for (start, stop), error in reversed(list(zip(spans, errors, strict=True))):
         d_x_hat.add_(error, alpha=2 / (batch * len(spans)))  # each group of latents serves its own prefix and all longer ones
         torch.mm(d_x_hat, w_dec[start:stop].T, out=d_f[:, start:stop])
@@ -168,16 +190,16 @@ def backward(
     d_pre = d_f.mul_(code.active)
     d_b_enc = torch.sum(d_pre, 0, out=into_b_enc)
     d_w_enc = torch.mm(d_pre.T, code.centred, out=into_w_enc)
-    return d_w_enc, d_w_dec, d_b_enc, d_threshold, torch.sum(d_x_hat, 0, out=into_b_dec)
+    return d_w_enc, d_w_dec, d_b_enc, d_threshold, torch.sum(d_x_hat, 0, out=into_b_dec), d_x_hat
 
 
 def without_parallel_part(
-    gradient: Float[Tensor, "d_sae d_in"], w_dec: Float[Tensor, "d_sae d_in"]
-) -> Float[Tensor, "d_sae d_in"]:
+    gradient: Float[Tensor, "d_sae d_out"], w_dec: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "d_sae d_out"]:
     """The decoder's gradient less its component along each latent's (unit) direction."""
     return gradient - (gradient * w_dec).sum(1, keepdim=True) * w_dec
 
 
-def unit_rows(w_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+def unit_rows(w_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
     """Each latent's direction at norm one."""
     return w_dec / w_dec.norm(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ Rows that are usual by their norm may still be huge beside that spread; a few sp
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,19 @@ class Normalisation:
     def _usual_on_cpu(self, rows: Float[np.ndarray, "batch d_in"]) -> Float[np.ndarray, "batch d_in"]:
         massive = np.einsum("ij,ij->i", rows, rows) > np.float32(self.norm_limit) ** 2
         return _replaced(torch.from_numpy(rows), torch.from_numpy(massive)).numpy() if massive.any() else rows
+
+
+def normalised_pair(
+    of_input: Normalisation, of_target: Normalisation, batch: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+    """Both sides of a transcoder's rows. What is massive on either side is left out on both; the same row takes its place there.
+
+    Each side is centred, divided and shortened as its own normalisation says.
+    """
+    massive = is_massive(batch, of_input.norm_limit) | is_massive(target, of_target.norm_limit)
+    if math.isfinite(of_input.norm_limit) or math.isfinite(of_target.norm_limit):
+        batch, target = _replaced(batch, massive), _replaced(target, massive)
+    return replace(of_input, norm_limit=math.inf)(batch), replace(of_target, norm_limit=math.inf)(target)
 
 
 def is_massive(rows: Float[Tensor, "*batch d_in"], norm_limit: float) -> Bool[Tensor, "*batch"]:

@@ -9,7 +9,7 @@ Of several ranks each finds the pairs of its own latents and rows. They meet aft
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +29,11 @@ from everyscope.sae.kernels.cpu import (
     round_rows,
     screen_rows,
 )
-from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, update_b_dec, update_latents
+from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, update_always, update_latents
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, skip_rate, sparsity_weight, threshold_rate
+from everyscope.sae.skip_cpu import blocks_of, move_skip, subtract_skip
 from everyscope.sae.threads import single_threaded_pool
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
@@ -48,6 +49,7 @@ LEVELS = 8
 """Groups of rows by norm, in each tile, that share bounds of the screen."""
 
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -59,7 +61,7 @@ class Threads:
         self.count = count
         self._pool = single_threaded_pool(count) if count > 1 else None
 
-    def map(self, work: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Results of `work`, in the order of `items`."""
         return list(self._pool.map(work, items) if self._pool else map(work, items))
 
@@ -73,7 +75,7 @@ class CpuPairs:
         self._threads = Threads(torch.get_num_threads())
         self._uses_pairs = torch.ones(len(saes), dtype=torch.bool)
         self._latents = [latents_of(sae) for sae in saes]
-        self._buffers: dict[tuple[int, int, int, int], Buffers] = {}
+        self._buffers: dict[Shape, Buffers] = {}
         self.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,19 +87,21 @@ class CpuPairs:
         for latents in self._latents:
             round_weights(latents)
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations, this rank's rows, in place."""
-        losses = []
+    def step(
+        self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_out"] | None = None
+    ) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations, this rank's rows, in place; an SAE's target is x."""
+        target, losses = x if target is None else target, []
         for number, sae in enumerate(self.saes):
-            done = self._pairs_step(number, x, step, steps) if self._uses_pairs[number] else None
-            losses.append(done or self._dense_step(number, sae, x, step, steps))
+            done = self._pairs_step(number, x, step, steps, target) if self._uses_pairs[number] else None
+            losses.append(done or self._dense_step(number, sae, x, step, steps, target))
         return losses
 
-    def _dense_step(self, number: int, sae: TrainableSae, x: Tensor, step: int, steps: int) -> StepLosses:
+    def _dense_step(self, number: int, sae: TrainableSae, x: Tensor, step: int, steps: int, target: Tensor) -> StepLosses:
         if self._uses_pairs[number]:
             catch_up(sae, step)
         if self.collective.mesh.ranks == 1:
-            losses = dense_update(sae, x, step, steps)
+            losses = dense_update(sae, x, step, steps, target)
             self._uses_pairs[number] = bool(losses.pairs < PAIRS_SHARE * sae.config.width)
         else:  # no rank may run out of room where the others do not
             losses, crowd = shared_dense_update(sae, x, step, steps, self.collective)
@@ -106,14 +110,16 @@ class CpuPairs:
             round_weights(self._latents[number])
         return losses
 
-    def _pairs_step(self, number: int, x: Tensor, step: int, steps: int) -> StepLosses | None:
+    def _pairs_step(self, number: int, x: Tensor, step: int, steps: int, target: Tensor | None = None) -> StepLosses | None:
         """The step, or None, with nothing changed, where there are too many pairs."""
         sae, latents, mesh = self.saes[number], self._latents[number], self.collective.mesh
-        prefixes = np.array(sae.prefixes)
-        buffers = self._buffers_for(len(x), x.shape[1], sae.width, len(prefixes))
-        rows, pairs = buffers.rows._replace(x=x.contiguous().numpy()), buffers.pairs
+        prefixes, x, target = np.array(sae.prefixes), x.contiguous(), (x if target is None else target).contiguous()
+        buffers = self._buffers_for(Shape(len(x), x.shape[1], target.shape[1], sae.width, len(prefixes)))
+        rows, pairs = buffers.rows._replace(x=x.numpy(), target=target.numpy()), buffers.pairs
+        if sae.config.skip:
+            rows = rows._replace(target=buffers.left_of_skip.numpy())
         batch = len(x) * mesh.replicas
-        fits = self._reconstruct(sae, latents, buffers, rows, prefixes, batch)
+        fits = self._reconstruct(sae, latents, buffers, rows, prefixes, batch, target)
         squares = torch.tensor(rows.squares.sum(dtype=np.float64))
         if mesh.ranks == 1:
             if not fits:
@@ -135,19 +141,32 @@ class CpuPairs:
             self._update(update)
         else:
             self._update_with_replicas(update, moving)
+        if sae.config.skip:
+            self._update_skip(update, x, buffers.errors[:, 0], skip_rate(sae.config.recipe, step, steps))
         reconstruction, l0, num_pairs = (sums / batch).float()
         return StepLosses(reconstruction, l0, num_pairs, fired)
 
     def _reconstruct(
-        self, sae: TrainableSae, latents: Latents, buffers: "Buffers", rows: Rows, prefixes: np.ndarray, batch: int
+        self,
+        sae: TrainableSae,
+        latents: Latents,
+        buffers: "Buffers",
+        rows: Rows,
+        prefixes: np.ndarray,
+        batch: int,
+        target: Tensor,
     ) -> bool:
         """Find the pairs, and the loss's derivatives by the reconstructions and at the pairs; False where there are too many."""
         b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(sae.config.recipe.bandwidth)
+        pre_bias = np.zeros(rows.x.shape[1], np.float32) if sae.is_transcoder else b_dec
         pairs, is_first, tiles = buffers.pairs, self.collective.mesh.shard == 0, range(len(buffers.tiles))
 
         def forward(tile: int) -> bool:
             start, stop = buffers.tiles[tile]
-            centre_rows(rows, b_dec, start, stop)
+            centre_rows(rows, pre_bias, start, stop)
+            if sae.config.skip:
+                x, skip = torch.from_numpy(rows.x), sae.parameters["w_skip"]
+                subtract_skip(buffers.left_of_skip, target, x, skip, range(start, stop))
             found, screened = buffers.of_this_thread()
             torch.mm(buffers.rounded[start:stop], as_bfloat16(latents.w_rounded).T, out=screened[: stop - start])
             bits = screened[: stop - start].view(torch.int16).numpy()
@@ -175,7 +194,7 @@ class CpuPairs:
 
     def _update(self, update: "Update") -> None:
         """Gradients and update at once, latent by latent."""
-        width, d_in = update.latents.w_dec.shape
+        width, d_in = update.latents.w_enc.shape
         starts = range(0, width, LATENT_CHUNK)
         latent_sums = np.zeros((len(starts), d_in), np.float32)
         self._threads.map(
@@ -202,20 +221,37 @@ class CpuPairs:
         )
         self._update_b_dec(update, from_errors, latent_sums.sum(0))
 
+    def _update_skip(self, update: "Update", x: Tensor, d_y_hat: Tensor, rate: float) -> None:
+        """Move a transcoder's skip by its gradient."""
+        adam, skip = update.adam._replace(rate=np.float32(rate)), update.sae.parameters["w_skip"]
+        squared = update.sae.squared["w_skip"]
+        self._threads.map(lambda block: move_skip(adam, skip, squared, x, d_y_hat, block), blocks_of(skip))
+
     def _update_b_dec(self, update: "Update", from_errors: np.ndarray, from_latents: np.ndarray) -> None:
-        """Move b_dec by its gradient, of which `from_latents` is this shard's part.
+        """Move b_dec by its gradient, of which `from_latents` is this shard's part, through an SAE's pre-encoder bias.
 
         Not by torch: its sqrt, however short, wakes threads that then spin for milliseconds on cores that the next step wants.
         """
-        self.collective.sum_(torch.from_numpy(from_latents), "shards")
         sae = update.sae
-        update_b_dec(update.adam, sae.parameters["b_dec"].numpy(), from_errors + from_latents, sae.squared["b_dec"].numpy())
+        if not sae.is_transcoder:
+            self.collective.sum_(torch.from_numpy(from_latents), "shards")
+            from_errors = from_errors + from_latents
+        update_always(update.adam, sae.parameters["b_dec"].numpy(), from_errors, sae.squared["b_dec"].numpy())
 
-    def _buffers_for(self, batch: int, d_in: int, width: int, groups: int) -> "Buffers":
-        key = (batch, d_in, width, groups)
-        if key not in self._buffers:
-            self._buffers[key] = Buffers(batch, d_in, width, groups, self._threads.count)
-        return self._buffers[key]
+    def _buffers_for(self, shape: "Shape") -> "Buffers":
+        if shape not in self._buffers:
+            self._buffers[shape] = Buffers(shape, self._threads.count)
+        return self._buffers[shape]
+
+
+class Shape(NamedTuple):
+    """What a step's memory depends on."""
+
+    batch: int
+    d_in: int
+    d_out: int
+    width: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -257,8 +293,9 @@ class Update:
 class Buffers:
     """Memory for one step, shared by SAEs of equal shapes."""
 
-    def __init__(self, batch: int, d_in: int, width: int, groups: int, threads: int) -> None:
+    def __init__(self, shape: Shape, threads: int) -> None:
         """Room for a batch of which DENSE_SHARE are pairs, in a tile for each thread or smaller ones."""
+        batch, d_in, d_out, width, groups = shape
         share = min(-(-batch // threads), TILE_NUMBERS // d_in, TILE_PRODUCTS // width)
         tile_rows = max(1, -(-share // SUM_ROWS)) * SUM_ROWS
         self.tiles = [(start, min(start + tile_rows, batch)) for start in range(0, batch, tile_rows)]
@@ -266,17 +303,20 @@ class Buffers:
         self._room, self._width = max(1, int(DENSE_SHARE * width * min(tile_rows, batch))), width
         self._local = threading.local()
         self.rounded = torch.empty(batch, d_in, dtype=torch.bfloat16)
-        self.errors_and_misfits = torch.empty(batch * groups * d_in + 1)  # what shards add up, in one piece
+        self.errors_and_misfits = torch.empty(batch * groups * d_out + 1)  # what shards add up, in one piece
         self.misfits = self.errors_and_misfits[-1:]
+        self.errors = self.errors_and_misfits[:-1].view(batch, groups, d_out)
+        self.left_of_skip = torch.empty(batch, d_out)
         self.rows = Rows(
             x=np.empty((0, d_in), np.float32),
+            target=np.empty((0, d_out), np.float32),
             centred=np.empty((batch, d_in), np.float32),
             rounded=self.rounded.view(torch.int16).numpy().view(np.uint16),
             norms=np.empty(batch, np.float32),
             residuals=np.empty(batch, np.float32),
-            errors=self.errors_and_misfits[:-1].view(batch, groups, d_in).numpy(),
+            errors=self.errors.numpy(),
             squares=np.empty(batch, np.float32),
-            d_b_dec=np.empty((-(-batch // SUM_ROWS), d_in), np.float32),
+            d_b_dec=np.empty((-(-batch // SUM_ROWS), d_out), np.float32),
         )
         places = (len(self.tiles), self._room)
         self.pairs = Pairs(
@@ -322,9 +362,9 @@ def latents_of(sae: TrainableSae) -> Latents:
         squared_w_dec=v["w_dec"].view(width, -1).numpy(),
         squared_b_enc=v["b_enc"].numpy(),
         squared_threshold=v["threshold"].numpy(),
-        coordinate_weights=sae.coordinate_weights.numpy(),
+        coordinate_weights=None if sae.is_transcoder else sae.coordinate_weights.numpy(),
         touched=sae.touched.numpy(),
-        w_rounded=np.empty((width, len(p["b_dec"])), np.uint16),
+        w_rounded=np.empty((width, len(p["w_enc"])), np.uint16),
         w_norms=np.empty(width, np.float32),
         w_residuals=np.empty(width, np.float32),
     )

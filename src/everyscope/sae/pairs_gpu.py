@@ -74,8 +74,8 @@ class GpuPairs:
         for screened in self._screened:
             screened.refresh()
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations, in place; losses stay on the device.
+    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: None = None) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations, in place; losses stay on the device. It takes no target.
 
         A step that was skipped for want of room reports the reconstruction of the last one that was not.
         """

@@ -49,10 +49,18 @@ def fast(d_in: int) -> SaeRecipe:
     )
 
 
+def fast_transcoder(d_in: int) -> SaeRecipe:
+    """`fast` for transcoders that read activations of size `d_in`, of 10^5 to 10^8 rows; give each SaeConfig a target_l0.
+
+    Encoders do not follow directions, which live in another space, and so move by steps of their own.
+    """
+    return fast(d_in).model_copy(update={"encoder_follows": False})
+
+
 FAST_RATE = 0.035
 """Of a weight's size, what a step changes it by [1]."""
 
-PresetName = Literal["fast", "gemma_scope", "gemma_scope_2"]
+PresetName = Literal["fast", "fast_transcoder", "gemma_scope", "gemma_scope_2"]
 
 
 def preset_of(name: PresetName, d_in: int) -> SaeRecipe:
@@ -60,6 +68,8 @@ def preset_of(name: PresetName, d_in: int) -> SaeRecipe:
     match name:
         case "fast":
             return fast(d_in)
+        case "fast_transcoder":
+            return fast_transcoder(d_in)
         case "gemma_scope":
             return gemma_scope()
         case "gemma_scope_2":

@@ -26,6 +26,12 @@ def direction_rate(recipe: SaeRecipe, step: int, steps: int) -> float:
     return (recipe.direction_rate or 0.0) * learning_rate_share(recipe, step, steps)
 
 
+def skip_rate(recipe: SaeRecipe, step: int, steps: int) -> float:
+    """Adam's step size for a skip at `step` of `steps`."""
+    rate = recipe.learning_rate if recipe.skip_learning_rate is None else recipe.skip_learning_rate
+    return rate * learning_rate_share(recipe, step, steps)
+
+
 def is_driven(config: SaeConfig, step: int, steps: int) -> bool:
     """True in the phase in which thresholds are set from the L0 they give, not learned."""
     return step < config.recipe.driven_share * steps

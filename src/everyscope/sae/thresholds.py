@@ -21,8 +21,15 @@ LEAST_VARIANCE = 0.3
 
 
 @torch.no_grad()
-def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"], collective: Collective = ALONE) -> None:
+def warm_start(
+    sae: TrainableSae,
+    x: Float[Tensor, "batch d_in"],
+    collective: Collective = ALONE,
+    target: Float[Tensor, "batch d_out"] | None = None,
+) -> None:
     """Set b_dec to the mean of normalised rows `x`, and all thresholds to the value that target_l0 latents of a row exceed.
+
+    Of a transcoder, b_dec becomes the mean of the `target` rows.
 
     Before, where the recipe lets encoders follow, w_enc is weighed by `coordinate_weights` of these rows.
 
@@ -30,13 +37,13 @@ def warm_start(sae: TrainableSae, x: Float[Tensor, "batch d_in"], collective: Co
     """
     p, config = sae.parameters, sae.config
     x = _gathered(x, "replicas", collective)
-    p["b_dec"].copy_(x.mean(0))
+    p["b_dec"].copy_((x if target is None else target).mean(0))
     if config.recipe.encoder_follows:
         sae.coordinate_weights.copy_(coordinate_weights(x))
         p["w_enc"].copy_((p["w_dec"] * sae.coordinate_weights).T.mul(config.recipe.encoder_scale))
     if config.target_l0 is not None:
         rows = x[: max(1, PRODUCTS // config.width)]
-        pre = pre_activations(rows - p["b_dec"], p["w_enc"], p["b_enc"]).flatten()
+        pre = pre_activations(sae.seen(rows), p["w_enc"], p["b_enc"]).flatten()
         rank = min(len(rows) * config.width, max(1, round(config.target_l0 * len(rows))))
         largest = pre.topk(min(rank, len(pre))).values
         if collective.mesh.shards > 1:  # the rank-th largest of all is among the largest of each shard

@@ -1,7 +1,7 @@
-"""An SAE in training: five parameter tensors, their squared-gradient means, and one exact update.
+"""An SAE or transcoder in training: five parameter tensors or six, their squared-gradient means, and one exact update.
 
-The state lives on normalised activations, with the pre-encoder bias; `fold` turns it into what is published. A rank of several
-may hold a shard of an SAE: a range of its latents, and b_dec, which every rank holds and updates alike.
+The state lives on normalised activations, of an SAE with the pre-encoder bias; `fold` turns it into what is published. A rank of
+several may hold a shard of an SAE: a range of its latents, and b_dec, which every rank holds and updates alike.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Float, Float64, Int32, Shaped
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
@@ -23,13 +23,16 @@ from everyscope.sae.functional import (
     unit_rows,
     without_parallel_part,
 )
+from everyscope.sae.metadata import SaeMetadata
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, skip_rate, sparsity_weight, threshold_rate
 
 TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+"""Of every SAE; a transcoder with a skip has w_skip besides."""
 LATENT_AXIS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0} | {
-    "coordinate_weights": None
+    "coordinate_weights": None,
+    "w_skip": None,
 }
 """Along which axis a tensor is cut where latents are; None for what every shard holds whole."""
 SKIPPED = 2**22
@@ -41,7 +44,7 @@ class StepLosses:
     """What one update saw, left on the device: reading a value waits for it."""
 
     reconstruction: Float[Tensor, ""]
-    """Mean ||x - x_hat||^2 over the batch, in normalised units."""
+    """Mean ||y - y_hat||^2 over the batch, in normalised units; of an SAE y is x."""
     l0: Float[Tensor, ""]
     """Mean number of active latents per row."""
     pairs: Float[Tensor, ""]
@@ -59,7 +62,8 @@ class TrainableSae:
 
     config: SaeConfig
     parameters: dict[str, Tensor]
-    """w_enc [d_in, d_sae], w_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in], threshold [d_sae]; float32."""
+    """w_enc [d_in, d_sae], w_dec [d_sae, d_out], b_enc [d_sae], b_dec [d_out], threshold [d_sae], maybe w_skip [d_in, d_out];
+    float32."""
     squared: dict[str, Tensor]
     """Adam's running mean of each parameter's squared gradient, of the same shapes; with a direction_rate, of w_dec's rows'
     squared norms, [d_sae]."""
@@ -72,6 +76,8 @@ class TrainableSae:
     """Steps done when each latent was last active; 0 for never."""
     first: int = 0
     """Number, in the whole SAE, of the first latent that is held here."""
+    is_transcoder: bool = False
+    """Whether it predicts a target, and b_dec is no pre-encoder bias."""
 
     @property
     def width(self) -> int:
@@ -86,58 +92,83 @@ class TrainableSae:
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations of normalised activations."""
         p = self.parameters
-        return jumprelu(pre_activations(x - p["b_dec"], p["w_enc"], p["b_enc"]), p["threshold"])
+        return jumprelu(pre_activations(self.seen(x), p["w_enc"], p["b_enc"]), p["threshold"])
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """The reconstruction of normalised activations."""
-        return decode(self.encode(x), self.parameters["w_dec"], self.parameters["b_dec"])
+    def seen(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the encoder sees of normalised activations."""
+        return x if self.is_transcoder else x - self.parameters["b_dec"]
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction of normalised activations, or the prediction from them."""
+        y_hat = decode(self.encode(x), self.parameters["w_dec"], self.parameters["b_dec"])
+        return y_hat + x @ self.parameters["w_skip"] if "w_skip" in self.parameters else y_hat
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, by name; the tensors themselves, not copies."""
-        squared = {f"squared.{name}": self.squared[name] for name in TENSORS}
+        squared = {f"squared.{name}": self.squared[name] for name in self.parameters}
         others = {name: getattr(self, name) for name in ("coordinate_weights", "touched", "last_fired")}
         return {**self.parameters, **squared, **others}
 
 
-def new_sae(config: SaeConfig, d_in: int, device: str = "cpu", latents: range | None = None) -> TrainableSae:
+def new_sae(
+    config: SaeConfig, d_in: int, device: str = "cpu", latents: range | None = None, d_out: int | None = None
+) -> TrainableSae:
     """The SAE at step 0: He-uniform unit decoder rows, W_enc their transpose, zero biases, equal thresholds (section 3.2).
 
     Drawn on the CPU from `config.seed` and the width, so that every device starts alike, and a wide SAE does not start from a
     narrow one's directions: it would seem to have split latents that it was given. He-uniform over a row is uniform in (-a, a),
     and a does not matter once rows have norm one. With `latents`, a contiguous range, it is that shard of the same SAE, and no
     more than that is ever in memory.
+
+    With `d_out` it is a transcoder. Its W_enc begins as the transpose of W_dec too, as in Gemma Scope 2; where sizes differ, with
+    rows of its own. A skip begins at zero.
     """
     latents = range(config.width) if latents is None else latents
-    seed = np.random.SeedSequence([config.seed, config.width]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-    for start in range(0, latents.start * d_in, SKIPPED):
-        torch.empty(min(SKIPPED, latents.start * d_in - start)).uniform_(-1, 1, generator=generator)
-    width = len(latents)
-    w_dec = unit_rows(torch.empty(width, d_in).uniform_(-1, 1, generator=generator))
+    width, sizes = len(latents), (d_in, d_in if d_out is None else d_out)
+    w_dec = _directions([config.seed, config.width], sizes[1], latents)
+    rows = w_dec if sizes[0] == sizes[1] else _directions([config.seed, config.width, 1], d_in, latents)
     parameters = {
-        "w_enc": (w_dec * config.recipe.encoder_scale).T,
+        "w_enc": (rows * config.recipe.encoder_scale).T,
         "w_dec": w_dec,
         "b_enc": torch.zeros(width),
-        "b_dec": torch.zeros(d_in),
+        "b_dec": torch.zeros(sizes[1]),
         "threshold": torch.full((width,), config.recipe.initial_threshold),
     }
+    if config.skip:
+        assert d_out is not None, "a skip is a transcoder's"
+        parameters["w_skip"] = torch.zeros(sizes)
     on_device = {name: tensor.to(device) for name, tensor in parameters.items()}
     squared = {name: torch.zeros_like(tensor) for name, tensor in on_device.items()}
     if config.recipe.direction_rate is not None:
         squared["w_dec"] = torch.zeros(width, device=device)
-    counts = [torch.zeros(width, dtype=torch.int32, device=device) for _ in range(2)]
-    return TrainableSae(config, on_device, squared, torch.ones(d_in, device=device), *counts, first=latents.start)
+    touched, last_fired = (torch.zeros(width, dtype=torch.int32, device=device) for _ in range(2))
+    weights = torch.ones(d_in, device=device)
+    return TrainableSae(config, on_device, squared, weights, touched, last_fired, latents.start, d_out is not None)
+
+
+def _directions(seeds: list[int], size: int, latents: range) -> Float[Tensor, "d_sae size"]:
+    """Unit rows of these latents, drawn from the seeds; those of the latents before are passed over."""
+    seed = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+    for start in range(0, latents.start * size, SKIPPED):
+        torch.empty(min(SKIPPED, latents.start * size - start)).uniform_(-1, 1, generator=generator)
+    return unit_rows(torch.empty(len(latents), size).uniform_(-1, 1, generator=generator))
 
 
 @torch.no_grad()
-def dense_update(sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> StepLosses:
+def dense_update(
+    sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_out"] | None = None
+) -> StepLosses:
     """One training step on normalised activations, in place: gradients, projection, Adam, unit decoder rows (section 3.2).
 
-    The means of squared gradients must be up to date, as dense steps leave them and `catch_up` makes them.
+    `target` is what a transcoder is to predict; an SAE's is x. The means of squared gradients must be up to date, as dense steps
+    leave them and `catch_up` makes them.
     """
     gradients = loss_gradients(
         x,
         **sae.parameters,
+        target=target,
+        is_transcoder=sae.is_transcoder,
         penalty=partial(penalty, sae.config, sparsity_weight(sae.config, step)),
         bandwidth=sae.config.recipe.bandwidth,
         prefixes=sae.config.prefixes,
@@ -150,10 +181,11 @@ def move_along(sae: TrainableSae, gradients: Gradients, step: int, steps: int) -
     recipe = sae.config.recipe
     rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
     rates = dict.fromkeys(TENSORS, rate) | {"threshold": threshold_rate(sae.config, step, steps)}
+    rates["w_skip"] = skip_rate(recipe, step, steps)
     if recipe.direction_rate is not None:
         rates["w_dec"] = direction_rate(recipe, step, steps)
     directions = sae.parameters["w_dec"].clone() if recipe.encoder_follows else None
-    for name in TENSORS:
+    for name in sae.parameters:
         parameter, gradient, squared = sae.parameters[name], getattr(gradients, name), sae.squared[name]
         if name == "w_dec":
             gradient = without_parallel_part(gradient, parameter)
@@ -215,22 +247,37 @@ def adam_by_row(
     rows.addcmul_(gradient, root.add_(recipe.epsilon).reciprocal_()[:, None], value=-rate)
 
 
-def fold(sae: TrainableSae, normalisation: Normalisation) -> Sae:
-    """The SAE on raw activations x_raw = mean + scale * x, without pre-encoder bias.
+def fold(sae: TrainableSae, normalisation: Normalisation, target: Normalisation | None = None) -> Sae:
+    """The coder on raw activations x_raw = mean + scale * x: an SAE without its pre-encoder bias, a transcoder of raw `target`s.
 
     Gemma Scope, appendix A, eq. 5 to 11, and the mean: b_dec' = mean + scale b_dec, and as much less reaches the encoder,
-    b_enc' = scale (b_enc - b_dec @ w_enc) - mean @ w_enc.
+    b_enc' = scale (b_enc - b_dec @ w_enc) - mean @ w_enc. A transcoder has a scale and a mean for each side. Its latents are in
+    the target's units, so that rows of W_dec keep norm one: with r = target scale / scale, W_enc' = r w_enc, b_enc' =
+    target scale b_enc - mean @ W_enc', W_skip' = r w_skip, b_dec' = target mean + target scale b_dec - mean @ W_skip'.
     """
     p = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in sae.parameters.items()}
-    scale = normalisation.scale
-    mean = torch.zeros(len(p["b_dec"]), dtype=torch.float64)
-    if normalisation.mean is not None:
-        mean = torch.from_numpy(normalisation.mean)
-    folded = {
-        "W_enc": p["w_enc"],
-        "W_dec": p["w_dec"],
-        "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["w_enc"]) - mean @ p["w_enc"],
-        "b_dec": mean + scale * p["b_dec"],
-        "threshold": scale * p["threshold"],
-    }
-    return from_tensors({name: tensor.float().contiguous() for name, tensor in folded.items()})
+    mean = _mean_of(normalisation, len(p["w_enc"]))
+    if target is None:
+        assert not sae.is_transcoder, "a transcoder's target has a normalisation of its own"
+        scale = normalisation.scale
+        folded = {
+            "W_enc": p["w_enc"],
+            "W_dec": p["w_dec"],
+            "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["w_enc"]) - mean @ p["w_enc"],
+            "b_dec": mean + scale * p["b_dec"],
+            "threshold": scale * p["threshold"],
+        }
+        return from_tensors({name: tensor.float().contiguous() for name, tensor in folded.items()})
+    scale, ratio = target.scale, target.scale / normalisation.scale
+    w_enc, b_dec = ratio * p["w_enc"], _mean_of(target, len(p["b_dec"])) + scale * p["b_dec"]
+    folded = {"W_enc": w_enc, "W_dec": p["w_dec"], "b_enc": scale * p["b_enc"] - mean @ w_enc}
+    if "w_skip" in p:
+        folded["W_skip"] = ratio * p["w_skip"]
+        b_dec = b_dec - mean @ folded["W_skip"]
+    folded |= {"b_dec": b_dec, "threshold": scale * p["threshold"]}
+    return from_tensors({name: tensor.float().contiguous() for name, tensor in folded.items()}, SaeMetadata(kind="transcoder"))
+
+
+def _mean_of(normalisation: Normalisation, size: int) -> Float64[Tensor, " size"]:
+    """What the normalisation subtracts."""
+    return torch.zeros(size, dtype=torch.float64) if normalisation.mean is None else torch.from_numpy(normalisation.mean)

@@ -1,4 +1,4 @@
-"""Training SAEs on activations that are already in memory: nothing is written."""
+"""Training SAEs and transcoders on activations that are already in memory: nothing is written."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +11,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from everyscope.activations.shards.norms import MAX_NORM
+from everyscope.activations.stream.aligned import Aligned
 from everyscope.activations.stream.local import ArraySource
 from everyscope.activations.stream.source import Source
 from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.base.progress import meter
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.folded import Sae
-from everyscope.sae.metadata import SaeMetadata
+from everyscope.sae.metadata import CONVENTIONS, SaeMetadata
 from everyscope.sae.presets import PresetName, preset_of
-from everyscope.sae.trainable import StepLosses, fold
+from everyscope.sae.trainable import StepLosses
 from everyscope.sites.names import Site, as_site
-from everyscope.train.bank import Bank, normalisation_for
+from everyscope.train.bank import Bank, TargetSide, normalisation_for
 from everyscope.train.config import EngineName, SinkName
 from everyscope.train.metrics import losses_row
 from everyscope.train.run import fit
@@ -100,18 +101,82 @@ def train_saes(
     """
     source = _source_of(activations, seed)
     chosen = _chosen(configs, preset, source.d_in)
-    normalisation = normalisation_for(chosen, source.statistics, max_norm)
     steps = num_steps(source.num_rows, num_tokens, num_passes, batch_rows)
-    known = SaeMetadata(None if site is None else as_site(site), model, None, normalisation.scale, steps * batch_rows)
-    bank = Bank(chosen, source.d_in, normalisation, steps, device, engine)
+    bank = Bank(chosen, source.d_in, normalisation_for(chosen, source.statistics, max_norm), steps, device, engine)
+    reporting = _Reporting(
+        callback, (report_to,) if isinstance(report_to, str) else tuple(report_to), Path(report_folder), log_steps
+    )
+    return _fitted(bank, source, chosen, batch_rows, reporting, SaeMetadata(None if site is None else as_site(site), model))
+
+
+def train_transcoders(
+    inputs: "np.ndarray | Tensor | Source | Sequence[Any]",
+    targets: "np.ndarray | Tensor | Source | Sequence[Any]",
+    configs: SaeConfig | Iterable[SaeConfig],
+    *,
+    num_tokens: float | None = None,
+    num_passes: float | None = None,
+    batch_rows: int = 4096,
+    preset: PresetName | None = None,
+    max_norm: float | None = MAX_NORM,
+    seed: int = 0,
+    device: str = "cpu",
+    engine: EngineName = "auto",
+    callback: Callback | None = None,
+    report_to: SinkName | Sequence[SinkName] = (),
+    report_folder: str | Path = ".",
+    log_steps: int = 100,
+    site: Site | str | None = None,
+    target: Site | str | None = None,
+    model: str | None = None,
+) -> TrainedSaes:
+    """Train one transcoder per config that predicts raw `targets` [rows, d_out] from raw `inputs` [rows, d_in], row by row.
+
+    Everything else is as in `train_saes`; `skip=True` in a config sets an affine map beside the latents. A row that is massive on
+    either side is left out. `site` and `target` name what is read and written, as in "mlp_in.3" and "mlp_out.3".
+
+    Raises what `train_saes` does, and ShapeMismatch where inputs and targets have other numbers of rows.
+    """
+    source = Aligned(_source_of(inputs, seed), _source_of(targets, seed))
+    read, written = source.sources
+    chosen = _chosen(configs, preset, read.d_in)
+    normalisation, of_target = (normalisation_for(chosen, side.statistics, max_norm) for side in (read, written))
+    steps = num_steps(source.num_rows, num_tokens, num_passes, batch_rows)
+    bank = Bank(chosen, read.d_in, normalisation, steps, device, engine, target=TargetSide(written.d_in, of_target))
+    reporting = _Reporting(
+        callback, (report_to,) if isinstance(report_to, str) else tuple(report_to), Path(report_folder), log_steps
+    )
+    places = [None if place is None else as_site(place) for place in (site, target)]
+    convention = None if places[0] is None else CONVENTIONS.get(places[0].kind)
+    known = SaeMetadata(places[0], model, target=places[1], convention=convention, kind="transcoder")
+    return _fitted(bank, source, chosen, batch_rows, reporting, known)
+
+
+@dataclass(frozen=True)
+class _Reporting:
+    """Who hears of steps."""
+
+    callback: Callback | None
+    report_to: tuple[SinkName, ...]
+    folder: Path
+    log_steps: int
+
+
+def _fitted(
+    bank: Bank, source: Source | Aligned, chosen: list[SaeConfig], batch_rows: int, reporting: _Reporting, known: SaeMetadata
+) -> TrainedSaes:
+    """Train the bank to its end, and fold it; metadata gets the last steps' L0, scale and tokens."""
+    steps = bank.steps
+    known = replace(known, scale=bank.normalisation.scale, num_tokens=steps * batch_rows)
     described = {"saes": [config.as_json() for config in chosen], "num_tokens": steps * batch_rows, "batch_rows": batch_rows}
     with (
         meter("train", steps, "steps") as progress,
-        opened_sinks(report_to, "train_saes", described, Path(report_folder)) as sinks,
+        opened_sinks(reporting.report_to, "train_saes", described, reporting.folder) as sinks,
     ):
-        recorder = _Recorder(chosen, steps, batch_rows, device, callback, sinks, log_steps)
+        device, log_steps = str(bank.device), reporting.log_steps
+        recorder = _Recorder(chosen, steps, batch_rows, device, reporting.callback, sinks, log_steps)
         fit(bank, source, batch_rows, [recorder, lambda bank, losses: progress.advance()])
-    histories, saes = recorder.histories(), [fold(sae, normalisation) for sae in bank.saes]
+    histories, saes = recorder.histories(), bank.folded()
     for sae, history in zip(saes, histories, strict=True):
         l0 = history.l0[-max(1, round(END_SHARE * steps)) :].mean(dtype=np.float64)
         sae.metadata = replace(known, l0=float(l0))

@@ -1,10 +1,11 @@
-"""Many SAEs of one site on the same batches: one read, one copy to the device, one update each.
+"""Many SAEs of one site, or transcoders of two, on the same batches: one read, one copy to the device, one update each.
 
 Of several ranks each has a bank with its own latents of every SAE, and steps it on its own rows of every batch.
 """
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,12 +14,13 @@ from torch import Tensor
 from everyscope.activations.shards.statistics import Statistics
 from everyscope.base.errors import ConfigError, DataError
 from everyscope.sae.config import SaeConfig
+from everyscope.sae.folded import Sae
 from everyscope.sae.mesh import ALONE, Collective
-from everyscope.sae.normalisation import Normalisation
+from everyscope.sae.normalisation import Normalisation, normalised_pair
 from everyscope.sae.schedules import is_driven
 from everyscope.sae.thresholds import drive_thresholds, warm_start
-from everyscope.sae.trainable import LATENT_AXIS, StepLosses, new_sae
-from everyscope.train.config import EngineName
+from everyscope.sae.trainable import LATENT_AXIS, StepLosses, fold, new_sae
+from everyscope.train.config import EngineName, check_configs
 from everyscope.train.engines import engine_for
 
 
@@ -39,8 +41,16 @@ def normalisation_for(configs: Sequence[SaeConfig], statistics: Statistics, max_
     return Normalisation(scale, usual.mean if is_centred else None, usual.norm_limit, recipe.largest_row or math.inf)
 
 
+@dataclass(frozen=True)
+class TargetSide:
+    """What transcoders are to predict."""
+
+    d_out: int
+    normalisation: Normalisation
+
+
 class Bank:
-    """The SAEs of one site in training."""
+    """The SAEs of one site, or the transcoders from one to another, in training."""
 
     def __init__(
         self,
@@ -51,19 +61,28 @@ class Bank:
         device: str = "cpu",
         engine: EngineName = "auto",
         collective: Collective = ALONE,
+        target: TargetSide | None = None,
     ) -> None:
-        """New SAEs for activations that `normalisation` brings to unit mean squared norm."""
-        self.collective = collective
-        self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width)) for config in configs]
+        """New SAEs for activations that `normalisation` brings to unit mean squared norm; transcoders where there is a `target`.
+
+        ConfigError for transcoders whose recipe or ranks cannot be theirs, and for SAEs with a skip.
+        """
+        check_configs(configs, target is not None, collective.mesh.ranks)
+        self.collective, self.target = collective, target
+        d_out = None if target is None else target.d_out
+        self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width), d_out) for config in configs]
         self.normalisation, self.steps, self.num_steps_done = normalisation, steps, 0
         self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective)
 
-    def step(self, batch: Float[Tensor, "batch d_in"]) -> list[StepLosses]:
-        """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device."""
-        x = self.normalisation(batch.to(self.device))
+    def step(self, batch: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None) -> list[StepLosses]:
+        """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device.
+
+        Of transcoders, `target` has the raw rows to predict.
+        """
+        x, y = self._normalised(batch, target)
         if self.num_steps_done == 0:
-            self._start_warm(x)
-        losses = self._engine.step(x, self.num_steps_done, self.steps)
+            self._start_warm(x, y)
+        losses = self._engine.step(x, self.num_steps_done, self.steps, y)
         self.num_steps_done += 1
         for sae, loss in zip(self.saes, losses, strict=True):
             sae.last_fired.masked_fill_(loss.fired > 0, self.num_steps_done)
@@ -71,11 +90,23 @@ class Bank:
                 drive_thresholds(sae, loss, self.num_steps_done, self.collective)
         return losses
 
-    def _start_warm(self, x: Float[Tensor, "batch d_in"]) -> None:
+    def _normalised(self, batch: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the engine takes."""
+        if self.target is None:
+            return self.normalisation(batch.to(self.device)), None
+        assert target is not None, "transcoders are stepped on rows of both sides"
+        return normalised_pair(self.normalisation, self.target.normalisation, batch.to(self.device), target.to(self.device))
+
+    def folded(self) -> list[Sae]:
+        """The SAEs or transcoders on raw activations, as they are now."""
+        target = None if self.target is None else self.target.normalisation
+        return [fold(sae, self.normalisation, target) for sae in self.saes]
+
+    def _start_warm(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None) -> None:
         """Let SAEs that ask for it take their first biases and thresholds from the first batch."""
         for sae in self.saes:
             if sae.config.recipe.warm_start:
-                warm_start(sae, x, self.collective)
+                warm_start(sae, x, self.collective, target)
         self._engine.refresh()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,15 +1,17 @@
-"""One bank: all SAEs of one site that see the same batches for the same number of tokens."""
+"""One bank: all SAEs of one site, or all transcoders between two, that see the same batches for the same number of tokens."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from everyscope.activations.shards.norms import MAX_NORM, TAIL
+from everyscope.base.errors import ConfigError
 from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema
 from everyscope.sae.config import SaeConfig
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, site_of
 
 EngineName = Literal["auto", "dense", "pairs"]
 """auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
@@ -17,7 +19,7 @@ SinkName = Literal["wandb", "tensorboard"]
 SINKS: tuple[SinkName, ...] = get_args(SinkName)
 """Where metrics can go besides metrics.jsonl; each is an optional package."""
 
-PLACES = ("shards", "source", "order", "tls_roots", "out")
+PLACES = ("shards", "target_shards", "source", "target_source", "order", "tls_roots", "out")
 """Fields that tell where things are, and not what is trained."""
 
 
@@ -60,10 +62,16 @@ class TrainConfig(Schema):
 
     site: Site
     """Where the activations are from."""
+    target: Site | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What transcoders predict from the activations of `site`; None, or the site itself, trains SAEs, which reconstruct these."""
     shards: Path
     """The site's folder of shards, written by `everyscope harvest`."""
+    target_shards: Path | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The target's folder of shards, of the same harvest."""
     source: str | None = None
     """Where activations come from instead: an address of shards, or flight://HOST:PORT/SITE of activation servers."""
+    target_source: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The same of the target."""
     order: Literal["fixed", "any"] = "fixed"
     """Of servers' chunks: fixed is the order of the shards, any takes what the servers have at hand and keeps a journal."""
     tls_roots: Path | None = None
@@ -90,12 +98,41 @@ class TrainConfig(Schema):
             raise ValueError(
                 f"order='any' with {self.settings.ranks} processes: each would take other rows; choose order='fixed'"
             )
+        self._check_target()
         narrowest = min(config.width for config in self.saes)
         if self.settings.shards > narrowest:
             raise ValueError(f"settings.shards={self.settings.shards}: an SAE of width {narrowest} has not so many latents")
         if self.num_tokens < self.settings.batch_rows:
             raise ValueError(f"num_tokens={self.num_tokens} is less than one batch of batch_rows={self.settings.batch_rows}")
         return self
+
+    def _check_target(self) -> None:
+        """What transcoders need, and what is theirs alone."""
+        check_configs(self.saes, self.writes is not None, self.settings.ranks)
+        if self.writes is None:
+            return
+        if site_of(self.site, self.writes) is None:
+            raise ValueError(
+                f"site={self.site}, target={self.writes}: no transcoder's pair; read mlp_in and write mlp_out of a layer"
+            )
+        if self.target_shards is None or (self.source is None) != (self.target_source is None):
+            raise ValueError(f"target={self.writes}: give target_shards, and target_source where source is given")
+        if self.order == "any":
+            raise ValueError(
+                "order='any' with a target: each site's rows would come in an order of their own; choose order='fixed'"
+            )
+
+    @property
+    def writes(self) -> Site | None:
+        """The target, where it is another place than the site."""
+        return None if self.target == self.site else self.target
+
+    @property
+    def seat(self) -> Site:
+        """Where what is trained sits: the site of SAEs, that of transcoders."""
+        seat = site_of(self.site, self.writes or self.site)
+        assert seat is not None, "checked when the config was built"
+        return seat
 
     @property
     def steps(self) -> int:
@@ -110,15 +147,33 @@ class TrainConfig(Schema):
     def bank_id(self) -> str:
         """An identity of what is trained and how, whatever folders and log intervals are."""
         what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows, self.max_norm]
-        return content_id([self.site.folder, what])
+        return content_id([*self._sides, what])
 
     def identity_of(self, sae: SaeConfig, source: str) -> str:
         """An identity of one of the SAEs, trained on activations of identity `source`: the same in whatever group it trains."""
         what = [sae.as_json(), self.num_tokens, self.settings.batch_rows, self.max_norm]
-        return content_id([self.site.folder, what, source])
+        return content_id([*self._sides, what, source])
+
+    @property
+    def _sides(self) -> list[str]:
+        return [self.site.folder] if self.writes is None else [self.site.folder, self.writes.folder]
 
 
 def sae_name(config: SaeConfig) -> str:
     """The folder name of a trained SAE within its site."""
     sparsity = f"sparsity_{config.sparsity_weight:g}" if config.target_l0 is None else f"l0_{config.target_l0:g}"
-    return f"width_{config.width}_{sparsity}_seed_{config.seed}"
+    return f"width_{config.width}_{sparsity}_seed_{config.seed}" + ("_skip" if config.skip else "")
+
+
+def check_configs(configs: Sequence[SaeConfig], are_transcoders: bool, ranks: int = 1) -> None:
+    """ConfigError where a config is of SAEs and the bank of transcoders, or the other way round."""
+    for config in configs:
+        if config.skip and not are_transcoders:
+            raise ConfigError("skip=True of an SAE: it would copy its input; only transcoders, which have a target, have a skip")
+        if are_transcoders and config.recipe.encoder_follows:
+            raise ConfigError(
+                "encoder_follows=True of a transcoder: its encoder and its directions live in different spaces; set it to False, "
+                "or take the preset fast_transcoder"
+            )
+    if are_transcoders and ranks > 1:
+        raise ConfigError(f"shards x replicas = {ranks} with a target: transcoders train in one process each; set both to 1")

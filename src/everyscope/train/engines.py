@@ -18,8 +18,10 @@ from everyscope.train.config import EngineName
 class Engine(Protocol):
     """Steps the SAEs of one bank, or one rank's shards of them, in place."""
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations."""
+    def step(
+        self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_out"] | None = None
+    ) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations; transcoders predict `target`."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -39,14 +41,16 @@ class Dense:
         self.saes, self.collective = saes, collective
         self.refresh()
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations."""
+    def step(
+        self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_out"] | None = None
+    ) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations; transcoders predict `target`."""
         if self._may_lag:
             for sae in self.saes:
                 catch_up(sae, step)
             self._may_lag = False
         if self.collective.mesh.ranks == 1:
-            return [dense_update(sae, x, step, steps) for sae in self.saes]
+            return [dense_update(sae, x, step, steps, target) for sae in self.saes]
         return [shared_dense_update(sae, x, step, steps, self.collective)[0] for sae in self.saes]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -59,9 +63,14 @@ class Dense:
 
 
 def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str, collective: Collective = ALONE) -> Engine:
-    """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels."""
-    kind = device.partition(":")[0]
-    has_kernels = kind in ("cpu", "cuda")
+    """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels.
+
+    Transcoders have kernels for the CPU; on a GPU they step densely.
+    """
+    kind, are_transcoders = device.partition(":")[0], any(sae.is_transcoder for sae in saes)
+    has_kernels = kind == "cpu" or (kind == "cuda" and not are_transcoders)
+    if name == "pairs" and are_transcoders and not has_kernels:
+        raise ConfigError(f"engine=pairs trains transcoders on the cpu only, not on device={device}; choose engine=auto or dense")
     if name == "pairs" and not has_kernels:
         raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")
     if name == "dense" or not has_kernels:

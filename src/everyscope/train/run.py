@@ -5,14 +5,15 @@ processes calls `run_rank` in each.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from everyscope.activations.stream.aligned import Aligned
 from everyscope.activations.stream.places import opened as opened_source
 from everyscope.activations.stream.source import Source
 from everyscope.base.errors import ConfigError, NonFinite
@@ -24,9 +25,9 @@ from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import has_sae, read_record, write_sae
 from everyscope.sae.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.normalisation import Normalisation
-from everyscope.sae.trainable import StepLosses, fold
+from everyscope.sae.trainable import StepLosses
 from everyscope.train.assembly import save_assembled
-from everyscope.train.bank import Bank, normalisation_for
+from everyscope.train.bank import Bank, TargetSide, normalisation_for
 from everyscope.train.checkpoint import (
     Saver,
     find_checkpoint,
@@ -93,7 +94,7 @@ def _at_seat(config: TrainConfig, seat: Seat, progress: Callable[[int], None]) -
 
 def train(
     config: TrainConfig,
-    source: Source,
+    source: Source | Aligned,
     progress: Callable[[int], None],
     collective: Collective = ALONE,
     device: str | None = None,
@@ -106,8 +107,7 @@ def train(
             forget_checkpoint(checkpoint)  # a run killed between its last SAE and this line left it
         progress(config.steps)
         return
-    normalisation = normalisation_for(config.saes, source.statistics, config.max_norm)
-    bank = Bank(config.saes, source.d_in, normalisation, config.steps, device or settings.device, settings.engine, collective)
+    bank = _new_bank(config, source, device or settings.device, collective)
     place = load_checkpoint(checkpoint, bank, run_id)
     progress(place.num_steps_done)
     log = _opened_log(config, source, place.log_bytes) if leads else None
@@ -129,7 +129,7 @@ def train(
 
     reported = settings.report_to if leads else ()
     with (
-        opened_sinks(reported, f"{config.site} {config.bank_id}", config.record(), config.out, place.num_steps_done) as sinks,
+        opened_sinks(reported, f"{config.seat} {config.bank_id}", config.record(), config.out, place.num_steps_done) as sinks,
         termination() as is_asked_to_stop,
     ):
         with closing(saver):
@@ -147,19 +147,28 @@ def train(
     if collective.mesh.ranks == 1:
         _save_alone(config, bank, source)
     else:
-        _save_together(config, source, normalisation, collective)
+        _save_together(config, source, bank.normalisation, collective)
     if leads:
         forget_checkpoint(checkpoint)
 
 
-def _save_alone(config: TrainConfig, bank: Bank, source: Source) -> None:
+def _new_bank(config: TrainConfig, source: Source | Aligned, device: str, collective: Collective) -> Bank:
+    """The bank at its first step."""
+    sources = sides_of(source)
+    normalisation, *others = [normalisation_for(config.saes, side.statistics, config.max_norm) for side in sources]
+    target = TargetSide(sources[1].d_in, others[0]) if others else None
+    return Bank(config.saes, sources[0].d_in, normalisation, config.steps, device, config.settings.engine, collective, target)
+
+
+def _save_alone(config: TrainConfig, bank: Bank, source: Source | Aligned) -> None:
     """Write the finished SAEs, where this process holds all of them."""
-    for sae in bank.saes:
-        record = record_of(config, sae.config, source, bank.normalisation)
-        write_sae(config.out / sae_name(sae.config), fold(sae, bank.normalisation), record)
+    target = None if bank.target is None else bank.target.normalisation
+    for sae, folded in zip(config.saes, bank.folded(), strict=True):
+        record = record_of(config, sae, source, bank.normalisation, target)
+        write_sae(config.out / sae_name(sae), folded, record)
 
 
-def _save_together(config: TrainConfig, source: Source, normalisation: Normalisation, collective: Collective) -> None:
+def _save_together(config: TrainConfig, source: Source | Aligned, normalisation: Normalisation, collective: Collective) -> None:
     """Make the finished SAEs from the last checkpoint, each by one of the ranks."""
     checkpoint = find_checkpoint(checkpoint_path(config))
     assert checkpoint is not None, "saved a moment ago"
@@ -171,9 +180,11 @@ def _save_together(config: TrainConfig, source: Source, normalisation: Normalisa
     collective.barrier()
 
 
-def _opened_log(config: TrainConfig, source: Source, keep_bytes: int) -> JsonLines:
+def _opened_log(config: TrainConfig, source: Source | Aligned, keep_bytes: int) -> JsonLines:
     """The bank's metrics, beside what it was asked for."""
-    write_json(config.out / f"bank_{config.bank_id}.json", config.record() | {"parents": [source.identity]})
+    write_json(
+        config.out / f"bank_{config.bank_id}.json", config.record() | {"parents": [side.identity for side in sides_of(source)]}
+    )
     return JsonLines(config.out / f"bank_{config.bank_id}.metrics.jsonl", keep_bytes=keep_bytes)
 
 
@@ -189,16 +200,21 @@ def any_of(collective: Collective, said: bool) -> bool:
     return bool(of_all(collective, torch.tensor(float(said))).max() > 0)
 
 
-def fit(bank: Bank, source: Source, batch_rows: int, hooks: list[Hook]) -> None:
+def fit(bank: Bank, source: Source | Aligned, batch_rows: int, hooks: list[Hook]) -> None:
     """Take the bank from where it stands to its last step. A batch is a function of the step, so resuming needs no more."""
     mesh = bank.collective.mesh
     for batch in batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device, mesh.replica, mesh.replicas):
-        losses = bank.step(batch)
+        losses = bank.step(*batch)
         for hook in hooks:
             hook(bank, losses)
 
 
-def run_id_of(config: TrainConfig, source: Source) -> str:
+def sides_of(source: Source | Aligned) -> tuple[Source, ...]:
+    """The sources behind one of one site, or of several."""
+    return source.sources if isinstance(source, Aligned) else (source,)
+
+
+def run_id_of(config: TrainConfig, source: Source | Aligned) -> str:
     """An identity of a bank together with the activations that it is trained on."""
     return content_id([config.bank_id, source.identity])
 
@@ -217,15 +233,24 @@ def is_finished(config: TrainConfig) -> bool:
         return has_all_saes(config, source)
 
 
-def source_of(config: TrainConfig, rank: int = 0) -> AbstractContextManager[Source]:
+@contextmanager
+def source_of(config: TrainConfig, rank: int = 0) -> Iterator[Source | Aligned]:
     """The bank's activations; servers know it by bank, folder and rank, so that whoever resumes it takes its place."""
     journal = config.out / f"bank_{config.bank_id}.journal" if config.order == "any" else None
-    place, folder = config.source or str(config.shards), content_id(str(config.out.resolve()))
-    trainer = f"{config.site.folder}/{config.bank_id}/{folder}" + (f"/{rank}" if rank else "")
-    return opened_source(place, journal=journal, trainer=trainer, roots=config.tls_roots)
+    folder = content_id(str(config.out.resolve()))
+    sides = [(config.site, config.source or str(config.shards))]
+    if config.writes is not None:
+        sides.append((config.writes, config.target_source or str(config.target_shards)))
+    with ExitStack() as stack:
+        sources = []
+        for site, place in sides:
+            trainer = f"{site.folder}/{config.bank_id}/{folder}" + (f"/{rank}" if rank else "")
+            opened = opened_source(place, journal=journal, trainer=trainer, roots=config.tls_roots)
+            sources.append(stack.enter_context(opened))
+        yield sources[0] if len(sources) == 1 else Aligned(*sources)
 
 
-def has_all_saes(config: TrainConfig, source: Source) -> bool:
+def has_all_saes(config: TrainConfig, source: Source | Aligned) -> bool:
     """True where every SAE of the bank is on disk; ConfigError where one of that name comes from another run."""
     folders = {config.out / sae_name(sae): config.identity_of(sae, source.identity) for sae in config.saes}
     for folder, identity in folders.items():
@@ -243,28 +268,44 @@ def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[Step
         reconstruction = loss.reconstruction.item()
         if not math.isfinite(reconstruction):
             raise NonFinite(
-                f"{config.site}, {sae_name(sae)}: the loss is {reconstruction} at step {step}; lower the learning rate"
+                f"{config.seat}, {sae_name(sae)}: the loss is {reconstruction} at step {step}; lower the learning rate"
             )
         row = losses_row(sae, loss, step, config.steps, config.settings.batch_rows)
         for place in (log, *sinks):
             place.write(row)
 
 
-def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation: Normalisation) -> dict[str, Any]:
-    """How an SAE came to be: everything that is needed to tell it from another, and to make it again."""
+def record_of(
+    config: TrainConfig,
+    sae: SaeConfig,
+    source: Source | Aligned,
+    normalisation: Normalisation,
+    target: Normalisation | None = None,
+) -> dict[str, Any]:
+    """How an SAE came to be: everything that is needed to tell it from another, and to make it again.
+
+    A transcoder also has the place that it `reads`, and the sizes of its `target`.
+    """
+    sides = sides_of(source)
+    transcoders: dict[str, Any] = {}
+    if target is not None:
+        limit = None if math.isinf(target.norm_limit) else target.norm_limit
+        transcoders = {"reads": config.site.folder, "d_out": sides[1].d_in, "target_scale": target.scale}
+        transcoders |= {"target_norm_limit": limit, "has_skip": sae.skip}
     return {
-        "site": config.site.kind,
-        "layer": config.site.layer,
-        "d_in": source.d_in,
+        "site": config.seat.kind,
+        "layer": config.seat.layer,
+        "d_in": sides[0].d_in,
         "width": sae.width,
         "scale": normalisation.scale,
+        **transcoders,
         "max_norm": config.max_norm,
         "norm_limit": None if math.isinf(normalisation.norm_limit) else normalisation.norm_limit,
         "num_tokens": config.steps * config.settings.batch_rows,
         "steps": config.steps,
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
-        "parents": [source.identity],
+        "parents": [side.identity for side in sides],
         "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},
     }

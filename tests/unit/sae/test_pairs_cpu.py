@@ -167,6 +167,7 @@ def screened_candidates(x, latents, bandwidth) -> np.ndarray:
     rounded = torch.empty(batch, d_in, dtype=torch.bfloat16)
     table = Rows(
         x=x.numpy(),
+        target=x.numpy(),
         centred=np.empty((batch, d_in), np.float32),
         rounded=rounded.view(torch.int16).numpy().view(np.uint16),
         norms=np.empty(batch, np.float32),

@@ -27,7 +27,7 @@ class Counting:
 
 def test_batches_come_in_order_and_one_ahead():
     source, seen = Counting(), []
-    for batch in batches(source, 3, 9, 4, torch.device("cpu")):
+    for (batch,) in batches(source, 3, 9, 4, torch.device("cpu")):
         seen.append(batch[0, 0].item())
         assert len(batch) == 4
         assert max(source.asked) <= seen[-1] + 1
@@ -43,6 +43,6 @@ def test_nothing_is_read_where_nothing_is_left():
 
 def test_a_damaged_shard_stops_training_at_its_own_step():
     feed = batches(Counting(broken=2), 0, 5, 1, torch.device("cpu"))
-    assert [next(feed).item(), next(feed).item()] == [0.0, 1.0]
+    assert [next(feed)[0].item(), next(feed)[0].item()] == [0.0, 1.0]
     with pytest.raises(DamagedData, match="step 2"):
         next(feed)

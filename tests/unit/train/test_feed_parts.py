@@ -17,8 +17,8 @@ class Numbered:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_parts_make_up_the_batch(parts):
-    whole = list(batches(Numbered(), 2, 5, 12, torch.device("cpu")))
-    pieces = [list(batches(Numbered(), 2, 5, 12, torch.device("cpu"), part, parts)) for part in range(parts)]
+    whole = [batch for (batch,) in batches(Numbered(), 2, 5, 12, torch.device("cpu"))]
+    pieces = [[batch for (batch,) in batches(Numbered(), 2, 5, 12, torch.device("cpu"), part, parts)] for part in range(parts)]
     for step, want in enumerate(whole):
         assert torch.equal(torch.cat([piece[step] for piece in pieces]), want)
         assert all(len(piece[step]) == 12 // parts for piece in pieces)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from everyscope.activations.shards.bits import TORCH_DTYPE
@@ -81,6 +81,14 @@ class LocalSource:
         for start, stop in spans(step, len(batch), self.num_rows):
             self.shards.rows_into(start, stop, batch[done : done + stop - start])
             done += stop - start
+
+    def places(self, step: int, rows: int) -> Int[Tensor, "2 rows"]:
+        """Of the rows of batch `step`: the block of the harvest that each is from, and the position in it."""
+        stretches = list(spans(step, rows, self.num_rows))
+        sequence, position = (
+            torch.cat([read(start, stop) for start, stop in stretches]) for read in (self.shards.sequence, self.shards.position)
+        )
+        return torch.stack([sequence, position])
 
     def _prepare(self, start: int, rows: int) -> None:
         """Read ahead from row `start` on, which counts through all epochs; in strides, for small batches ask often."""

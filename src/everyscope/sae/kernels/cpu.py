@@ -5,8 +5,8 @@ through a range of rows or of latents, alone and without the interpreter's lock,
 across ranges, so results do not depend on how many threads there are. Within a sum, terms may be reassociated for vector
 units, in an order fixed at compile time. NaN keeps its meaning: one that went in must come out, for so divergence is noticed.
 
-Shapes: rows of x [batch, d_in]; w_enc and w_dec by latent [d_sae, d_in]; errors [batch, groups, d_in], one for each group of
-latents that belongs to the same prefixes (Matryoshka; else a single group).
+Shapes: rows of x [batch, d_in]; w_enc [d_sae, d_in] and w_dec [d_sae, d_out] by latent; errors [batch, groups, d_out], one for
+each group of latents that belongs to the same prefixes (Matryoshka; else a single group). Of an SAE d_out is d_in.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Latents(NamedTuple):
     w_enc: np.ndarray
     """[d_sae, d_in]"""
     w_dec: np.ndarray
-    """[d_sae, d_in], rows of norm one"""
+    """[d_sae, d_out], rows of norm one"""
     b_enc: np.ndarray
     """[d_sae]"""
     threshold: np.ndarray
@@ -42,13 +42,13 @@ class Latents(NamedTuple):
     squared_w_enc: np.ndarray
     """Adam's mean of squared gradients, as of step `touched`; [d_sae, d_in]"""
     squared_w_dec: np.ndarray
-    """[d_sae, d_in], or [d_sae, 1] of whole rows"""
+    """[d_sae, d_out], or [d_sae, 1] of whole rows"""
     squared_b_enc: np.ndarray
     """[d_sae]"""
     squared_threshold: np.ndarray
     """[d_sae]"""
-    coordinate_weights: np.ndarray
-    """[d_in]"""
+    coordinate_weights: np.ndarray | None
+    """[d_in]; None of a transcoder, whose encoder follows nothing: it lives elsewhere than the decoder"""
     touched: np.ndarray
     """Steps that the means include; int32 [d_sae]"""
     w_rounded: np.ndarray
@@ -64,8 +64,10 @@ class Rows(NamedTuple):
 
     x: np.ndarray
     """Normalised activations; float32 [batch, d_in]"""
+    target: np.ndarray
+    """What latents and b_dec are to give: of an SAE x itself; float32 [batch, d_out]"""
     centred: np.ndarray
-    """x - b_dec; float32 [batch, d_in]"""
+    """What the encoder sees: x less an SAE's b_dec; float32 [batch, d_in]"""
     rounded: np.ndarray
     """centred in bfloat16, as bits; uint16 [batch, d_in]"""
     norms: np.ndarray
@@ -73,11 +75,11 @@ class Rows(NamedTuple):
     residuals: np.ndarray
     """Upper bounds of the norms of what rounding took from it; float32 [batch]"""
     errors: np.ndarray
-    """float32 [batch, groups, d_in]"""
+    """float32 [batch, groups, d_out]"""
     squares: np.ndarray
     """Squared error of each row's whole reconstruction; float32 [batch]"""
     d_b_dec: np.ndarray
-    """Each SUM_ROWS rows' part of the loss's derivative by b_dec; float32 [ceil(batch / SUM_ROWS), d_in]"""
+    """Each SUM_ROWS rows' part of the loss's derivative by b_dec; float32 [ceil(batch / SUM_ROWS), d_out]"""
 
 
 class Pairs(NamedTuple):
@@ -155,11 +157,11 @@ def round_rows(rows, start, stop, rounded, norms, residuals):
 
 
 @compiled
-def centre_rows(rows, b_dec, start, stop):
-    """Fill in rows [start, stop): x less b_dec, and its rounding."""
+def centre_rows(rows, bias, start, stop):
+    """Fill in rows [start, stop): x less the pre-encoder bias [d_in], and its rounding."""
     for b in range(start, stop):
-        for j in range(b_dec.shape[0]):
-            rows.centred[b, j] = rows.x[b, j] - b_dec[j]
+        for j in range(bias.shape[0]):
+            rows.centred[b, j] = rows.x[b, j] - bias[j]
         rows.norms[b], rows.residuals[b] = round_row(rows.centred[b], rows.rounded[b])
 
 
@@ -254,15 +256,15 @@ def screen_rows(first, screened, rows, latents, bandwidth, found):
 
 @compiled
 def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, found, pairs, is_first):
-    """Decide the candidates in float32, note the pairs, and reconstruct: errors become x_hat^k - x for every prefix k.
+    """Decide the candidates in float32, note the pairs, and reconstruct: errors become y_hat^k - target for every prefix k.
 
     By latent, so that each one's weights are read once a tile while the tile's rows stay in cache. Where the latents are a shard,
-    errors become its part of that; b_dec - x is in the part of the shard that `is_first`.
+    errors become its part of that; b_dec - target is in the part of the shard that `is_first`.
     """
     group, at, place, pre_of, row_of = 0, 0, pairs.start[tile], pairs.pre[tile], pairs.row[tile]
     for row in range(first, last):
         for j in range(b_dec.shape[0]):
-            rows.errors[row, 0, j] = b_dec[j] - rows.x[row, j] if is_first else np.float32(0)
+            rows.errors[row, 0, j] = b_dec[j] - rows.target[row, j] if is_first else np.float32(0)
     for i in range(latents.w_enc.shape[0]):
         while i >= prefixes[group]:
             rows.errors[first:last, group + 1] = rows.errors[first:last, group]
@@ -293,13 +295,13 @@ def differentiate(tile, first, last, rows, latents, prefixes, pairs, batch):
     b_dec serves all prefixes, so it gets the sum over rows for g = 0. `first` is a multiple of SUM_ROWS; `batch` counts the rows
     of all replicas.
     """
-    groups, d_in = prefixes.shape[0], rows.x.shape[1]
+    groups, d_out = prefixes.shape[0], rows.errors.shape[2]
     share = np.float32(2.0 / (batch * groups))
     for row in range(first, last):
         errors = rows.errors[row]
         rows.squares[row] = dot(errors[groups - 1], errors[groups - 1])
         for g in range(groups - 1, -1, -1):
-            for j in range(d_in):
+            for j in range(d_out):
                 errors[g, j] *= share
             if g + 1 < groups:
                 add_scaled(errors[g], np.float32(1), errors[g + 1])

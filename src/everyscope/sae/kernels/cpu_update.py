@@ -39,21 +39,21 @@ def move(adam, decay, gradient, squared, rate, least_share):
 
 @inlined
 def move_row(adam, decay, row, gradient, squared):
-    """`move` for one row [d_in], in place."""
+    """`move` for one row, in place."""
     for j in range(row.shape[0]):
         squared[j], change = move(adam, decay, gradient[j], squared[j], adam.rate, adam.least_share)
         row[j] += change
 
 
 @compiled
-def update_b_dec(adam, b_dec, gradient, squared):
-    """Move b_dec [d_in], which has a gradient at every step."""
-    move_row(adam, np.float32(adam.beta2), b_dec, gradient, squared)
+def update_always(adam, parameter, gradient, squared):
+    """Move what has a gradient at every step, as b_dec [d_out]; rows of a skip, one behind the other."""
+    move_row(adam, np.float32(adam.beta2), parameter, gradient, squared)
 
 
 @inlined
 def turn(adam, decay, gradient, squared):
-    """Make a direction's gradient [d_in] the change that Adam makes to the direction before it has norm one again, in place."""
+    """Make a direction's gradient [d_out] the change that Adam makes to the direction before it has norm one again, in place."""
     if adam.direction_rate > 0:
         total = dot(gradient, gradient)
         squared[0] = decay * squared[0] + adam.fresh * total
@@ -68,19 +68,23 @@ def turn(adam, decay, gradient, squared):
 
 @inlined
 def move_direction(adam, w_dec, change, w_enc, weights):
-    """Add `change` to a row of w_dec [d_in], give it norm one, and let its row of w_enc follow."""
+    """Add `change` to a row of w_dec [d_out], give it norm one, and let its row of w_enc follow unless there are no weights."""
     for j in range(w_dec.shape[0]):
         change[j] += w_dec[j]
     inverse_norm = np.float32(1) / np.sqrt(dot(change, change))
-    for j in range(w_dec.shape[0]):
-        moved = change[j] * inverse_norm
-        w_enc[j] += adam.follow * weights[j] * (moved - w_dec[j])
-        w_dec[j] = moved
+    if weights is None:  # decided when this is compiled
+        for j in range(w_dec.shape[0]):
+            w_dec[j] = change[j] * inverse_norm
+    else:
+        for j in range(w_dec.shape[0]):
+            moved = change[j] * inverse_norm
+            w_enc[j] += adam.follow * weights[j] * (moved - w_dec[j])
+            w_dec[j] = moved
 
 
 @inlined
 def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_w_enc, d_w_dec):
-    """Put the gradients of latent i into d_w_enc and d_w_dec [d_in]; return its number of pairs, d_b_enc and d_threshold.
+    """Put the gradients of latent i into d_w_enc [d_in] and d_w_dec [d_out]; return its number of pairs, d_b_enc and d_threshold.
 
     `cost` is the sparsity terms' derivative by its firing rate, `batch` the number of rows that rates are taken over.
     """
@@ -105,7 +109,7 @@ def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_w_enc, d
 def update_latent(i, latents, adam, d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec):
     """Update latent i in place by its gradients, of which d_w_dec loses its part along the latent's direction.
 
-    d_b_dec [d_in] receives what the latent sends to b_dec through the pre-encoder bias, with w_enc before the update: minus
+    d_b_dec [d_in] receives what the latent sends to b_dec through an SAE's pre-encoder bias, with w_enc before the update: minus
     d_b_enc * w_enc.
     """
     threshold = latents.threshold[i]
@@ -133,7 +137,7 @@ def update_latents(start, stop, rows, pairs, latents, group_of, penalty, bandwid
     prefixes. d_b_dec [d_in] receives what these latents send to b_dec.
     """
     d_in, batch = rows.centred.shape[1], np.float32(rows.centred.shape[0])
-    d_w_enc, d_w_dec = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
+    d_w_enc, d_w_dec = np.empty(d_in, np.float32), np.empty(latents.w_dec.shape[1], np.float32)
     for i in range(start, stop):
         num_pairs, d_b_enc, d_threshold = sum_pairs(
             i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, batch, d_w_enc, d_w_dec
@@ -147,7 +151,7 @@ def sum_latents(moving, rows, pairs, latents, group_of, penalty, bandwidth, batc
     """The first half of `update_latents` alone, for replicas to sum in between: the gradients of latents `moving`.
 
     gradients [number, 2 d_in + 2] holds those by w_enc, w_dec, b_enc and threshold, a row for each of `moving`. `batch` counts
-    the rows of all replicas.
+    the rows of all replicas. Of SAEs alone, whose d_out is d_in.
     """
     d_in = rows.centred.shape[1]
     for place in range(moving.shape[0]):
