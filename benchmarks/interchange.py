@@ -4,8 +4,8 @@
 
 Transcoders of the bundled model's four layers, with and without a skip, whose encoders are random and whose decoders are least
 squares on its activations: they are no good transcoders, but every tensor counts and no matrix is symmetric. Each peer reads them
-in an environment of its own (peers/launch.py), and answers with its largest difference from us, relative to the largest value. With
---suite RUN/suite the set is what `everyscope export --format circuit-tracer` makes of a suite's own transcoders.
+in an environment of its own (peers/launch.py), and answers with its largest difference from us, relative to the largest value.
+With --suite RUN/suite the set is what `everyscope export --format circuit-tracer` makes of a suite's own transcoders.
 """
 
 import argparse

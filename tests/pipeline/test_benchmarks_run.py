@@ -1,7 +1,7 @@
 """Every benchmark runs, at sizes at which its numbers mean nothing: what nobody runs stops running.
 
-Not here: the other trainers and the sentence encoder, which are packages of gigabytes; benchmarks/agreement.py, benchmarks/browsing.py
-and the examples, which need a finished run, are in test_whole_run.py.
+Not here: the other trainers and the sentence encoder, which are packages of gigabytes; benchmarks/agreement.py,
+benchmarks/browsing.py and the examples, which need a finished run, are in test_whole_run.py.
 """
 
 import importlib

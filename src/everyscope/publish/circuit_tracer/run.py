@@ -6,19 +6,20 @@ from pathlib import Path
 
 from everyscope.base.files import human_bytes, make_folder
 from everyscope.base.progress import meter
+from everyscope.base.table_trial import Tried
 from everyscope.formats.circuit_tracer import write as write_set
 from everyscope.publish.circuit_tracer.choice import chosen
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.features import Layer, write_index, write_layer
 from everyscope.publish.circuit_tracer.graphs import label_graph
-from everyscope.publish.neuronpedia.run import suite_folder
-from everyscope.publish.neuronpedia.text import SuiteText, read_text
+from everyscope.publish.neuronpedia.latents import REMEDY
+from everyscope.publish.neuronpedia.text import SuiteText, read_text, text_tables
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.folded import Sae
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
 from everyscope.sites.norms import mlp_norm_of
-from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE
+from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, suite_folder
 from everyscope.suite.reader import load_sae
 from everyscope.suite.records import SaeRecord, read_index
 from everyscope.suite.verify import verify_file
@@ -60,7 +61,7 @@ def run(config: CircuitTracerConfig, model: ModelConfig | None = None) -> Circui
     ModelError where the input is converted.
     """
     suite = suite_folder(config.suite)
-    index, text = read_index(suite), read_text(suite)
+    index, text = read_index(suite), read_text(suite, Tried(text_tables(suite), REMEDY))
     records = chosen(config, index, text.num_layers)
     scan = config.scan or str(make_folder(config.out).resolve())
     name = config.model or index.model
@@ -90,16 +91,24 @@ def _coders(config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], 
         yield coder
 
 
+def tables_of(suite: Path, record: SaeRecord) -> list[Path]:
+    """The tables of one coder, as far as they are there."""
+    paths = [suite / record.folder / name for name in (LATENTS_FILE, EXPLANATIONS_FILE)]
+    return [path for path in paths if path.is_file()]
+
+
 def _write_features(
     config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], text: SuiteText, scan: str
 ) -> list[Layer]:
     folder, layers = config.out / FEATURES_FOLDER, list[Layer]()
+    tables = Tried([path for record in records for path in tables_of(suite, record)], REMEDY)
     with meter("circuit-tracer", sum(record.width for record in records), "latents") as progress:
         for layer, record in enumerate(records):
             home = suite / record.folder
             for name in (LATENTS_FILE, EXPLANATIONS_FILE):
                 if name in record.files:
                     verify_file(home / name, record.files[name])
+                    tables.require(home / name)
             labels = home / EXPLANATIONS_FILE if EXPLANATIONS_FILE in record.files else None
             for done in write_layer(folder, layer, home / LATENTS_FILE, labels, record.width, text, scan):
                 if isinstance(done, Layer):

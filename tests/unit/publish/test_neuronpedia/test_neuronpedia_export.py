@@ -457,7 +457,7 @@ def test_what_is_not_described_is_one_clear_error(make_suite: Callable[..., Path
     shutil.rmtree(suite / "text")
     with pytest.raises(DataError, match=r"text/vocabulary.parquet: missing.*everyscope describe"):
         export.run(config_of(suite, tmp_path / "out"))
-    with pytest.raises(ConfigError, match="no suite"):
+    with pytest.raises(ConfigError, match="no such folder"):
         export.run(config_of(tmp_path / "nowhere", tmp_path / "out"))
 
 
