@@ -274,8 +274,8 @@ def export_command(options: argparse.Namespace, fields: list[str]) -> None:
         return
     if options.format == "circuit-tracer":
         tracer = configured(CircuitTracerConfig, options, "suite", fields)
-        from everyscope.browse.cache import suite_folder
         from everyscope.publish.circuit_tracer.run import run as write_for_circuit_tracer
+        from everyscope.suite.layout import suite_folder
 
         print(write_for_circuit_tracer(tracer, model_beside(suite_folder(tracer.suite))).words)
         return
