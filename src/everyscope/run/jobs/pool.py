@@ -74,12 +74,28 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, progress: Meter) -> Non
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             say("  stopping after this step, with a checkpoint; Ctrl-C again stops at once")
-        # A worker that trains saves a checkpoint after its step and leaves; any other leaves at once.
-        for process in list(pool._processes.values()):
-            process.terminate()
+        _end(pool)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End every worker: one that trains saves a checkpoint after its step and leaves, any other leaves at once.
+
+    A second Ctrl-C does not wait for the step.
+    """
+    processes = list(pool._processes.values())
+    try:
+        for process in processes:
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        for process in processes:  # reaping them is the pool's
+            wait_for_any([process.sentinel])
+        raise
 
 
 class _Worker:

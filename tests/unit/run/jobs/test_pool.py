@@ -1,6 +1,10 @@
 """Jobs side by side, and how they end."""
 
 import importlib
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +29,18 @@ def die(nothing, progress):
     import os
 
     os._exit(9)
+
+
+def train(path, progress):
+    # its step never ends
+    import os
+    import signal
+    import time
+
+    signal.signal(signal.SIGTERM, lambda number, frame: path.with_suffix(".asked").write_text(""))
+    path.write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.01)
 
 
 def count_threads(path, progress):
@@ -68,3 +84,32 @@ def test_a_worker_killed_from_outside_is_one_clear_error(work):
 def test_an_error_comes_home_as_it_was(work, error):
     with pytest.raises(type(error), match=str(error)[:10]):
         run_jobs([Job(work.fail, error), Job(work.fail, error)], 2, "jobs", 2, "units")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs; one that has ended may wait to be reaped."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_second_ctrl_c_ends_workers_in_the_middle_of_a_step(tmp_path: Path, work):
+    """Each worker is asked first, and the second time it is not waited for: else this test would never end."""
+    paths = [tmp_path / "0.job", tmp_path / "1.job"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press() -> None:
+        for suffix in (".job", ".asked"):
+            while not all(path.with_suffix(suffix).exists() and path.read_text() for path in paths):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    try:
+        presser.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([Job(work.train, path) for path in paths], 2, "jobs", 2, "units")
+    finally:
+        presser.join()
+        signal.signal(signal.SIGINT, before)
+    while any(is_alive(int(path.read_text())) for path in paths):  # killed, and for a moment still on their way out
+        time.sleep(0.01)
