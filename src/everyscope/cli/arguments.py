@@ -38,6 +38,7 @@ class Command:
 
 
 RECIPE_WORDS = f"{', '.join(RECIPES)}, or the path of a .py file"
+OWN_PROGRAM = "a .py file runs as your own program, for plan and --help too: read a stranger's first"
 WHAT_IT_IS = {
     "RECIPE": RECIPE_WORDS,
     "RECIPE|MODEL": f"{RECIPE_WORDS}, or a model: a Hugging Face id or a local folder",
@@ -71,7 +72,7 @@ def overview(table: Mapping[str, Command]) -> str:
     width = max(map(len, table)) + 2
     lines = ["usage: everyscope COMMAND ...", "", "Sparse autoencoders on every layer and sub-layer of a language model.", ""]
     lines += [f"  {name:<{width}}{command.help}" for name, command in table.items()]
-    lines += ["", f"RECIPE is one of {RECIPE_WORDS}. A .py file runs as your own program: read a stranger's first."]
+    lines += ["", f"RECIPE is one of {RECIPE_WORDS}; {OWN_PROGRAM}."]
     lines += ["`everyscope COMMAND --help` lists the flags of a command."]
     return "\n".join(lines)
 
@@ -90,7 +91,7 @@ def parser_of(name: str, command: Command) -> OneLineParser:
     parser = OneLineParser(f"everyscope {name}", command.help)
     add = parser.add_argument
     if command.takes_recipe:
-        add("recipe", metavar=command.takes, nargs="?", help=WHAT_IT_IS[command.takes])
+        add("recipe", metavar=command.takes, nargs="?", help=f"{WHAT_IT_IS[command.takes]}; {OWN_PROGRAM}")
         add_recipe_arguments(parser, name)
     else:
         add("path", metavar=command.takes, type=Path, nargs="?", help=WHAT_IT_IS[command.takes])

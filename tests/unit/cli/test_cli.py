@@ -96,6 +96,14 @@ def test_help_is_short_and_help_all_has_every_field(capsys):
     assert [flag for flag in flags_of(find_recipe("tiny")) if flag.startswith(shown) and flag not in whole] == []
 
 
+def test_help_says_that_a_recipe_of_python_runs(capsys):
+    takers = [name for name, command in COMMANDS.items() if command.takes_recipe]
+    assert {"run", "plan"} <= set(takers)
+    for arguments in (["--help"], *([name, "--help"] for name in takers)):
+        main(arguments)
+        assert "runs as your own program" in " ".join(capsys.readouterr().out.split()), arguments
+
+
 def test_every_main_field_is_one_of_a_recipe():
     assert set(MAIN_FIELDS) <= flags_of(find_recipe("tiny")).keys()
 
