@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from everyscope.base.errors import ConfigError, ModelError
 from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
+from everyscope.sites.names import Site
 from everyscope.sites.norms import Affine, affine_of
 from everyscope.sites.registry import Anatomy, Place
 from everyscope.sites.splice import forward_replaced
@@ -190,7 +191,7 @@ class FrozenModel:
         with ExitStack() as stack:
             known = known_norm(self._final_module, self.anatomy.d_model)
             for layer, frozen in enumerate(self.blocks):
-                _record(stack, frozen, Place(self.anatomy.mlp_parts(layer)[-1], "output"))
+                _record(stack, frozen, self.anatomy.place(Site("mlp_out", layer)))
 
             def enter(x: Tensor) -> None:
                 found["embed"] = x.clone()
@@ -220,7 +221,7 @@ class FrozenModel:
             for norm, still in frozen.norms.items():
                 stack.enter_context(forward_replaced(norm, still))
             stack.enter_context(forward_replaced(self.anatomy.mlp_parts(layer)[0], torch.zeros_like))
-            added = Place(self.anatomy.mlp_parts(layer)[-1], "output")
+            added = self.anatomy.place(Site("mlp_out", layer))
             stack.enter_context(visiting([(read, see), (added, lambda _: write(seen["read"]))]))
             out = frozen.call(resid)
         return seen["read"], out
