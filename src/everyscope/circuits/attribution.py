@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from everyscope.base.errors import ConfigError
+from everyscope.circuits.choosing import transcoders_of
 from everyscope.circuits.config import AttributionConfig, Latent, Target
 from everyscope.circuits.frozen import FrozenModel
 from everyscope.circuits.graph import ERROR, LATENT, LOGIT, TOKEN, CoderFacts, Graph, GraphFacts
@@ -81,11 +82,11 @@ def attribute(
 
 def by_layer(transcoders: Coders) -> tuple[dict[int, str], dict[int, Sae]]:
     """Names and transcoders by layer; ConfigError for two of one layer, what says no layer, or none at all."""
+    if isinstance(transcoders, Suite):
+        transcoders = transcoders_of(transcoders)
     given = list(transcoders.values()) if isinstance(transcoders, Mapping) else list(transcoders)
     names, found = dict[int, str](), dict[int, Sae]()
     for one in given:
-        if isinstance(one, SuiteEntry) and one.site.kind != "transcoder":
-            continue
         coder = one.sae() if isinstance(one, SuiteEntry) else one
         target = coder.metadata.target
         if target is None:
@@ -99,9 +100,7 @@ def by_layer(transcoders: Coders) -> tuple[dict[int, str], dict[int, Sae]]:
         names[target.layer] = one.record.folder if isinstance(one, SuiteEntry) else repr(coder)
         found[target.layer] = coder
     if not found:
-        raise ConfigError(
-            "no transcoders given; train some with --sites transcoder, or give attribute_saes the SAEs that there are"
-        )
+        raise ConfigError("no transcoders given; give one for each layer, or a suite that has some")
     return names, found
 
 

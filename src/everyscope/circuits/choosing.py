@@ -34,7 +34,9 @@ def transcoders_of(suite: Suite, *, width: int | None = None, l0: float | None =
 def _chosen(entries: list[SuiteEntry], l0: float | None) -> SuiteEntry:
     widest = max(entry.width for entry in entries)
     ranked = sorted((entry for entry in entries if entry.width == widest), key=lambda entry: entry.metrics.l0)
-    return ranked[len(ranked) // 2] if l0 is None else min(ranked, key=lambda entry: abs(entry.metrics.l0 - l0))
+    if l0 is not None:
+        return min(ranked, key=lambda entry: abs(entry.metrics.l0 - l0))
+    return next((entry for entry in ranked if entry.metrics.is_canonical), ranked[len(ranked) // 2])
 
 
 def labels_of(suite: Path, graph: Graph) -> dict[tuple[int, int], str]:
