@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from everyscope.activations.stream.flight import FlightSource
     from everyscope.activations.stream.local import ArraySource, LocalSource
     from everyscope.base.errors import EveryscopeError
+    from everyscope.circuits.attribution import attribute
+    from everyscope.circuits.config import AttributionConfig, Contrast, Latent, TargetTokens
     from everyscope.run.config import RunConfig
     from everyscope.run.find import find_recipe
     from everyscope.run.pipeline import run_recipe
@@ -31,9 +33,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ArraySource": "everyscope.activations.stream.local",
+    "AttributionConfig": "everyscope.circuits.config",
+    "Contrast": "everyscope.circuits.config",
     "EveryscopeError": "everyscope.base.errors",
     "FlightSource": "everyscope.activations.stream.flight",
     "LanguageModel": "everyscope.sites.model",
+    "Latent": "everyscope.circuits.config",
     "LocalSource": "everyscope.activations.stream.local",
     "ModelConfig": "everyscope.sites.config",
     "RunConfig": "everyscope.run.config",
@@ -44,8 +49,10 @@ _HOMES = {
     "Site": "everyscope.sites.names",
     "Spliced": "everyscope.sites.splice",
     "Suite": "everyscope.suite.reader",
+    "TargetTokens": "everyscope.circuits.config",
     "Tokens": "everyscope.sites.inputs",
     "TrainedSaes": "everyscope.train.arrays",
+    "attribute": "everyscope.circuits.attribution",
     "capture": "everyscope.sites.capture",
     "capturing": "everyscope.sites.capture",
     "fast": "everyscope.sae.presets",

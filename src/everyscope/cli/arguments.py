@@ -97,6 +97,8 @@ def parser_of(name: str, command: Command) -> OneLineParser:
         add("path", metavar=command.takes, type=Path, nargs="?", help=WHAT_IT_IS[command.takes])
     if name == "serve":
         add_serve_arguments(parser)
+    if name == "circuit":
+        add_circuit_arguments(parser)
     if name == "export":
         formats = ["pages", "neuronpedia", "circuit-tracer"]
         add("--format", choices=formats, default="pages", help="for web hosts, for Neuronpedia, or for circuit-tracer")
@@ -166,6 +168,25 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--once", action="store_true", help="with --watch, show it once")
     add("--token-file", type=Path, help="a file with the token (default: EVERYSCOPE_TOKEN)")
     add("--tls-roots", type=Path, help="with --watch, the certificates to trust, PEM")
+
+
+def add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whose circuit is drawn, of what, and how much of it."""
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", nargs="?", help="the text whose next token is explained")
+    add("--target", nargs="+", metavar="TOKEN", help="next tokens to explain (default: the likeliest, up to 95 %% or 10)")
+    add("--against", metavar="TOKEN", help="explain the logit of one --target minus that of this token")
+    add("--latent", metavar="L.P.I", help="explain latent I of layer L at position P (BOS is 0) in place of tokens")
+    add("--width", type=int, help="latents of the transcoders (default: the widest)")
+    add("--l0", type=float, help="L0 of the transcoders, the nearest are taken (default: the canonical ones)")
+    add("--max-latents", type=int, help="latents whose inputs are computed, most influential first (default: 2048)")
+    add("--node-share", type=float, default=0.8, help="influence that the nodes shown together have (default: 0.8)")
+    add("--edge-share", type=float, default=0.98, help="the same of edges (default: 0.98)")
+    add("--validate", type=int, default=0, metavar="N", help="remove N latents one by one and compare with the graph")
+    add("--model", help="the language model, a folder or hub id, where the suite's name does not find it")
+    add("--out", type=Path, help="the graph's file (default: circuits/<prompt> in the suite)")
+    add("--circuit-tracer", type=Path, metavar="FILE", help="also write the pruned graph as circuit-tracer's JSON")
+    add("--json", action="store_true", help="print results as JSON")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, name: str) -> None:

@@ -17,6 +17,7 @@ from everyscope.cli.arguments import (
     text_fields,
     wants_cluster,
 )
+from everyscope.cli.circuit import circuit_command
 from everyscope.cli.flags import Config, divided, parse_fields
 from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wishes_of
 from everyscope.cli.stages import show_stages, show_suite
@@ -304,6 +305,7 @@ COMMANDS = {
     "explain": Command("auto-interp labels and detection scores", stage_command),
     "publish": Command("SAEs, scores and descriptions to the suite", stage_command),
     "browse": Command("the suite's pages in a web browser, on this machine alone", browse_command, "SUITE", BrowseConfig),
+    "circuit": Command("attribution graph of a prompt: which latents made the next token likely", circuit_command, "SUITE"),
     "export": Command(
         "the suite's pages for any web host, its latents for Neuronpedia, or its transcoders for circuit-tracer",
         export_command,

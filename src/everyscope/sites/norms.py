@@ -33,14 +33,18 @@ def mlp_norm_of(anatomy: Anatomy, layer: int) -> Affine:
     norm = anatomy.mlp_norm(layer)
     if norm is None:
         raise ModelError(f"layer {layer}: the MLP reads the residual stream, without a norm; its input has one form only")
-    found = gain_of(norm, anatomy.d_model)  # refuses other norms
+    return affine_of(norm, anatomy.d_model)
+
+
+@torch.no_grad()
+def affine_of(norm: nn.Module, d_model: int) -> Affine:
+    """The gain and bias of any norm, float32; ModelError where it is neither RMSNorm nor LayerNorm."""
+    found = gain_of(norm, d_model)  # refuses other norms
     if isinstance(norm, nn.LayerNorm):
         bias = torch.zeros_like(found.gain) if norm.bias is None else norm.bias.float()
         return Affine(norm.weight.float(), bias)
     if found.is_centring:
-        raise ModelError(
-            f"layer {layer}: {type(norm).__name__} centres and is no torch LayerNorm; teach sites/norms.py this norm"
-        )
+        raise ModelError(f"{type(norm).__name__} centres and is no torch LayerNorm; teach sites/norms.py this norm")
     signs = torch.ones_like(found.gain)
     signs[1::2] = -1
     gain = copy.deepcopy(norm).float()(LARGE * signs[None])[0] * signs

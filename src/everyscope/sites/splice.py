@@ -165,12 +165,12 @@ def resuming(model: nn.Module, layer: int, resid: Float[Tensor, "batch ctx d_mod
 
     with ExitStack() as stack:
         for block in anatomy.blocks[: layer + 1]:
-            stack.enter_context(_forward_replaced(block, shortcut(block)))
+            stack.enter_context(forward_replaced(block, shortcut(block)))
         yield
 
 
 @contextmanager
-def _forward_replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give one instance another `forward`; hooks on it still run. Whatever stood on the instance before is put back."""
     missing = object()
     before = block.__dict__.get("forward", missing)

@@ -1,0 +1,168 @@
+"""Attribution: from a model, its transcoders and a prompt to a graph."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from everyscope.base.errors import ConfigError
+from everyscope.circuits.choosing import transcoders_of
+from everyscope.circuits.config import AttributionConfig, Latent, Target
+from everyscope.circuits.frozen import FrozenModel
+from everyscope.circuits.graph import ERROR, LATENT, LOGIT, TOKEN, CoderFacts, Graph, GraphFacts
+from everyscope.circuits.influence import Edges, Pruned
+from everyscope.circuits.replacement import LocalReplacement
+from everyscope.circuits.selection import Kept, Say, select
+from everyscope.circuits.targets import LogitTargets, logit_targets, require_active, text_of
+from everyscope.sae.folded import Sae
+from everyscope.sites.inputs import Inputs, read_inputs, tokenizer_of
+from everyscope.sites.model import LanguageModel, bare
+from everyscope.sites.registry import anatomy_of
+from everyscope.sites.splice import special_ids
+from everyscope.suite.reader import Suite, SuiteEntry
+
+Coders = Suite | Mapping[Any, Sae | SuiteEntry] | Iterable[Sae | SuiteEntry]
+"""Transcoders, at most one for each layer: a suite's, or any others."""
+
+
+def attribute(
+    model: nn.Module | LanguageModel,
+    transcoders: Coders,
+    inputs: Inputs,
+    *,
+    target: Target = None,
+    config: AttributionConfig | None = None,
+    tokenizer: Any = None,
+    say: Say = lambda done, of: None,
+) -> Graph:
+    """The attribution graph of a prompt: what made the model's next token likely, through the latents of its transcoders.
+
+    Attention patterns and norms' sizes are held as they are on this prompt; each MLP is its transcoder plus the error that it
+    makes here, so that the graph is of the model itself. Latents of special tokens (BOS) do not count: there all that an MLP
+    adds is error. `inputs` are one text, or the ids of one; BOS comes first as in training. `target` is a `TargetTokens`,
+    `Contrast` or `Latent`; None takes the likeliest next tokens. ConfigError where there is no transcoder, or two of one layer.
+    """
+    config = config or AttributionConfig()
+    language_model, model = model, bare(model)
+    anatomy = anatomy_of(model)
+    input_ids, _ = read_inputs(language_model, inputs, tokenizer=tokenizer)
+    tokenizer = tokenizer or known_tokenizer(language_model)
+    names, coders = by_layer(transcoders)
+    frozen = FrozenModel(model, anatomy, input_ids)
+    replacement = LocalReplacement(frozen, coders, counted_tokens(model, input_ids[0]))
+    targets = logit_targets(frozen, target, config, tokenizer)
+    columns = columns_of(replacement, targets, names)
+    if isinstance(target, Latent):
+        is_it = (columns["kind"] == LATENT) & (columns["layer"] == target.layer)
+        is_it &= (columns["position"] == target.position) & (columns["index"] == target.latent)
+        columns["start"][require_active(torch.from_numpy(np.flatnonzero(is_it)), target)] = 1.0
+    directions = [replacement.direction(vector) for vector in targets.vectors]
+    kept = select(replacement, directions, columns["start"], columns["layer"], config, say)
+    facts = GraphFacts(
+        prompt=inputs if isinstance(inputs, str) else "".join(text_of(token, tokenizer) for token in input_ids[0].tolist()),
+        tokens=tuple(text_of(token, tokenizer) for token in input_ids[0].tolist()),
+        token_ids=tuple(input_ids[0].tolist()),
+        model=str(getattr(language_model, "name", None) or getattr(model, "name_or_path", "") or type(model).__name__),
+        num_layers=anatomy.num_layers,
+        method="replacement",
+        coders=tuple(CoderFacts(layer=layer, name=names[layer], width=coder.d_sae) for layer, coder in sorted(coders.items())),
+        targets=targets.facts,
+        num_active=replacement.num_latents,
+        logit_error=float((frozen.capped(replacement.logits) - frozen.logits).abs().max()),
+        version=version("everyscope"),
+        settings=config.as_json(),
+    )
+    return assembled(facts, columns, kept)
+
+
+def by_layer(transcoders: Coders) -> tuple[dict[int, str], dict[int, Sae]]:
+    """Names and transcoders by layer; ConfigError for two of one layer, what says no layer, or none at all."""
+    if isinstance(transcoders, Suite):
+        transcoders = transcoders_of(transcoders)
+    given = list(transcoders.values()) if isinstance(transcoders, Mapping) else list(transcoders)
+    names, found = dict[int, str](), dict[int, Sae]()
+    for one in given:
+        coder = one.sae() if isinstance(one, SuiteEntry) else one
+        target = coder.metadata.target
+        if target is None:
+            raise ConfigError(
+                f"{coder!r} is no transcoder that says which MLP it stands in for; give metadata with site and target"
+            )
+        if target.layer in found:
+            raise ConfigError(
+                f"two transcoders of layer {target.layer}, {names[target.layer]} and {coder!r}; choose one for each layer"
+            )
+        names[target.layer] = one.record.folder if isinstance(one, SuiteEntry) else repr(coder)
+        found[target.layer] = coder
+    if not found:
+        raise ConfigError("no transcoders given; give one for each layer, or a suite that has some")
+    return names, found
+
+
+def known_tokenizer(model: Any) -> Any:
+    """The model's tokenizer, or None where it has no name to find one by."""
+    return tokenizer_of(model) if getattr(model, "tokenizer", None) or getattr(model, "name_or_path", "") else None
+
+
+def counted_tokens(model: nn.Module, input_ids: Int[Tensor, " ctx"]) -> Bool[Tensor, " ctx"]:
+    """False at BOS, EOS and padding, where no SAE was trained."""
+    return ~torch.isin(input_ids, torch.tensor(special_ids(model), dtype=input_ids.dtype, device=input_ids.device))
+
+
+def columns_of(replacement: LocalReplacement, targets: LogitTargets, names: Mapping[int, str]) -> dict[str, np.ndarray]:
+    """What all sources and then all targets are."""
+    context, layers = replacement.frozen.context, replacement.frozen.num_layers
+    counts = [len(found.latent) for found in replacement.layers]
+    places, number = np.arange(context), {layer: place for place, layer in enumerate(sorted(names))}
+    coder_of = np.array([number.get(layer, -1) for layer in range(layers)])
+    parts = {
+        "kind": [np.full(sum(counts), LATENT), np.full(layers * context, ERROR), np.full(context, TOKEN)],
+        "layer": [np.repeat(np.arange(layers), counts), np.repeat(np.arange(layers), context), np.full(context, -1)],
+        "position": [_joined([found.position for found in replacement.layers]), np.tile(places, layers), places],
+        "index": [
+            _joined([found.latent for found in replacement.layers]),
+            np.full(layers * context, -1),
+            replacement.frozen.input_ids[0].cpu().numpy(),
+        ],
+        "coder": [np.repeat(coder_of, counts), np.repeat(coder_of, context), np.full(context, -1)],
+    }
+    count = len(targets.facts)
+    last = {
+        "kind": np.full(count, LOGIT),
+        "layer": np.full(count, layers),
+        "position": np.full(count, context - 1),
+        "index": np.array([one.token for one in targets.facts], np.int64),
+        "coder": np.full(count, -1),
+    }
+    columns = {name: np.concatenate([*arrays, last[name]]).astype(np.int64) for name, arrays in parts.items()}
+    activation, start = np.zeros(len(columns["kind"])), np.zeros(len(columns["kind"]))
+    activation[: sum(counts)] = _joined([found.activation for found in replacement.layers])
+    start[len(start) - count :] = targets.start
+    return columns | {"activation": activation, "start": start}
+
+
+def _joined(parts: list[Tensor]) -> np.ndarray:
+    return torch.cat(parts).cpu().numpy()
+
+
+def assembled(facts: GraphFacts, columns: dict[str, np.ndarray], kept: Kept) -> Graph:
+    """The graph of the latents whose rows are known, of all errors, tokens and targets; what other latents send goes to
+    `rest`.
+    """
+    count = len(columns["kind"])
+    known = dict[str, np.ndarray]()
+    for name in ("pre", "bias", "rest", "rest_size", "violation"):
+        known[name] = np.zeros(count)
+        known[name][kept.node] = getattr(kept, name)
+    nodes = columns["kind"] != LATENT
+    nodes[kept.node] = True
+    edges = kept.edges
+    whole = Graph(facts, **columns, **known, edges=Edges(edges.source, edges.target, edges.weight.astype(np.float64)))
+    graph = whole.part(Pruned(nodes, nodes[edges.source]))
+    found = {"replacement": graph.scores.replacement, "completeness": graph.scores.completeness}
+    return replace(graph, facts=facts.model_copy(update=found))

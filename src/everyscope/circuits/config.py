@@ -1,0 +1,53 @@
+"""What a graph is made of and how large it may become. Torch-free."""
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from everyscope.base.schema import Schema
+
+
+class AttributionConfig(Schema):
+    """How much of a circuit is computed and kept."""
+
+    max_logits: int = Field(default=10, gt=0)
+    """Likeliest next tokens that are targets, at most [tokens]."""
+    logit_share: float = Field(default=0.95, gt=0, le=1)
+    """As many of the likeliest next tokens are targets as together have this probability, if max_logits allows [1]."""
+    max_latents: int = Field(default=2048, gt=0)
+    """Active latents whose inputs are computed, the most influential ones first; the others are in no graph [latents]."""
+    edges_per_node: int = Field(default=4096, gt=0)
+    """Inputs of one node that are kept, the strongest; the sum of the others is kept as one number [edges]."""
+    rank_every: int = Field(default=4, gt=0)
+    """After how many blocks of rows latents are ranked by influence again [blocks]."""
+    memory_gib: float = Field(default=1.0, gt=0)
+    """What a block of rows may take, which decides how many rows are computed at once; kept edges, weights of the model and of
+    transcoders, and the attention pattern of one layer come on top [GiB]."""
+
+
+@dataclass(frozen=True)
+class TargetTokens:
+    """Target: the logits of these next tokens, each weighted by its probability; ids, or texts that are one token each."""
+
+    tokens: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Target: the logit of one token minus that of another."""
+
+    token: int | str
+    against: int | str
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Target: a latent that is active at a position of the prompt, which counts BOS as 0."""
+
+    layer: int
+    position: int
+    latent: int
+
+
+Target = TargetTokens | Contrast | Latent | None
+"""What a graph explains; None: the likeliest next tokens."""

@@ -1,0 +1,163 @@
+"""`everyscope circuit`: a graph of a prompt, its file, and what to read first in it."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from everyscope.base.errors import ConfigError
+from everyscope.base.files import write_json
+from everyscope.base.progress import printable
+from everyscope.circuits.choosing import labels_of, named
+from everyscope.circuits.circuit_tracer import to_json
+from everyscope.circuits.config import AttributionConfig, Contrast, Latent, Target, TargetTokens
+from everyscope.circuits.files import ENDING, FOLDER, slug_of
+from everyscope.circuits.graph import LARGEST_VIOLATION, LATENT, LOGIT, Graph
+from everyscope.circuits.paths import strongest_paths
+
+if TYPE_CHECKING:
+    from everyscope.circuits.validation import Validation
+
+SHOWN = 12
+"""Rows of each table [rows]."""
+Labels = dict[tuple[int, int], str]
+
+
+def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
+    """Compute, write, and show."""
+    suite = options.path if (options.path / "suite.json").is_file() else options.path / "suite"
+    if not options.prompt:
+        raise ConfigError(
+            f'everyscope circuit {options.path} needs a PROMPT: the text whose next token is explained, in "quotes"'
+        )
+    target = target_of(options)
+    chosen = {} if options.max_latents is None else {"max_latents": options.max_latents}
+    if options.max_latents is not None and options.max_latents < 1:
+        raise ConfigError(f"--max-latents {options.max_latents}: expected 1 or more")
+    for name, value in (("--node-share", options.node_share), ("--edge-share", options.edge_share)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name} {value}: expected more than 0, at most 1")
+    from everyscope.browse.live_model import model_of
+    from everyscope.circuits.attribution import attribute
+    from everyscope.circuits.choosing import transcoders_of
+    from everyscope.circuits.validation import validate
+    from everyscope.circuits.writing import write_graph
+    from everyscope.run.pipeline import quiet_transformers
+    from everyscope.sites.config import ModelConfig
+    from everyscope.sites.model import load_language_model
+    from everyscope.suite.reader import load_suite
+
+    quiet_transformers()
+    loaded = load_suite(suite)
+    transcoders = transcoders_of(loaded, width=options.width, l0=options.l0)
+    known = model_of(suite, loaded.index.model) if options.model is None else ModelConfig(name=options.model)
+    model = load_language_model(known)
+    graph = attribute(model, transcoders, options.prompt, target=target, config=AttributionConfig(**chosen))
+    slug = slug_of(options.prompt, "" if target is None else repr(target))
+    path: Path = options.out or suite / FOLDER / f"{slug}{ENDING}"
+    write_graph(path, graph)
+    labels, pruned = labels_of(suite, graph), graph.pruned(options.node_share, options.edge_share)
+    if options.circuit_tracer is not None:
+        write_json(options.circuit_tracer, to_json(pruned, slug, labels, loaded.index.title, options.node_share))
+    tested = validate(model, transcoders, graph, num_latents=options.validate) if options.validate else None
+    if options.json:
+        print(json.dumps(as_json(path, graph, pruned, labels, tested), indent=2))
+    else:
+        show(Console(), path, graph, pruned, labels, tested)
+
+
+def target_of(options: argparse.Namespace) -> Target:
+    """What the flags ask to be explained; ConfigError where they do not go together."""
+    if options.latent is not None:
+        if options.target or options.against:
+            raise ConfigError("--latent and --target: a graph explains a latent or next tokens; leave one out")
+        parts = options.latent.split(".")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"--latent {options.latent}: expected layer.position.latent, as in 2.7.311")
+        return Latent(*map(int, parts))
+    if options.against is not None:
+        if len(options.target or ()) != 1:
+            raise ConfigError("--against needs one --target: the token whose logit is compared")
+        return Contrast(options.target[0], options.against)
+    return TargetTokens(tuple(options.target)) if options.target else None
+
+
+def as_json(path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Validation | None") -> dict[str, Any]:
+    """What is printed, for programs."""
+    paths = strongest_paths(pruned, SHOWN)
+    return {
+        "graph": str(path),
+        "prompt": graph.facts.prompt,
+        "tokens": list(graph.facts.tokens),
+        "replacement": graph.facts.replacement,
+        "completeness": graph.facts.completeness,
+        "coverage": graph.coverage,
+        "violation": graph.largest_violation,
+        "logit_error": graph.facts.logit_error,
+        "num_active": graph.facts.num_active,
+        "nodes": len(pruned),
+        "edges": len(pruned.edges.source),
+        "targets": [target.as_json() for target in graph.facts.targets],
+        "latents": [
+            {
+                "layer": int(pruned.layer[node]),
+                "position": int(pruned.position[node]),
+                "latent": int(pruned.index[node]),
+                "label": labels.get((int(pruned.coder[node]), int(pruned.index[node]))),
+                "influence": float(pruned.influence[node]),
+                "activation": float(pruned.activation[node]),
+            }
+            for node in strongest_latents(pruned)
+        ],
+        "paths": [
+            {"share": one.share, "sign": one.sign, "nodes": [named(pruned, node, labels) for node in one.nodes]} for one in paths
+        ],
+        "validation": None
+        if tested is None
+        else {
+            "num_latents": len(tested.latents),
+            "rank_correlation": tested.rank_correlation,
+            "prediction_correlation": tested.prediction_correlation,
+        },
+    }
+
+
+def strongest_latents(graph: Graph) -> list[int]:
+    """The latents of most influence, best first."""
+    nodes = np.flatnonzero(graph.kind == LATENT)
+    return nodes[np.argsort(-graph.influence[nodes], kind="stable")][:SHOWN].tolist()
+
+
+def show(console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Validation | None") -> None:
+    """What is printed, for people."""
+
+    def safe(words: str) -> str:
+        return escape(printable(words))
+
+    targets = ", ".join(f"{target.text!r} {target.probability:.1%}" for target in graph.facts.targets)
+    console.print(safe(f"{graph.facts.model} on {graph.facts.prompt!r}: {targets or 'a latent'}"))
+    counts = f"{len(pruned)} of {len(graph)} nodes and {len(pruned.edges.source)} edges after pruning"
+    console.print(f"{counts}; {(graph.kind == LATENT).sum()} of {graph.facts.num_active} active latents computed")
+    is_exact = graph.largest_violation <= LARGEST_VIOLATION
+    console.print(safe(graph.words), style=None if is_exact else "bold red")
+    if tested is not None:
+        console.print(tested.words)
+    table = Table(title="Strongest latents", title_justify="left", box=None, pad_edge=False)
+    for name in ("influence", "activation", "latent"):
+        table.add_column(name, justify="left" if name == "latent" else "right")
+    for node in strongest_latents(pruned):
+        words = safe(named(pruned, node, labels))
+        table.add_row(f"{pruned.influence[node] / pruned.start.sum():.1%}", f"{pruned.activation[node]:.3g}", words)
+    console.print(table)
+    console.print("Strongest paths")
+    for one in strongest_paths(pruned, SHOWN):
+        steps = " → ".join(named(pruned, node, labels) for node in one.nodes)
+        console.print(safe(f"{one.share:6.1%} {'+' if one.sign > 0 else '−'}  {steps}"), highlight=False, soft_wrap=True)
+    console.print(f"\nGraph   {path}", highlight=False, soft_wrap=True)
+    if path.parent.name == FOLDER and (pruned.kind == LOGIT).any():
+        console.print(f"Next    everyscope browse {path.parent.parent}", highlight=False, soft_wrap=True)
