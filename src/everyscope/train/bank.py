@@ -5,6 +5,7 @@ Of several ranks each has a bank with its own latents of every SAE, and steps it
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -51,12 +52,13 @@ class Bank:
         device: str = "cpu",
         engine: EngineName = "auto",
         collective: Collective = ALONE,
+        products: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """New SAEs for activations that `normalisation` brings to unit mean squared norm."""
-        self.collective = collective
+        self.collective, self.products = collective, products
         self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width)) for config in configs]
         self.normalisation, self.steps, self.num_steps_done = normalisation, steps, 0
-        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective)
+        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective, products)
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> list[StepLosses]:
         """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device."""

@@ -107,7 +107,8 @@ def train(
         progress(config.steps)
         return
     normalisation = normalisation_for(config.saes, source.statistics, config.max_norm)
-    bank = Bank(config.saes, source.d_in, normalisation, config.steps, device or settings.device, settings.engine, collective)
+    place_of_bank = (device or settings.device, settings.engine, collective, settings.products)
+    bank = Bank(config.saes, source.d_in, normalisation, config.steps, *place_of_bank)
     place = load_checkpoint(checkpoint, bank, run_id)
     progress(place.num_steps_done)
     log = _opened_log(config, source, place.log_bytes) if leads else None
@@ -264,6 +265,7 @@ def record_of(config: TrainConfig, sae: SaeConfig, source: Source, normalisation
         "steps": config.steps,
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
+        "precision": config.settings.products,
         "parents": [source.identity],
         "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},
