@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,18 +11,20 @@ from everyscope.base.tables import read_table
 from everyscope.circuits.graph import LATENT, Graph
 from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import EXPLANATIONS_FILE
-from everyscope.suite.reader import Suite, SuiteEntry
+
+if TYPE_CHECKING:
+    from everyscope.suite.reader import Suite, SuiteEntry
 
 COLUMNS = ("latent", "label", "kind")
 
 
-def transcoders_of(suite: Suite, *, width: int | None = None, l0: float | None = None) -> list[SuiteEntry]:
+def transcoders_of(suite: "Suite", *, width: int | None = None, l0: float | None = None) -> "list[SuiteEntry]":
     """One transcoder for each layer that has any: of `width` (None: the widest), with the L0 nearest to `l0` (None: the middle
     one).
 
     ConfigError where the suite has none.
     """
-    by_layer: dict[int, list[SuiteEntry]] = {}
+    by_layer: "dict[int, list[SuiteEntry]]" = {}
     for entry in suite:
         if entry.site.kind == "transcoder" and width in (None, entry.width):
             by_layer.setdefault(entry.site.layer, []).append(entry)
@@ -31,7 +34,7 @@ def transcoders_of(suite: Suite, *, width: int | None = None, l0: float | None =
     return [_chosen(entries, l0) for _, entries in sorted(by_layer.items())]
 
 
-def _chosen(entries: list[SuiteEntry], l0: float | None) -> SuiteEntry:
+def _chosen(entries: "list[SuiteEntry]", l0: float | None) -> "SuiteEntry":
     widest = max(entry.width for entry in entries)
     ranked = sorted((entry for entry in entries if entry.width == widest), key=lambda entry: entry.metrics.l0)
     if l0 is not None:

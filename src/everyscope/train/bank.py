@@ -6,6 +6,7 @@ Of several ranks each has a bank with its own latents of every SAE, and steps it
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -62,17 +63,18 @@ class Bank:
         engine: EngineName = "auto",
         collective: Collective = ALONE,
         target: TargetSide | None = None,
+        products: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """New SAEs for activations that `normalisation` brings to unit mean squared norm; transcoders where there is a `target`.
 
         ConfigError for transcoders whose recipe or ranks cannot be theirs, and for SAEs with a skip.
         """
         check_configs(configs, target is not None, collective.mesh.ranks)
-        self.collective, self.target = collective, target
+        self.collective, self.target, self.products = collective, target, products
         d_out = None if target is None else target.d_out
         self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width), d_out) for config in configs]
         self.normalisation, self.steps, self.num_steps_done = normalisation, steps, 0
-        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective)
+        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective, products)
 
     def step(self, batch: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None) -> list[StepLosses]:
         """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device.

@@ -15,6 +15,8 @@ from everyscope.sites.names import Site, site_of
 
 EngineName = Literal["auto", "dense", "pairs"]
 """auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Of products and gathers; weights, Adam's means and all sums are float32 in any case."""
 SinkName = Literal["wandb", "tensorboard"]
 SINKS: tuple[SinkName, ...] = get_args(SinkName)
 """Where metrics can go besides metrics.jsonl; each is an optional package."""
@@ -38,6 +40,9 @@ class BankSettings(Schema):
     """Torch device that SAEs train on."""
     engine: EngineName = "auto"
     """How a step is computed; auto takes pairs where there are kernels for the device."""
+    precision: Precision = "auto"
+    """Of a step's products: auto takes bfloat16 where there are kernels for it, on CUDA with engine auto or pairs, else
+    float32."""
     shards: int = Field(default=1, ge=1)
     """Processes that share the latents of every SAE, for SAEs wider than one device [processes]."""
     replicas: int = Field(default=1, ge=1)
@@ -50,6 +55,25 @@ class BankSettings(Schema):
         if self.ranks > 1 and self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"shards={self.shards}, replicas={self.replicas}: device={self.device} has one; choose cpu or cuda")
         return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> "BankSettings":
+        if self.precision == "bfloat16" and not self.has_bfloat16_kernels:
+            raise ValueError(
+                f"precision=bfloat16 with device={self.device}, engine={self.engine}: bfloat16 has kernels for device=cuda with "
+                "engine=auto or pairs; choose these, or precision=float32"
+            )
+        return self
+
+    @property
+    def has_bfloat16_kernels(self) -> bool:
+        """Whether steps can be computed in bfloat16."""
+        return self.device.partition(":")[0] == "cuda" and self.engine != "dense"
+
+    @property
+    def products(self) -> Literal["float32", "bfloat16"]:
+        """The precision that steps have."""
+        return "bfloat16" if self.precision != "float32" and self.has_bfloat16_kernels else "float32"
 
     @property
     def ranks(self) -> int:

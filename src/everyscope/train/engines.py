@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import Literal, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -62,7 +62,13 @@ class Dense:
         self._may_lag = True
 
 
-def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str, collective: Collective = ALONE) -> Engine:
+def engine_for(
+    name: EngineName,
+    saes: Sequence[TrainableSae],
+    device: str,
+    collective: Collective = ALONE,
+    products: Literal["float32", "bfloat16"] = "float32",
+) -> Engine:
     """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels.
 
     Transcoders have kernels for the CPU; on a GPU they step densely.
@@ -77,5 +83,7 @@ def engine_for(name: EngineName, saes: Sequence[TrainableSae], device: str, coll
         return Dense(saes, collective)
     if kind == "cpu":
         return CpuPairs(saes, collective)
-    # Only here: it needs Triton, which comes with CUDA builds of torch alone.
+    # Only here: they need Triton, which comes with CUDA builds of torch alone.
+    if products == "bfloat16":
+        return import_module("everyscope.sae.bf16_gpu").GpuBfloat16(saes, collective)
     return import_module("everyscope.sae.pairs_gpu").GpuPairs(saes, collective=collective)

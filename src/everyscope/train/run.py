@@ -157,7 +157,8 @@ def _new_bank(config: TrainConfig, source: Source | Aligned, device: str, collec
     sources = sides_of(source)
     normalisation, *others = [normalisation_for(config.saes, side.statistics, config.max_norm) for side in sources]
     target = TargetSide(sources[1].d_in, others[0]) if others else None
-    return Bank(config.saes, sources[0].d_in, normalisation, config.steps, device, config.settings.engine, collective, target)
+    settings, d_in = config.settings, sources[0].d_in
+    return Bank(config.saes, d_in, normalisation, config.steps, device, settings.engine, collective, target, settings.products)
 
 
 def _save_alone(config: TrainConfig, bank: Bank, source: Source | Aligned) -> None:
@@ -305,6 +306,7 @@ def record_of(
         "steps": config.steps,
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
+        "precision": config.settings.products,
         "parents": [side.identity for side in sides],
         "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},

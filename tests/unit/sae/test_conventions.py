@@ -96,7 +96,7 @@ def test_saelens_keeps_the_skip_transposed(tmp_path):
     plain = some_transcoder(has_skip=False)
     plain.save(tmp_path)
     write_json(tmp_path / "cfg.json", read_object(tmp_path / "cfg.json") | {"architecture": "jumprelu_skip_transcoder"})
-    with pytest.raises(ShapeMismatch, match="has no W_skip"):
+    with pytest.raises(ShapeMismatch, match="has no tensor W_skip"):
         load_sae(tmp_path)
 
 

@@ -38,7 +38,7 @@ def trained(rows=ROWS, configs=CONFIG, **changes) -> TrainedSaes:
         ({"configs": []}, "expected SaeConfig"),
         ({"configs": [4096]}, "expected SaeConfig"),
         ({"configs": 4096}, "expected SaeConfig"),
-        ({"preset": "quick"}, "preset='quick': expected one of fast, gemma_scope, gemma_scope_2"),
+        ({"preset": "quick"}, "preset='quick': expected one of fast, fast_transcoder, gemma_scope, gemma_scope_2"),
         ({"preset": "fast", "configs": SaeConfig(width=16, target_l0=3, recipe=fast(8))}, "recipe of their own"),
         ({"report_to": ["mlflow"]}, "report_to='mlflow': expected wandb or tensorboard"),
         ({"site": "resid_pots.3"}, "did you mean"),
