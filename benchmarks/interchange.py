@@ -13,7 +13,8 @@ import json
 import os
 import subprocess
 import tempfile
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from everyscope.suite.reader import load_sae
 
 TOLERANCE = 1e-5
 """The largest relative difference that counts as agreement [1]."""
-WIDTH, QUANTILE, RIDGE, K = 512, 0.95, 1e-3, 20
+WIDTH, QUANTILE, RIDGE, K, ROWS = 512, 0.95, 1e-3, 20, 256
+"""Latents of a transcoder, the quantile of its thresholds, the ridge of its decoder, latents of TopK, rows that are compared."""
 PROMPT = "def add(first, second):\n    return first + second\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x"
 
 
@@ -62,45 +64,65 @@ def main() -> None:
         raise SystemExit(f"they do not agree to {TOLERANCE}")
 
 
+@dataclass(frozen=True)
+class Activations:
+    """What the bundled model's MLPs read and write."""
+
+    model: LanguageModel
+    rows: dict[Site, Tensor]
+    """On some text, BOS left out [rows, d_model]."""
+    input_ids: Tensor
+    """Of the prompt [ctx]."""
+    of_prompt: dict[Site, Tensor]
+    """On the prompt [ctx, d_model]."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self.model.anatomy.num_layers
+
+
 def compare(suite: Path | None, work: Path, cache: Path) -> dict[str, Any]:
     """What every peer says."""
-    model = load_language_model(ModelConfig(name="tiny"))
-    layers = range(model.anatomy.num_layers)
-    sites = [place for layer in layers for place in (Site("mlp_in", layer), Site("mlp_out", layer))]
-    prompt = tokenize(model, PROMPT).input_ids
-    text = tokenize(model, [Path(module).read_text()[:4000] for module in (argparse.__file__, tempfile.__file__)])
-    mask = text.attention_mask.clone()
-    mask[:, 0] = False
-    with torch.no_grad():
-        context = model.anatomy.config.max_position_embeddings
-        rows = [capture(model, sites, text.input_ids[:, at : at + context]) for at in range(0, text.input_ids.shape[1], context)]
-        masks = [mask[:, at : at + context] for at in range(0, text.input_ids.shape[1], context)]
-        activations = {site: torch.cat([one[site][keep] for one, keep in zip(rows, masks, strict=True)]) for site in sites}
-        of_prompt = capture(model, sites, prompt)
-    trained = {skip: [transcoder(activations, layer, skip) for layer in layers] for skip in (False, True)}
+    activations = captured(load_language_model(ModelConfig(name="tiny")))
+    trained = {skip: [transcoder(activations, layer, skip) for layer in range(activations.num_layers)] for skip in (False, True)}
     tracers: dict[str, Any] = {}
-    for skip, coders in trained.items():
-        name = "skip" if skip else "no_skip"
+    sets: dict[str, list[Sae]] = {"no_skip": trained[False], "skip": trained[True]} if suite is None else {"suite": []}
+    for name, coders in sets.items():
         folder = work / f"set_{name}"
-        normalised = [with_input(model, coder, "normalised") for coder in coders]
         if suite is None:
-            circuit_tracer.write(
-                folder, normalised, model=model_location("tiny"), output="hook_mlp_out", scan=str(folder.resolve())
-            )
+            normalised = [without_gain(activations.model, coder) for coder in coders]
+            known = {"model": model_location("tiny"), "output": "hook_mlp_out", "scan": str(folder.resolve())}
+            circuit_tracer.write(folder, normalised, **known)
         else:
-            export(CircuitTracerConfig(suite=suite, out=folder, input="normalised", saes="*_skip" if skip else "*[!p]"))
+            export(CircuitTracerConfig(suite=suite, out=folder, input="normalised", model=model_location("tiny")))
             normalised = [load_sae(path) for path in circuit_tracer.layer_files(folder)]
-        tracers[name] = ask_circuit_tracer(model, normalised, folder, prompt, activations, of_prompt, work, cache)
+        tracers[name] = ask_tracer(activations, normalised, folder, work, cache)
     found = {"circuit_tracer": tracers, **ask_readers(trained, activations, work, cache)}
     return {
         "command": "python benchmarks/interchange.py" + ("" if suite is None else f" --suite {suite}"),
         "model": "tiny",
         "width": WIDTH,
-        "rows": len(next(iter(activations.values()))),
+        "rows": len(next(iter(activations.rows.values()))),
         "tolerance": TOLERANCE,
         "largest_difference": max(_numbers(found)),
         **found,
     }
+
+
+@torch.no_grad()
+def captured(model: LanguageModel) -> Activations:
+    """The activations of some Python, and of the prompt."""
+    sites = [Site(kind, layer) for layer in range(model.anatomy.num_layers) for kind in ("mlp_in", "mlp_out")]
+    context = model.anatomy.config.max_position_embeddings
+    tokens = tokenize(model, [Path(module).read_text()[:4000] for module in (argparse.__file__, tempfile.__file__)])
+    mask = tokens.attention_mask.clone()
+    mask[:, 0] = False
+    parts = zip(tokens.input_ids.split(context, dim=1), mask.split(context, dim=1), strict=True)
+    blocks = [{site: x[keep] for site, x in capture(model, sites, ids).items()} for ids, keep in parts]
+    input_ids = tokenize(model, PROMPT).input_ids
+    of_prompt = {site: x[0] for site, x in capture(model, sites, input_ids).items()}
+    return Activations(model, {site: torch.cat([block[site] for block in blocks]) for site in sites}, input_ids[0], of_prompt)
 
 
 def _numbers(found: dict[str, Any]) -> list[float]:
@@ -114,9 +136,9 @@ def _numbers(found: dict[str, Any]) -> list[float]:
     return of_tracer + others
 
 
-def transcoder(activations: dict[Site, Tensor], layer: int, skip: bool) -> Sae:
+def transcoder(activations: Activations, layer: int, skip: bool) -> Sae:
     """Random directions with thresholds at a quantile, and the least-squares decoder, bias and skip for them."""
-    x, y = activations[Site("mlp_in", layer)].double(), activations[Site("mlp_out", layer)].double()
+    x, y = (activations.rows[Site(kind, layer)].double() for kind in ("mlp_in", "mlp_out"))
     generator = torch.Generator().manual_seed(layer)
     w_enc = torch.randn(x.shape[1], WIDTH, generator=generator, dtype=torch.float64) / x.norm(dim=1).mean()
     b_enc = 0.1 * torch.randn(WIDTH, generator=generator, dtype=torch.float64)
@@ -134,54 +156,41 @@ def transcoder(activations: dict[Site, Tensor], layer: int, skip: bool) -> Sae:
     return Sae(**{name: tensor.float().contiguous() for name, tensor in tensors.items()}, metadata=known_by)
 
 
-def with_input(model: LanguageModel, coder: Sae, convention: Any) -> Sae:
-    """The transcoder for another form of the MLP's input."""
+def without_gain(model: LanguageModel, coder: Sae) -> Sae:
+    """The transcoder for the MLP's input without the norm's gain, which is what circuit-tracer finds in Gemma 2."""
     assert coder.metadata.site is not None
     norm = mlp_norm_of(model.anatomy, coder.metadata.site.layer)
-    return to_convention(coder, convention, norm.gain, norm.bias)
+    return to_convention(coder, "normalised", norm.gain, norm.bias)
 
 
-def ask_circuit_tracer(
-    model: LanguageModel,
-    coders: list[Sae],
-    folder: Path,
-    prompt: Tensor,
-    activations: dict[Site, Tensor],
-    of_prompt: Any,
-    work: Path,
-    cache: Path,
-) -> dict[str, Any]:
-    """Its differences on given activations and through its own hooks, and its attribution graph of the prompt."""
-    norms = [mlp_norm_of(model.anatomy, layer) for layer in range(len(coders))]
+@torch.no_grad()
+def ask_tracer(activations: Activations, coders: list[Sae], folder: Path, work: Path, cache: Path) -> dict[str, Any]:
+    """circuit-tracer's differences on given activations and through its own hooks, and its attribution graph of the prompt."""
 
-    def without_gain(x: Tensor, layer: int) -> Tensor:
-        return (x - norms[layer].bias) / norms[layer].gain
+    def inputs(of: dict[Site, Tensor], layer: int) -> Tensor:
+        norm = mlp_norm_of(activations.model.anatomy, layer)
+        return (of[Site("mlp_in", layer)] - norm.bias) / norm.gain
 
-    inputs = [without_gain(activations[Site("mlp_in", layer)][:256], layer) for layer in range(len(coders))]
-    prompts = [without_gain(of_prompt[Site("mlp_in", layer)][0], layer) for layer in range(len(coders))]
-    with torch.no_grad():
-        arrays = {
-            "x": torch.stack(inputs).numpy(),
-            "f": torch.stack([coder.encode(x) for coder, x in zip(coders, inputs, strict=True)]).numpy(),
-            "y": torch.stack([coder(x) for coder, x in zip(coders, inputs, strict=True)]).numpy(),
-            "f_of_prompt": torch.stack([coder.encode(x) for coder, x in zip(coders, prompts, strict=True)]).numpy(),
-            "input_ids": prompt[0].numpy(),
-        }
+    given = [inputs(activations.rows, layer)[:ROWS] for layer in range(len(coders))]
+    prompts = [inputs(activations.of_prompt, layer) for layer in range(len(coders))]
     path = work / f"{folder.name}.npz"
-    np.savez(path, **arrays)
-    request = {"set": str(folder.resolve()), "model": model_location("tiny"), "arrays": str(path), "prompt": PROMPT}
-    say(f"  circuit-tracer reads {folder}")
-    found = answer(
-        python_of("circuit_tracer", cache), "circuit_tracer", request | {"graphs": str(work / "graphs"), "slug": folder.name}
+    np.savez(
+        path,
+        x=torch.stack(given).numpy(),
+        f=torch.stack([coder.encode(x) for coder, x in zip(coders, given, strict=True)]).numpy(),
+        y=torch.stack([coder(x) for coder, x in zip(coders, given, strict=True)]).numpy(),
+        f_of_prompt=torch.stack([coder.encode(x) for coder, x in zip(coders, prompts, strict=True)]).numpy(),
+        input_ids=activations.input_ids.numpy(),
     )
-    nodes = read_json(Path(found["graph"].pop("file")))["nodes"]
-    kinds = sorted({node["feature_type"] for node in nodes})
-    return found | {
-        "graph_file": {"nodes": len(nodes), "by_type": {kind: sum(n["feature_type"] == kind for n in nodes) for kind in kinds}}
-    }
+    say(f"  circuit-tracer reads {folder}")
+    request = {"set": str(folder.resolve()), "model": model_location("tiny"), "arrays": str(path)}
+    request |= {"graphs": str(work / "graphs"), "slug": folder.name}
+    found = answer(python_of("circuit_tracer", cache), "tracer", request)
+    kinds = Counter(node["feature_type"] for node in read_json(Path(found["graph"].pop("file")))["nodes"])
+    return found | {"graph_file": dict(sorted(kinds.items()))}
 
 
-def ask_readers(trained: dict[bool, list[Sae]], activations: dict[Site, Tensor], work: Path, cache: Path) -> dict[str, Any]:
+def ask_readers(trained: dict[bool, list[Sae]], activations: Activations, work: Path, cache: Path) -> dict[str, Any]:
     """The differences of SAELens, sparsify and dictionary_learning, on coders written in their formats."""
     coders: dict[str, dict[str, tuple[Sae, Path]]] = {"saelens": {}, "sparsify": {}, "dictionary_learning": {}}
     for skip, (first, *_) in trained.items():
@@ -209,18 +218,18 @@ def ask_readers(trained: dict[bool, list[Sae]], activations: dict[Site, Tensor],
 
 
 def ask_reader(
-    peer: str, coders: dict[str, tuple[Sae, Path]], activations: dict[Site, Tensor], work: Path, cache: Path
+    peer: str, coders: dict[str, tuple[Sae, Path]], activations: Activations, work: Path, cache: Path
 ) -> dict[str, Any]:
     """One peer's differences."""
     arrays = {}
     for name, (coder, _) in coders.items():
         site = coder.metadata.site
         assert site is not None
-        x = activations[site][:256]
+        x = activations.rows[site][:ROWS]
         with torch.no_grad():
             arrays |= {f"{name}/x": x.numpy(), f"{name}/f": coder.encode(x).numpy(), f"{name}/y": coder(x).numpy()}
     path = work / f"{peer}.npz"
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
     say(f"  {peer} reads {len(coders)} coders")
     request = {"arrays": str(path), "coders": {name: str(folder) for name, (_, folder) in coders.items()}}
     return answer(python_of(peer, cache), "readers", request, peer)

@@ -20,7 +20,7 @@ from circuit_tracer.utils import create_graph_files
 
 
 def main(request: dict[str, Any]) -> None:
-    """The request: {"set", "model", "arrays", "prompt", "graphs", "slug"}."""
+    """The request: {"set", "model", "arrays": x, f, y, f_of_prompt and input_ids, "graphs", "slug"}."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
     model: Any = ReplacementModel.from_pretrained(
