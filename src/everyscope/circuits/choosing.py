@@ -24,7 +24,7 @@ def transcoders_of(suite: "Suite", *, width: int | None = None, l0: float | None
 
     ConfigError where the suite has none.
     """
-    by_layer: "dict[int, list[SuiteEntry]]" = {}
+    by_layer: dict[int, list[SuiteEntry]] = {}
     for entry in suite:
         if entry.site.kind == "transcoder" and width in (None, entry.width):
             by_layer.setdefault(entry.site.layer, []).append(entry)
