@@ -7,71 +7,17 @@ Tolerances are relative to the norm of what is compared: 1e-5 is some hundred ro
 thousand terms lose; no pre-activation lies so near to a border that rounding decides, which the counts of pairs show.
 """
 
-import os
-from dataclasses import replace
-from importlib.util import find_spec
-
 import pytest
 import torch
+from gpu_problems import BY_ROW, DEVICE, INTERPRETED, NESTED, REASON, RECIPE, RUNS, assert_near, batches, moved, problem
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.kernels import gpu_sums, gpu_update
-from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update, new_sae
+from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()),
-        reason="torch sees no CUDA device, and triton, which could interpret, is not installed",
-    ),
-]
-if INTERPRETED or torch.cuda.is_available():
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RUNS, reason=REASON)]
+if RUNS:
     from everyscope.sae import pairs_gpu
     from everyscope.sae.pairs_gpu import LAG, GpuPairs
-
-# Adam divides a gradient by its own size, so that rounding of a tiny one becomes a full step: a large epsilon lets parameters
-# show their gradients instead.
-RECIPE = SaeRecipe(
-    learning_rate=0.05,
-    threshold_learning_rate=0.02,
-    learning_rate_warmup_steps=0,
-    sparsity_warmup_steps=0,
-    bandwidth=0.2,
-    initial_threshold=0.6,
-    beta2=0.9,
-    epsilon=0.05,
-    encoder_scale=1.3,
-    frequency_limit=0.3,
-)
-NESTED = RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)})
-BY_ROW = RECIPE.model_copy(update={"direction_rate": 0.3, "encoder_follows": True, "warm_start": True, "largest_step": 1.5})
-
-
-def problem(rows: int, d_in: int, width: int, recipe: SaeRecipe = RECIPE, seed: int = 0) -> tuple[TrainableSae, torch.Tensor]:
-    """An SAE with biases that matter and thresholds that differ, and a batch that some latents lie in."""
-    generator = torch.Generator().manual_seed(seed)
-    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=0.05, recipe=recipe, seed=seed), d_in)
-    p = sae.parameters
-    p["b_dec"].copy_(torch.randn(d_in, generator=generator) * 0.05)
-    p["b_enc"].copy_(torch.randn(width, generator=generator) * 0.05)
-    sae.coordinate_weights.copy_(torch.rand(d_in, generator=generator) + 0.5)
-    p["threshold"].add_(torch.rand(width, generator=generator) * 0.2)
-    weights = torch.rand(rows, width, generator=generator) * (torch.rand(rows, width, generator=generator) < 3 / width)
-    x = weights @ p["w_dec"] + p["b_dec"] + torch.randn(rows, d_in, generator=generator) * 0.2 / d_in**0.5
-    return moved(sae, DEVICE, torch.float32), x.to(DEVICE)
-
-
-def moved(sae: TrainableSae, device: str, dtype: torch.dtype) -> TrainableSae:
-    """A copy, in the layout that engines keep."""
-    parameters, squared = (
-        {name: t.T.to(device, dtype, copy=True).contiguous().T if name == "w_enc" else t.to(device, dtype, copy=True)
-         for name, t in tensors.items()}
-        for tensors in (sae.parameters, sae.squared)
-    )  # fmt: skip
-    weights, touched = sae.coordinate_weights.to(device, dtype, copy=True), sae.touched.to(device, copy=True)
-    return replace(sae, parameters=parameters, squared=squared, coordinate_weights=weights, touched=touched)
 
 
 def by_pairs(*saes: TrainableSae, max_pairs: int | None = None) -> "GpuPairs":
@@ -79,11 +25,6 @@ def by_pairs(*saes: TrainableSae, max_pairs: int | None = None) -> "GpuPairs":
     engine = GpuPairs(saes, max_pairs)
     engine.tensors()["uses_pairs"].fill_(True)
     return engine
-
-
-def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5, what: str = "") -> None:
-    difference = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
-    assert difference < tolerance, f"{what}: off by {difference:.2e} of its norm"
 
 
 def assert_step_equals_oracle(sae: TrainableSae, x: torch.Tensor) -> TrainableSae:
@@ -182,12 +123,6 @@ def assert_screen_is_of_the_parameters(engine: "GpuPairs") -> None:
         # Summed by another kernel, in another order.
         assert torch.allclose(norms, screened.norms, rtol=1e-5)
         assert torch.allclose(residuals, screened.residuals, rtol=1e-5)
-
-
-def batches(sae: TrainableSae, number: int) -> list[torch.Tensor]:
-    """Batches in which only some latents have pairs, others in each."""
-    _, x = problem(12 * number, sae.parameters["b_dec"].shape[0], sae.config.width)
-    return list(x.split(12))
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, BY_ROW])

@@ -14,3 +14,15 @@ SEGMENT = 512
 def list_room(rows: int, width: int) -> int:
     """Pairs for which the lists of one step have room, for `rows` rows and `width` latents on one device [pairs]."""
     return max(LEAST_ROOM, int(ROOM * DENSE_SHARE * rows * width))
+
+
+# Of the bfloat16 engine, whose choice between both ways is measured (sae/crossover.py).
+SHARE_ROOM, ROW_ROOM = 0.05, 1024
+"""Its lists have room for this share of all (row, latent), but not for more than so many a row [1, pairs]."""
+ROUNDED_SEGMENT = 256
+"""Pairs of a latent that one of its programs sums [pairs]."""
+
+
+def rounded_list_room(rows: int, width: int) -> int:
+    """Pairs for which the bfloat16 engine's lists have room, for `rows` rows and `width` latents on one device [pairs]."""
+    return max(LEAST_ROOM, int(rows * min(SHARE_ROOM * width, ROW_ROOM)))

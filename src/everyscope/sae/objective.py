@@ -4,13 +4,14 @@ They reach thresholds alone, through the straight-through estimate of the firing
 of them is their derivative by each latent's rate.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.sae.config import SaeConfig
 
 
-def penalty(config: SaeConfig, coefficient: float, rates: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+def penalty(config: SaeConfig, coefficient: float | Tensor, rates: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
     """The derivative of the sparsity terms by each latent's firing rate p_i, its share of the batch's rows.
 
     Gemma Scope (arXiv 2408.05147, eq. 4): coefficient * sum_i p_i, where sum_i p_i = L0. With a target, as in Gemma Scope 2:
@@ -19,7 +20,7 @@ def penalty(config: SaeConfig, coefficient: float, rates: Float[Tensor, " d_sae"
     """
     recipe = config.recipe
     if config.target_l0 is None:
-        cost = rates.new_full(rates.shape, coefficient)
+        cost = torch.zeros_like(rates) + coefficient
     else:
         cost = (rates.sum() / config.target_l0 - 1).mul(2 * coefficient / config.target_l0).expand_as(rates)
     if recipe.frequency_limit is None:

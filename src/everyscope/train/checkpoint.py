@@ -45,6 +45,8 @@ class Checkpoint:
     place: Place
     files: tuple[Path, ...]
     """In the order of the latents that they hold."""
+    products: str
+    """The precision of the steps that led here."""
 
 
 class Parts:
@@ -123,7 +125,7 @@ def _checkpoint(said: Mapping[str, Any], files: tuple[Path, ...], name: Path) ->
         place = Place(int(said["num_steps_done"]), int(said["log_bytes"]))
         if min(place.num_steps_done, place.log_bytes) < 0 or not files:
             raise ValueError(f"num_steps_done={place.num_steps_done}, log_bytes={place.log_bytes}, {len(files)} files")
-        return Checkpoint(str(said["run_id"]), place, files)
+        return Checkpoint(str(said["run_id"]), place, files, str(said.get("products", "float32")))
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedData(f"{name}: is no checkpoint of a bank ({type(error).__name__}: {error}); {REMEDY}") from error
 
@@ -140,7 +142,12 @@ def save_checkpoint(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None
 
 
 def _metadata(bank: Bank, run_id: str, log_bytes: int) -> dict[str, str]:
-    return {"run_id": run_id, "num_steps_done": str(bank.num_steps_done), "log_bytes": str(log_bytes)}
+    return {"run_id": run_id, "num_steps_done": str(bank.num_steps_done), "log_bytes": str(log_bytes)} | _precision(bank)
+
+
+def _precision(bank: Bank) -> dict[str, str]:
+    """Said only where it is not float32, which checkpoints without it are of."""
+    return {} if bank.products == "float32" else {"products": bank.products}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -202,7 +209,7 @@ def _save_shard(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None:
     bank.collective.barrier()
     if mesh.rank == 0:
         said = {"run_id": run_id, "num_steps_done": bank.num_steps_done, "log_bytes": log_bytes, "files": names}
-        write_sealed(folder / MANIFEST, said)
+        write_sealed(folder / MANIFEST, said | _precision(bank))
         for old in folder.iterdir():
             if old.name not in (*names, MANIFEST):
                 old.unlink()
@@ -220,6 +227,11 @@ def load_checkpoint(path: Path, bank: Bank, run_id: str) -> Place:
         return Place(0, 0)
     if checkpoint.run_id != run_id:
         raise DataError(f"{path}: belongs to another run (other shards or SAEs); {REMEDY}, or choose another --out")
+    if checkpoint.products != bank.products:
+        raise DataError(
+            f"{path}: was trained in {checkpoint.products}, this run trains in {bank.products}; set "
+            f"precision={checkpoint.products} and the device of that run, or delete it to train this bank from its first step"
+        )
     if checkpoint.place.num_steps_done > bank.steps:
         raise DamagedData(f"{path}: is of step {checkpoint.place.num_steps_done}, the bank ends at {bank.steps}; {REMEDY}")
     mesh = bank.collective.mesh

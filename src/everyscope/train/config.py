@@ -15,12 +15,26 @@ from everyscope.sites.names import Site, site_of
 
 EngineName = Literal["auto", "dense", "pairs"]
 """auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Of products and gathers; weights, Adam's means and all sums are float32 in any case."""
+Products = Literal["float32", "bfloat16"]
 SinkName = Literal["wandb", "tensorboard"]
 SINKS: tuple[SinkName, ...] = get_args(SinkName)
 """Where metrics can go besides metrics.jsonl; each is an optional package."""
 
 PLACES = ("shards", "target_shards", "source", "target_source", "order", "tls_roots", "out")
 """Fields that tell where things are, and not what is trained."""
+
+
+def products_of(device: str, engine: EngineName, precision: Precision) -> Products:
+    """The precision that steps have on this device by this engine; ConfigError where it has no kernels for the one asked for."""
+    has_kernels = device.partition(":")[0] == "cuda" and engine != "dense"
+    if precision == "bfloat16" and not has_kernels:
+        raise ConfigError(
+            f"precision=bfloat16 with device={device}, engine={engine}: bfloat16 has kernels for device=cuda with engine=auto or "
+            "pairs; choose these, or precision=float32"
+        )
+    return "bfloat16" if has_kernels and precision != "float32" else "float32"
 
 
 class BankSettings(Schema):
@@ -38,6 +52,9 @@ class BankSettings(Schema):
     """Torch device that SAEs train on."""
     engine: EngineName = "auto"
     """How a step is computed; auto takes pairs where there are kernels for the device."""
+    precision: Precision = "auto"
+    """Of a step's products: auto takes bfloat16 where there are kernels for it, on CUDA with engine auto or pairs, else
+    float32."""
     shards: int = Field(default=1, ge=1)
     """Processes that share the latents of every SAE, for SAEs wider than one device [processes]."""
     replicas: int = Field(default=1, ge=1)
@@ -50,6 +67,16 @@ class BankSettings(Schema):
         if self.ranks > 1 and self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"shards={self.shards}, replicas={self.replicas}: device={self.device} has one; choose cpu or cuda")
         return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> "BankSettings":
+        products_of(self.device, self.engine, self.precision)
+        return self
+
+    @property
+    def products(self) -> Products:
+        """The precision that steps have."""
+        return products_of(self.device, self.engine, self.precision)
 
     @property
     def ranks(self) -> int:
@@ -133,6 +160,11 @@ class TrainConfig(Schema):
         seat = site_of(self.site, self.writes or self.site)
         assert seat is not None, "checked when the config was built"
         return seat
+
+    @property
+    def products(self) -> Products:
+        """The precision that steps have; transcoders have no kernels for less than float32."""
+        return self.settings.products if self.writes is None else "float32"
 
     @property
     def steps(self) -> int:

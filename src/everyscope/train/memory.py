@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.gpu_limits import SEGMENT, list_room
+from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, SEGMENT, list_room, rounded_list_room
 from everyscope.train.config import BankSettings, TrainConfig
 
 USABLE = 0.9
 """Share of a GPU's memory that training may take; the rest is the driver's, the compiler's, and lost between allocations [1]."""
+MOST_PROGRAMS = 160 * 32
+"""Programs that share an update, at most: 32 on each SM of the largest GPU."""
 CONTEXT_BYTES = 1 << 30
 """What a process takes of a GPU before it holds a tensor [bytes]."""
 
@@ -57,6 +59,26 @@ def pairs_bytes(part: Part) -> int:
     return centred + marks + lists + errors + math.ceil(room / SEGMENT) * 2 * d_in * 4
 
 
+def rounded_bytes(d_in: int, width: int) -> int:
+    """What the bfloat16 engine keeps of each SAE besides: both weights rounded, three counts a latent [bytes]."""
+    return 2 * 2 * d_in * width + 3 * 4 * width
+
+
+def rounded_work_bytes(part: Part, programs: int) -> int:
+    """Memory for one step in bfloat16, shared by SAEs of equal shapes: `Work` of sae/gpu_work.py after a dense step [bytes].
+
+    `programs` share the latents of an update.
+    """
+    rows, d_in, width = part.rows, part.d_in, part.width
+    room = rounded_list_room(rows, width)
+    products = 2 * rows * d_in + 3 * 2 * rows * width  # x, the product, activations and their derivative
+    errors = (4 + 2) * part.prefixes * rows * d_in + 8 * part.prefixes
+    marks = 4 * (rows * math.ceil(width / 32) + width * math.ceil(rows / 32))
+    lists = 8 * (rows + 1) + 4 * 8 * (width + 1) + room * 2 * (4 + 4)
+    sums = (math.ceil(room / ROUNDED_SEGMENT) + width) * (2 * d_in + 2) * 4
+    return products + errors + marks + lists + sums + 4 * d_in * min(width, programs)
+
+
 def dense_bytes(part: Part, is_shared: bool = False) -> int:
     """Memory for one dense step, freed behind it: at most what gradients and Adam hold at once, uncompiled [bytes].
 
@@ -71,8 +93,8 @@ def dense_bytes(part: Part, is_shared: bool = False) -> int:
 
 
 def batch_bytes(rows: int, d_in: int) -> int:
-    """The batch in use as it came and normalised, and the next one, float32 [bytes]."""
-    return 3 * 4 * rows * d_in
+    """The batch in use as it came and normalised, and those under way to a GPU (train/feed.py), float32 [bytes]."""
+    return 5 * 4 * rows * d_in
 
 
 def parts_of(saes: Sequence[SaeConfig], d_in: int, settings: BankSettings) -> list[Part]:
@@ -84,6 +106,11 @@ def group_bytes(saes: Sequence[SaeConfig], d_in: int, settings: BankSettings) ->
     """On each device, for SAEs that train together: state, work space of every shape, the largest dense step, batches [bytes]."""
     parts = parts_of(saes, d_in, settings)
     shapes = set(parts)
+    if settings.products == "bfloat16":
+        stays = sum(state_bytes(d_in, part.width) + rounded_bytes(d_in, part.width) for part in parts)
+        passing = max(4 * 4 * part.rows * d_in + 16 * part.rows * part.width // 32 for part in shapes)
+        work = sum(rounded_work_bytes(part, MOST_PROGRAMS) for part in shapes)
+        return stays + work + passing + batch_bytes(parts[0].rows, d_in)
     stays = sum(state_bytes(d_in, part.width) + screen_bytes(d_in, part.width) for part in parts)
     dense = max(dense_bytes(part, is_shared=settings.ranks > 1) for part in shapes)  # has room for a step by pairs' gradients
     return stays + sum(pairs_bytes(part) for part in shapes) + dense + batch_bytes(parts[0].rows, d_in)

@@ -20,6 +20,7 @@ needs_kernels = pytest.mark.skipif(
     reason="torch sees no CUDA device, and triton, which could interpret, is not installed",
 )
 if INTERPRETED or torch.cuda.is_available():
+    from everyscope.sae.bf16_gpu import GpuBfloat16
     from everyscope.sae.pairs_gpu import GpuPairs
 
 D_IN, ROWS, STEPS = 20, 12, 3
@@ -88,6 +89,35 @@ def test_ranks_step_as_one(in_threads, config, shards, replicas):
         together = parts[0] if axis is None else torch.cat(parts, axis)
         assert name in TENSORS
         assert (together - oracle.parameters[name]).norm() < 1e-5 * oracle.parameters[name].norm(), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("by_pairs", [True, False])
+@pytest.mark.parametrize(("config", "shards", "replicas"), [(PLAIN, 1, 2), (NESTED, 3, 1)])
+def test_ranks_step_as_one_in_bfloat16(in_threads, config, shards, replicas, by_pairs):
+    """One step, for after it other numbers are rounded; what was rounded the other way shows as 1e-3 of a change at most."""
+    alone, before = start(config), start(config)
+
+    def stepped(sae: TrainableSae, x: torch.Tensor, **kwargs):
+        engine = GpuBfloat16([sae], max_pairs=ROWS * config.width, crossover=1e9 if by_pairs else -1.0, **kwargs)
+        engine.tensors()["uses_pairs"].fill_(by_pairs)
+        return engine.step(x, 0, STEPS)[0]
+
+    want = stepped(alone, rows(config, 0))
+
+    def work(collective: Collective):
+        sae = start(config, collective)
+        return sae, stepped(sae, own(rows(config, 0), collective), collective=collective)
+
+    done = in_threads(work, shards, replicas)
+    for _, got in done:
+        for name in ("reconstruction", "l0", "pairs"):
+            assert float(getattr(got, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5)
+    for name, axis in {"w_enc": 1, "w_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
+        parts = [sae.parameters[name] for sae, _ in done[:shards]]
+        together = parts[0] if axis is None else torch.cat(parts, axis)
+        change = alone.parameters[name] - before.parameters[name]
+        assert (together - alone.parameters[name]).norm() < 1e-3 * change.norm(), name
 
 
 @needs_kernels

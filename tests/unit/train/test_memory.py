@@ -19,10 +19,13 @@ from everyscope.train.memory import (
     dense_bytes,
     group_bytes,
     pairs_bytes,
+    rounded_bytes,
+    rounded_work_bytes,
     screen_bytes,
     state_bytes,
 )
 
+bf16_gpu = pytest.importorskip("everyscope.sae.bf16_gpu", reason="Triton is not installed")
 pairs_gpu = pytest.importorskip("everyscope.sae.pairs_gpu", reason="Triton is not installed")
 
 SIZES = [(16, 64, (1.0,)), (24, 100, (1.0,)), (40, 333, (0.1, 0.5, 1.0))]
@@ -66,6 +69,20 @@ def test_the_work_space_by_pairs_is_that_of_the_engine(d_in, width, shares, rows
     engine = pairs_gpu.GpuPairs([sae])
     buffers = engine._buffers_for(rows, d_in, sae.config.prefixes)
     assert pairs_bytes(Part(rows, d_in, width, len(shares))) == nbytes(buffers)
+
+
+@pytest.mark.parametrize(("d_in", "width", "shares"), SIZES)
+@pytest.mark.parametrize("least", [1, LEAST_ROOM])
+def test_the_bfloat16_engine_takes_what_is_planned(d_in, width, shares, least, monkeypatch):
+    monkeypatch.setattr("everyscope.sae.gpu_limits.LEAST_ROOM", least)
+    sae = sae_of(d_in, width, shares)
+    engine = bf16_gpu.GpuBfloat16([sae], crossover=0.1)
+    assert rounded_bytes(d_in, width) == nbytes(engine._rounded[0].weights) + nbytes(engine._latents)
+    work = engine._work_for(48, d_in, sae)
+    without = nbytes(work)
+    dense = work.dense
+    held = without + nbytes([dense.f, dense.d_f, *dense.sums, dense.nobody.start])
+    assert rounded_work_bytes(Part(48, d_in, width, len(shares)), 3) == held
 
 
 class Peak(TorchDispatchMode):

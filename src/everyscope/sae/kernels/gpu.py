@@ -14,7 +14,7 @@ import torch
 from jaxtyping import BFloat16, Float32, Int32, Int64
 from torch import Tensor
 
-from everyscope.sae.kernels.gpu_triton import blocks, constexpr, jit, tile_of, tl
+from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, dots_tile, jit, tl
 
 ROOM = 1.001
 """Norms in the screen's margin are taken this much too large: they are rounded sums themselves."""
@@ -59,9 +59,10 @@ def round_rows(
     """
     rows, d_in = source.shape
     has_bias = bias is not None
+    tile, warps = columns_of(d_in, 4)
     _round_rows[(rows,)](
         source, bias if has_bias else source, centred if has_bias else source, rounded, norms, residuals, d_in, ROOM, has_bias,
-        tile_of(d_in),
+        tile, num_warps=warps,
     )  # fmt: skip
 
 
@@ -137,12 +138,19 @@ def screen(
 
 
 @jit
-def _popcount(word):
+def popcount(word):
+    """How many bits of each word are set."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     word = word + (word >> 8)
     return (word + (word >> 16)) & 0x3F
+
+
+@jit
+def lowest_bits(word):
+    """The place of each word's lowest set bit."""
+    return popcount(~word & (word - 1))
 
 
 @jit
@@ -153,7 +161,7 @@ def _count(bits, counts, lines, words, tile_lines: constexpr, tile_words: conste
         word = first + tl.arange(0, tile_words)
         inside = (line < lines)[:, None] & (word < words)[None, :]
         found = tl.load(bits + line[:, None].to(tl.int64) * words + word[None, :], inside, other=0)
-        total += tl.sum(_popcount(found), 1)
+        total += tl.sum(popcount(found), 1)
     tl.store(counts + line, total.to(tl.int64), line < lines)
 
 
@@ -168,12 +176,11 @@ def _list(bits, start, index_of, line_of, num_lines, words, lines: constexpr, ti
             word = first + tl.arange(0, tile)
             taken = listed[:, None] & (word < words)[None, :]
             left = tl.load(bits + line[:, None].to(tl.int64) * words + word[None, :], taken, other=0)
-            count = _popcount(left)
+            count = popcount(left)
             to = at[:, None] + tl.cumsum(count, 1) - count
             at += tl.sum(count, 1)
             while tl.max(tl.max((left != 0).to(tl.int32), 1), 0) > 0:  # the lowest bit of every word: sparse words have few
-                lowest = _popcount(~left & (left - 1))
-                tl.store(index_of + to, word[None, :] * 32 + lowest, left != 0)
+                tl.store(index_of + to, word[None, :] * 32 + lowest_bits(left), left != 0)
                 tl.store(line_of + to, tl.broadcast_to(line[:, None], [lines, tile]), left != 0)
                 to += (left != 0).to(tl.int64)
                 left = left & (left - 1)
@@ -241,7 +248,7 @@ def pre_activations_at(
     rows, d_in = centred.shape
     _dots[(min(PROGRAMS, blocks(out.shape[0], 16)),)](
         out, centred, row_of, w_enc, latent_of, b_enc, out, out, 0.0, num_pairs, num_pairs, rows, d_in, 1, True, 16,
-        min(256, tile_of(d_in)),
+        dots_tile(d_in),
     )  # fmt: skip
 
 
@@ -261,7 +268,7 @@ def gradients_at(
     groups, rows, d_in = errors.shape
     _dots[(min(PROGRAMS, blocks(out.shape[0], 16)),)](
         out, errors, row_of, w_dec, latent_of, out, pre, threshold, bandwidth / 2, prefixes, num_pairs, rows, d_in, groups, False,
-        16, min(256, tile_of(d_in)),
+        16, dots_tile(d_in),
     )  # fmt: skip
 
 
@@ -345,11 +352,11 @@ def decode_errors(
     returned means nothing; b_dec - x is in the part of the shard that `is_first`.
     """
     groups, rows, d_in = errors.shape
-    tile = tile_of(d_in)
+    tile, warps = columns_of(d_in, 4)
     squares = x.new_empty(rows, blocks(d_in, tile))
     _decode[(rows, squares.shape[1])](
         errors, squares, x, b_dec, w_dec, row_start, latent, pre, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
-        groups, 8, tile,
+        groups, 8, tile, num_warps=warps,
     )  # fmt: skip
     for group in reversed(range(groups - 1)):
         errors[group] += errors[group + 1]

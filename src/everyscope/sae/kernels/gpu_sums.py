@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from everyscope.sae.gpu_limits import SEGMENT
-from everyscope.sae.kernels.gpu_triton import blocks, constexpr, jit, tile_of, tl
+from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, jit, tl
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,10 @@ def sum_gradients(
     """Fill in each latent's gradients by w_enc and by w_dec (whose part along the latent's direction is still in it)."""
     segments = sum_segments(lists, threshold, centred, errors, prefixes, segment_sums)
     groups, rows, d_in = errors.shape
-    tile = tile_of(d_in)
+    tile, warps = columns_of(d_in, 4)
     _sum_wholly[(len(threshold), blocks(d_in, tile))](
         gradients, segments, segment_sums, lists.start, lists.row, lists.pre, lists.d_f, centred, errors, threshold, prefixes,
-        rows, d_in, SEGMENT, groups, 8, tile,
+        rows, d_in, SEGMENT, groups, 8, tile, num_warps=warps,
     )  # fmt: skip
 
 
@@ -207,11 +207,11 @@ def sum_segments(
 ) -> Int64[Tensor, " d_sae_1"]:
     """Fill in the sums of all segments but each latent's first; where each latent's begin among them."""
     groups, rows, d_in = errors.shape
-    width, tile = threshold.shape[0], tile_of(d_in)
+    width, (tile, warps) = threshold.shape[0], columns_of(d_in, 4)
     segments = torch.zeros_like(lists.start)
     torch.cumsum((lists.start.diff() - 1).clamp_(min=0) // SEGMENT, 0, out=segments[1:])
     _sum_segments[(segment_sums.shape[0], blocks(d_in, tile))](
         segment_sums, segments, lists.start, lists.row, lists.pre, lists.d_f, centred, errors, threshold, prefixes, rows, width,
-        d_in, width.bit_length(), SEGMENT, groups, 8, tile,
+        d_in, width.bit_length(), SEGMENT, groups, 8, tile, num_warps=warps,
     )  # fmt: skip
     return segments

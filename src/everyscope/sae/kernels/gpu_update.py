@@ -13,7 +13,7 @@ from torch import Tensor
 from everyscope.sae.gpu_limits import SEGMENT
 from everyscope.sae.kernels.gpu import ROOM
 from everyscope.sae.kernels.gpu_sums import LatentSums, PairLists, errors_of, gradients_of, sum_segments
-from everyscope.sae.kernels.gpu_triton import blocks, constexpr, jit, tile_of, tl
+from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, jit, tl
 
 LATENTS_AT_ONCE = 256
 """Latents whose shares of b_dec's gradient are summed by one program."""
@@ -223,6 +223,7 @@ def _update(
     adam: AdamStep,
 ) -> None:
     groups, d_in = errors.shape[0], errors.shape[2]
+    tile, warps = columns_of(d_in, 4)
     pairs = (lists.start, lists.row, lists.pre, lists.d_f)
     by_latent = [{**tensors, "w_enc": tensors["w_enc"].T} for tensors in (parameters, squared)]
     owned = [tensors[name] for tensors in by_latent for name in ("w_enc", "w_dec", "b_enc", "threshold")]
@@ -232,7 +233,7 @@ def _update(
         *owned, touched, *w_rounded, *pairs, sums.pairs, sums.near, sums.d_b_enc, sums.parallel, sums.near_d_f, penalty, segments,
         segment_sums, centred, errors, prefixes, weights, turning, rows, d_in, adam.step, math.log2(adam.beta2), 1 - adam.beta2,
         correction, adam.epsilon, adam.least_share, adam.rate, adam.threshold_rate, adam.direction_rate, adam.follow, bandwidth,
-        ROOM, by_row, SEGMENT, groups, 8, tile_of(d_in),
+        ROOM, by_row, SEGMENT, groups, 8, tile, num_warps=warps,
     )  # fmt: skip
 
 
@@ -252,8 +253,8 @@ def _sum_through_encoder(partial, d_b_enc, w_enc, width, d, latents: constexpr, 
 def sum_through_encoder(d_b_enc: Float32[Tensor, " d_sae"], w_enc: Float32[Tensor, "d_sae d_in"]) -> Float32[Tensor, " d_in"]:
     """The sum over latents of d_b_enc * w_enc, what they send to b_dec; rows of silent latents are not read."""
     width, d_in = w_enc.shape
-    tile = min(256, tile_of(d_in))
+    tile, warps = columns_of(d_in, 4)
     partial = w_enc.new_empty(blocks(width, LATENTS_AT_ONCE), d_in)
     grid = (partial.shape[0], blocks(d_in, tile))
-    _sum_through_encoder[grid](partial, d_b_enc, w_enc, width, d_in, LATENTS_AT_ONCE, 16, tile)
+    _sum_through_encoder[grid](partial, d_b_enc, w_enc, width, d_in, LATENTS_AT_ONCE, 16, tile, num_warps=warps)
     return partial.sum(0)
