@@ -70,7 +70,10 @@ class BankSettings(Schema):
 
     @model_validator(mode="after")
     def _check_precision(self) -> "BankSettings":
-        products_of(self.device, self.engine, self.precision)
+        try:
+            products_of(self.device, self.engine, self.precision)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @property

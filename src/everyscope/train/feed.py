@@ -16,7 +16,6 @@ from everyscope.activations.stream.local import LocalSource
 from everyscope.activations.stream.source import Source
 from everyscope.sae.threads import single_threaded_pool
 
-
 AHEAD = {"cuda": 3}
 """Batches under way while one is in use, by type of device; elsewhere one, for what reads them takes time from what computes."""
 Sides = tuple[Float[Tensor, "rows _"], ...]
