@@ -143,8 +143,8 @@ def sae_of(d_in: int, width: int, is_fast: bool) -> TrainableSae:
         named["w_enc"] = named["w_enc"].T
     if is_fast:
         tensors[1]["w_dec"] = torch.ones(width)
-    counts = [torch.zeros(width, dtype=torch.int32) for _ in range(2)]
-    return TrainableSae(config, tensors[0], tensors[1], torch.ones(d_in), *counts)
+    touched, last_fired = (torch.zeros(width, dtype=torch.int32) for _ in range(2))
+    return TrainableSae(config, tensors[0], tensors[1], torch.ones(d_in), touched, last_fired)
 
 
 def launches_of(d_in: int, width: int, rows: int, is_fast: bool, precision: str) -> list[Launch]:

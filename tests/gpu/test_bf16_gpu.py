@@ -140,6 +140,7 @@ def bounded_gradients(sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: 
     along = (d_w_dec.error * p["w_dec"].abs()).sum(1, keepdim=True) * p["w_dec"].abs()
     near_d_f, bandwidth = where(near, d_f), sae.config.recipe.bandwidth
     limit, coefficient = sae.config.recipe.frequency_limit, sae.config.sparsity_coefficient
+    assert limit is not None
     cost = coefficient + 0.2 / limit * (active.sum(0) / rows / limit - 1).clamp(min=0)
     d_threshold = (p["threshold"] * near_d_f.value.sum(0) + near.sum(0) * cost / rows) / -bandwidth
     return {

@@ -114,6 +114,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add = parser.add_argument
     add("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
     add("--json", action="store_true", help="print results as JSON; with --engine ray, events of jobs before them")
+    add("--device", help="of the model and of training: cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     if name in ("run", "plan", "init"):
         add_wishes(parser)
     if name == "run":

@@ -90,7 +90,9 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
             if options.command == "harvest":
                 pipeline.run_harvest(stages, engine, partition, options.heal)
             else:
-                runs[options.command](stages, engine)
+                spent = runs[options.command](stages, engine)
+                if options.json and options.command == "train":
+                    print(json.dumps({"event": "trained"} | spent))
 
 
 def partition_of(options: argparse.Namespace, settings: EngineConfig) -> tuple[int, int]:
@@ -116,6 +118,8 @@ def evaluate_command(options: argparse.Namespace, fields: list[str]) -> None:
     fields = ["--trained", str(suite), "--out", str(out), *fields]
     if options.model:
         fields += ["--model.name", options.model]
+    if options.device:
+        fields += ["--model.device", options.device]
     if options.text:
         fields += text_fields(options.text)
     config = parse_fields(EvaluateConfig, f"everyscope evaluate {suite}", fields, "Evaluation of SAEs that lie in a folder.")

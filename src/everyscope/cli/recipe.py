@@ -20,6 +20,7 @@ from everyscope.run.find import RECIPES, find_recipe, is_path, nearest_recipe
 from everyscope.run.settings import ModelShape
 from everyscope.run.stages import RECIPE_FILE, stages_of
 from everyscope.sites.config import ModelConfig
+from everyscope.train.config import BankSettings
 
 WISHES = ("sites", "layers", "widths", "l0", "tokens", "passes", "text", "hours")
 """Flags that are for a model, not for a recipe, which says all of it."""
@@ -38,6 +39,8 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
     """The run's config with the fields that flags override, and its folder."""
     first = options.recipe
     default = config_of_model(options) if is_model(first) else find_recipe(first)
+    out = options.out or Path("runs") / default.name
+    default = placed_on(default, getattr(options, "device", None) or device_of(default, out))
     if not is_model(first) and hasattr(options, "hours"):
         given = next((name for name in WISHES if getattr(options, name) is not None), None)
         if given is not None:
@@ -57,6 +60,35 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
 
         config = with_shape(config)
     return config, options.out or Path("runs") / config.name
+
+
+def device_of(config: RunConfig, out: Path) -> str | None:
+    """The device of a run that no flag names: that of the run in `out`, or the recipe's, or, where it says none, CUDA or the CPU.
+
+    None leaves the recipe as it is.
+    """
+    if (out / RECIPE_FILE).is_file():
+        return RunConfig.model_validate_json(json.dumps(read_json(out / RECIPE_FILE))).model.device
+    if {"device"} & (config.model.model_fields_set | config.train.model_fields_set):
+        return None
+    from everyscope.run.checks import found_devices
+    from everyscope.run.jobs.config import EngineConfig
+
+    return None if found_devices(EngineConfig()) is None else "cuda"
+
+
+def placed_on(config: RunConfig, device: str | None) -> RunConfig:
+    """The run with its models and its training on `device`."""
+    if device is None:
+        return config
+    changes: dict[str, Any] = {
+        name: companion.model_copy(update={"model": companion.model.model_copy(update={"device": device})})
+        for name in ("instruction_tuned", "random_weights")
+        if (companion := getattr(config, name)) is not None
+    }
+    changes["model"] = config.model.model_copy(update={"device": device})
+    changes["train"] = BankSettings.model_validate(config.train.model_dump() | {"device": device})
+    return config.model_copy(update=changes)
 
 
 def config_of_model(options: argparse.Namespace) -> RunConfig:

@@ -25,7 +25,7 @@ from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.jobs.job import Job, Progress, Resources
 from everyscope.run.jobs.ray_task import ADDRESS_VARIABLE
 from everyscope.train.config import TrainConfig
-from everyscope.train.run import run as train_bank
+from everyscope.train.run import run_counting_rows as train_bank
 
 FIND_SECONDS, POLL_SECONDS, CONNECT_SECONDS = 120.0, 0.2, 5.0
 """How long a bank waits for its server to come up, how often it looks, and how long a connection may take [s]."""

@@ -57,7 +57,9 @@ def check(stages: Stages, engine: EngineConfig, names: Sequence[str] = ALL_STAGE
 
 
 def check_device(name: str, field: str) -> None:
-    """ConfigError where `name` is no torch device, or one that this machine does not have."""
+    """ConfigError where `name` is no torch device, one that this machine does not have, or one without float64."""
+    if name.partition(":")[0] == "mps":
+        raise ConfigError(f"{field}={name!r}: statistics and scores are summed in float64, which MPS does not have; set cpu")
     try:
         torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError, NotImplementedError) as error:

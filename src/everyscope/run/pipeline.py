@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from everyscope.activations.serve.config import ServeConfig
 from everyscope.activations.serve.live import LiveOrigin
 from everyscope.activations.serve.run import serve
 from everyscope.base.errors import ConfigError
-from everyscope.base.files import make_folder, storage_errors, write_json
+from everyscope.base.files import make_folder, read_json, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
 from everyscope.describe.run import run as describe
 from everyscope.harvest.live import LiveHarvest
@@ -40,6 +41,8 @@ from everyscope.run.stage_jobs import (
 )
 from everyscope.run.stages import RECIPE_FILE, Part, Stages, stages_of
 from everyscope.sites.model import quiet_transformers
+from everyscope.train.run import speed_path
+from everyscope.train.spending import together
 
 LOCK_FILE = ".lock"
 JOBS_FOLDER = "jobs"
@@ -106,16 +109,24 @@ def run_harvest(stages: Stages, engine: Engine = THIS_HOST, partition: tuple[int
             say("  other partitions are not finished; the last one to finish seals the folder")
 
 
-def run_training(stages: Stages, engine: Engine = THIS_HOST) -> None:
-    """Shards to folded SAEs, one training group a job; from activation servers of the shards, if the engine's settings say so."""
+def run_training(stages: Stages, engine: Engine = THIS_HOST) -> dict[str, Any]:
+    """Shards to folded SAEs, one training group a job; from activation servers of the shards, if the engine's settings say so.
+
+    The result is what the groups' last runs spent, as `Spending.as_json` gives it.
+    """
     heading("train")
     groups = stages.groups
     jobs = bank_jobs(groups, stages.d_in, engine.settings, stages.devices)
     if engine.settings.serve and stages.servers is None:
         jobs = served(jobs, engine.settings, stages.out / JOBS_FOLDER)
     workers = bank_workers(groups, engine.settings) if isinstance(engine.runner, LocalRunner) else engine.settings.workers
-    engine.runner.run(jobs, "training groups", "steps", workers)
+    engine.runner.run(jobs, "training groups", "rows", workers)
+    spent = together([read_json(path) for path in map(speed_path, groups) if path.is_file()])
+    if spent["rows"]:
+        shares = ", ".join(f"{share:.0%} {part}" for part, share in spent["shares"].items())
+        say(f"  {human_count(spent['rows_per_second'])} rows/s in each process; time: {shares}")
     say(f"  {sum(len(group.saes) for group in groups)} SAEs in {len(groups)} training groups, in {stages.out / 'train'}")
+    return spent
 
 
 def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:

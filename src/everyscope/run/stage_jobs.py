@@ -46,7 +46,7 @@ from everyscope.suite.layout import METRICS_FILE
 from everyscope.train.config import TrainConfig
 from everyscope.train.memory import CONTEXT_BYTES, bytes_of
 from everyscope.train.run import is_finished
-from everyscope.train.run import run as train_bank
+from everyscope.train.run import run_counting_rows as train_bank
 
 COMPARISONS: dict[type, Callable[[Any], Path]] = {
     WidthsConfig: widths.run,
@@ -107,7 +107,7 @@ def bank_jobs(banks: Sequence[TrainConfig], d_in_of: WidthOf, engine: EngineConf
             bank,
             name if names.count(name) == 1 else f"{bank.out.parent.parent.parent.name} {name}",
             bank_resources(bank, d_in_of(bank), workers, engine, devices),
-            units=bank.steps,
+            units=bank.steps * bank.settings.batch_rows,
             cost=work_of(bank, d_in_of(bank)),
         )
         for bank, name in zip(pending, names, strict=True)

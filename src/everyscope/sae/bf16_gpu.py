@@ -87,8 +87,8 @@ class GpuBfloat16:
         for rounded in self._rounded:
             rounded.refresh()
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations, in place; losses stay on the device.
+    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: None = None) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations, in place; losses stay on the device. It takes no target.
 
         A step that was skipped for want of room reports the reconstruction of the last one that was not.
         """
@@ -129,8 +129,8 @@ class GpuBfloat16:
             arrival.record()
 
     def steps_done(self) -> Tensor:
-        """The steps that are done when this one is, [], on the device."""
-        return self._numbers[0, 0]
+        """The steps that are done when this one is, [], int32, on the device."""
+        return self._numbers[0, 0].int()
 
     def _choose(self, number: int, count: int, rows: int) -> None:
         share, crossover = count / (rows * self._widest(self.saes[number])), float(self._crossover[number])

@@ -93,10 +93,10 @@ class Work:
         """Made when it is first asked for."""
         if self._dense is None:
             rows, width, d_in = self.shape
-            products = [self._empty(rows, width, dtype=torch.bfloat16) for _ in range(2)]
+            f, d_f = (self._empty(rows, width, dtype=torch.bfloat16) for _ in range(2))
             start = torch.arange(width + 1, device=self._device)
             sums = Segments(start, self._empty(width, d_in), self._empty(width, d_in), self._empty(width, 2))
-            self._dense = Dense(*products, sums, Lists(torch.zeros_like(start), self.lists.row, self.lists.pre))
+            self._dense = Dense(f, d_f, sums, Lists(torch.zeros_like(start), self.lists.row, self.lists.pre))
         return self._dense
 
     def forward(self, rounded: Rounded, x: Tensor, counts: Tensor, by_pairs: bool, collective: Collective) -> Seen:
@@ -120,7 +120,7 @@ class Work:
         lists.start.mul_(fits)
         list_pairs(
             self.pre, p["b_enc"], p["threshold"], bandwidth, (self.by_row, self.row_start, *self.row_list),
-            (self.by_latent, *lists), counts, self.further.start[1:], ROUNDED_SEGMENT,
+            (self.by_latent, lists.start, lists.row, lists.pre), counts, self.further.start[1:], ROUNDED_SEGMENT,
         )  # fmt: skip
         torch.cumsum(self.further.start[1:], 0, out=self.further.start[1:])
         batch = len(x) * mesh.replicas

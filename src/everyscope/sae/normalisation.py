@@ -38,10 +38,15 @@ class Normalisation:
             if self.mean is not None:
                 rows = rows - self.mean.astype(np.float32)
             return torch.from_numpy(self._shortened_on_cpu(rows / np.float32(self.scale)))
+        mean = None if self.mean is None else torch.as_tensor(self.mean, dtype=torch.float32, device=batch.device)
+        return self.on_device(batch, mean)
+
+    def on_device(self, batch: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"] | None) -> Float[Tensor, "batch d_in"]:
+        """The same where `mean` lies on the batch's device already: nothing is copied, and nothing waits."""
         if self.norm_limit < math.inf:
             batch = _replaced(batch, is_massive(batch, self.norm_limit))
-        if self.mean is not None:
-            batch = batch - torch.as_tensor(self.mean, dtype=torch.float32, device=batch.device)
+        if mean is not None:
+            batch = batch - mean
         x = batch / self.scale
         return _shortened(x, self.largest_row) if self.largest_row < math.inf else x
 

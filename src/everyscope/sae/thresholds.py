@@ -75,10 +75,11 @@ def _gathered(part: Tensor, axis: Axis, collective: Collective) -> Tensor:
 
 
 @torch.no_grad()
-def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int, collective: Collective = ALONE) -> None:
+def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int | Tensor, collective: Collective = ALONE) -> None:
     """Move all thresholds by what brings L0 to its target, to first order: a Newton step, damped, on the pairs just seen.
 
-    Latents that have been silent for the recipe's revive_steps, of `steps` done, come down besides, until they fire.
+    Latents that have been silent for the recipe's revive_steps, of `steps` done (a number, or [] on the device), come down
+    besides, until they fire.
 
     Pairs below their threshold fill half a bandwidth, so (pairs - L0) / (bandwidth / 2) is how much L0 falls per unit of
     threshold. Meanwhile latents compete as in BatchTopK (arXiv 2412.06410), whose common cut this is.

@@ -23,7 +23,7 @@ from everyscope.sae.presets import PresetName, preset_of
 from everyscope.sae.trainable import StepLosses
 from everyscope.sites.names import Site, as_site
 from everyscope.train.bank import Bank, TargetSide, normalisation_for
-from everyscope.train.config import EngineName, SinkName
+from everyscope.train.config import EngineName, Precision, SinkName, products_of
 from everyscope.train.metrics import losses_row
 from everyscope.train.run import fit
 from everyscope.train.sinks import Sink, opened_sinks
@@ -82,6 +82,7 @@ def train_saes(
     seed: int = 0,
     device: str = "cpu",
     engine: EngineName = "auto",
+    precision: Precision = "auto",
     callback: Callback | None = None,
     report_to: SinkName | Sequence[SinkName] = (),
     report_folder: str | Path = ".",
@@ -94,7 +95,8 @@ def train_saes(
     All SAEs see the same batches of `batch_rows` rows: `num_tokens` rows in all, or `num_passes` times all rows; give one of the
     two. `seed` shuffles an array once. Rows whose norm is above `max_norm` times the median norm are left out; None keeps all.
     `preset`, as "fast" for 10^5 to 10^8 rows, sets the recipe of all configs. `callback` hears of every step, `report_to` sends
-    losses to "wandb" or "tensorboard" every `log_steps` steps. `site` and `model` go into the SAEs' metadata.
+    losses to "wandb" or "tensorboard" every `log_steps` steps. `precision` is that of products on CUDA, bfloat16 unless float32
+    is asked for. `site` and `model` go into the SAEs' metadata.
 
     ConfigError for numbers that cannot be, ShapeMismatch and NonFinite for arrays that are no activations, DataError where all
     rows are equal, MissingExtra for a sink that is not installed.
@@ -102,7 +104,8 @@ def train_saes(
     source = _source_of(activations, seed)
     chosen = _chosen(configs, preset, source.d_in)
     steps = num_steps(source.num_rows, num_tokens, num_passes, batch_rows)
-    bank = Bank(chosen, source.d_in, normalisation_for(chosen, source.statistics, max_norm), steps, device, engine)
+    normalisation, products = normalisation_for(chosen, source.statistics, max_norm), products_of(device, engine, precision)
+    bank = Bank(chosen, source.d_in, normalisation, steps, device, engine, products=products)
     reporting = _Reporting(
         callback, (report_to,) if isinstance(report_to, str) else tuple(report_to), Path(report_folder), log_steps
     )

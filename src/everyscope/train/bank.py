@@ -6,7 +6,7 @@ Of several ranks each has a bank with its own latents of every SAE, and steps it
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -21,8 +21,9 @@ from everyscope.sae.normalisation import Normalisation, normalised_pair
 from everyscope.sae.schedules import is_driven
 from everyscope.sae.thresholds import drive_thresholds, warm_start
 from everyscope.sae.trainable import LATENT_AXIS, StepLosses, fold, new_sae
-from everyscope.train.config import EngineName, check_configs
-from everyscope.train.engines import engine_for
+from everyscope.train.config import EngineName, Products, check_configs
+from everyscope.train.engines import Replayable, engine_for
+from everyscope.train.replay import CudaGraphs, Replay
 
 
 def normalisation_for(configs: Sequence[SaeConfig], statistics: Statistics, max_norm: float | None) -> Normalisation:
@@ -63,24 +64,32 @@ class Bank:
         engine: EngineName = "auto",
         collective: Collective = ALONE,
         target: TargetSide | None = None,
-        products: Literal["float32", "bfloat16"] = "float32",
+        products: Products = "float32",
     ) -> None:
         """New SAEs for activations that `normalisation` brings to unit mean squared norm; transcoders where there is a `target`.
 
         ConfigError for transcoders whose recipe or ranks cannot be theirs, and for SAEs with a skip.
         """
         check_configs(configs, target is not None, collective.mesh.ranks)
-        self.collective, self.target, self.products = collective, target, products
+        self.collective, self.target = collective, target
         d_out = None if target is None else target.d_out
         self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width), d_out) for config in configs]
         self.normalisation, self.steps, self.num_steps_done = normalisation, steps, 0
-        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective, products)
+        self.products: Products = "float32" if target is not None else products  # transcoders have no kernels for less
+        self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective, self.products)
+        self._replayable = self._engine if isinstance(self._engine, Replayable) else None
+        is_recorded = self.device.type == "cuda" and collective.mesh.ranks == 1
+        self._replay = Replay(CudaGraphs() if is_recorded else None)
+        mean = normalisation.mean
+        self._mean = None if mean is None else torch.from_numpy(mean).float().to(self.device)
 
     def step(self, batch: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None) -> list[StepLosses]:
         """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device.
 
-        Of transcoders, `target` has the raw rows to predict.
+        Of transcoders, `target` has the raw rows to predict. On a GPU `fired` is good until the next step.
         """
+        if self._replayable is not None:
+            return self._step_on_gpu(batch.to(self.device), self._replayable)
         x, y = self._normalised(batch, target)
         if self.num_steps_done == 0:
             self._start_warm(x, y)
@@ -92,10 +101,37 @@ class Bank:
                 drive_thresholds(sae, loss, self.num_steps_done, self.collective)
         return losses
 
+    @torch.no_grad()
+    def _step_on_gpu(self, batch: Float[Tensor, "batch d_in"], engine: Replayable) -> list[StepLosses]:
+        """`step`, from a recording where there is one; nothing that is recorded depends on a number of the host."""
+        step = self.num_steps_done
+        with torch.cuda.device_of(batch):  # Triton launches on the current device
+            if step == 0:
+                self._start_warm(self.normalisation.on_device(batch.float(), self._mean), None)
+            ways = engine.prepare(len(batch), step, self.steps)
+            driven = tuple(is_driven(sae.config, step, self.steps) for sae in self.saes)
+            numbers, losses = self._replay.run((ways, driven), partial(self._on_device, engine, ways, driven), batch)
+            engine.settle(step)
+        self.num_steps_done += 1
+        copies = [list(of_sae) for of_sae in numbers.clone()]
+        return [StepLosses(one[0], one[1], one[2], loss.fired) for one, loss in zip(copies, losses, strict=True)]
+
+    def _on_device(
+        self, engine: Replayable, ways: tuple[bool, ...], driven: tuple[bool, ...], batch: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "saes 3"], list[StepLosses]]:
+        """The device's part of a step: of each SAE the reconstruction's error, L0 and pairs, and its losses."""
+        losses = engine.launch(self.normalisation.on_device(batch.float(), self._mean), ways)
+        done = engine.steps_done()
+        for sae, loss, moves in zip(self.saes, losses, driven, strict=True):
+            sae.last_fired.copy_(torch.where(loss.fired > 0, done, sae.last_fired))
+            if moves:
+                drive_thresholds(sae, loss, done, self.collective)
+        return torch.stack([torch.stack((loss.reconstruction, loss.l0, loss.pairs)) for loss in losses]), losses
+
     def _normalised(self, batch: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the engine takes."""
         if self.target is None:
-            return self.normalisation(batch.to(self.device)), None
+            return self.normalisation(batch.to(self.device, torch.float32)), None
         assert target is not None, "transcoders are stepped on rows of both sides"
         return normalised_pair(self.normalisation, self.target.normalisation, batch.to(self.device), target.to(self.device))
 

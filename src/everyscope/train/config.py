@@ -17,12 +17,24 @@ EngineName = Literal["auto", "dense", "pairs"]
 """auto takes pairs where there are kernels for the device; these step densely by themselves while the code is dense."""
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of products and gathers; weights, Adam's means and all sums are float32 in any case."""
+Products = Literal["float32", "bfloat16"]
 SinkName = Literal["wandb", "tensorboard"]
 SINKS: tuple[SinkName, ...] = get_args(SinkName)
 """Where metrics can go besides metrics.jsonl; each is an optional package."""
 
 PLACES = ("shards", "target_shards", "source", "target_source", "order", "tls_roots", "out")
 """Fields that tell where things are, and not what is trained."""
+
+
+def products_of(device: str, engine: EngineName, precision: Precision) -> Products:
+    """The precision that steps have on this device by this engine; ConfigError where it has no kernels for the one asked for."""
+    has_kernels = device.partition(":")[0] == "cuda" and engine != "dense"
+    if precision == "bfloat16" and not has_kernels:
+        raise ConfigError(
+            f"precision=bfloat16 with device={device}, engine={engine}: bfloat16 has kernels for device=cuda with engine=auto or "
+            "pairs; choose these, or precision=float32"
+        )
+    return "bfloat16" if has_kernels and precision != "float32" else "float32"
 
 
 class BankSettings(Schema):
@@ -58,22 +70,16 @@ class BankSettings(Schema):
 
     @model_validator(mode="after")
     def _check_precision(self) -> "BankSettings":
-        if self.precision == "bfloat16" and not self.has_bfloat16_kernels:
-            raise ValueError(
-                f"precision=bfloat16 with device={self.device}, engine={self.engine}: bfloat16 has kernels for device=cuda with "
-                "engine=auto or pairs; choose these, or precision=float32"
-            )
+        try:
+            products_of(self.device, self.engine, self.precision)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @property
-    def has_bfloat16_kernels(self) -> bool:
-        """Whether steps can be computed in bfloat16."""
-        return self.device.partition(":")[0] == "cuda" and self.engine != "dense"
-
-    @property
-    def products(self) -> Literal["float32", "bfloat16"]:
+    def products(self) -> Products:
         """The precision that steps have."""
-        return "bfloat16" if self.precision != "float32" and self.has_bfloat16_kernels else "float32"
+        return products_of(self.device, self.engine, self.precision)
 
     @property
     def ranks(self) -> int:
@@ -157,6 +163,11 @@ class TrainConfig(Schema):
         seat = site_of(self.site, self.writes or self.site)
         assert seat is not None, "checked when the config was built"
         return seat
+
+    @property
+    def products(self) -> Products:
+        """The precision that steps have; transcoders have no kernels for less than float32."""
+        return self.settings.products if self.writes is None else "float32"
 
     @property
     def steps(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Literal, Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +12,7 @@ from everyscope.sae.across_ranks import shared_dense_update
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
-from everyscope.train.config import EngineName
+from everyscope.train.config import EngineName, Products
 
 
 class Engine(Protocol):
@@ -30,6 +30,27 @@ class Engine(Protocol):
 
     def refresh(self) -> None:
         """Take notice that SAEs and tensors were changed from outside."""
+        ...
+
+
+@runtime_checkable
+class Replayable(Engine, Protocol):
+    """An engine whose steps are divided into what the host decides and what only the device does."""
+
+    def prepare(self, rows: int, step: int, steps: int) -> tuple[bool, ...]:
+        """Decide how this step is launched, and send its numbers to the device."""
+        ...
+
+    def launch(self, x: Float[Tensor, "batch d_in"], ways: tuple[bool, ...]) -> list[StepLosses]:
+        """The device's part, on normalised activations."""
+        ...
+
+    def settle(self, step: int) -> None:
+        """Send what later steps are decided by to the host."""
+        ...
+
+    def steps_done(self) -> Tensor:
+        """The steps that are done when this one is, [], int32, on the device."""
         ...
 
 
@@ -67,7 +88,7 @@ def engine_for(
     saes: Sequence[TrainableSae],
     device: str,
     collective: Collective = ALONE,
-    products: Literal["float32", "bfloat16"] = "float32",
+    products: Products = "float32",
 ) -> Engine:
     """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels.
 
@@ -81,9 +102,9 @@ def engine_for(
         raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")
     if name == "dense" or not has_kernels:
         return Dense(saes, collective)
-    if kind == "cpu":
-        return CpuPairs(saes, collective)
-    # Only here: they need Triton, which comes with CUDA builds of torch alone.
+    # Kernels for CUDA only here: they need Triton, which comes with CUDA builds of torch alone.
     if products == "bfloat16":
         return import_module("everyscope.sae.bf16_gpu").GpuBfloat16(saes, collective)
+    if kind == "cpu":
+        return CpuPairs(saes, collective)
     return import_module("everyscope.sae.pairs_gpu").GpuPairs(saes, collective=collective)

@@ -93,8 +93,8 @@ def dense_bytes(part: Part, is_shared: bool = False) -> int:
 
 
 def batch_bytes(rows: int, d_in: int) -> int:
-    """The batch in use as it came and normalised, and the next one, float32 [bytes]."""
-    return 3 * 4 * rows * d_in
+    """The batch in use as it came and normalised, and those under way to a GPU (train/feed.py), float32 [bytes]."""
+    return 5 * 4 * rows * d_in
 
 
 def parts_of(saes: Sequence[SaeConfig], d_in: int, settings: BankSettings) -> list[Part]:

@@ -43,11 +43,14 @@ from everyscope.train.launch import Seat, launch
 from everyscope.train.metrics import losses_row
 from everyscope.train.process_group import Group, file_store
 from everyscope.train.sinks import Sink, opened_sinks
+from everyscope.train.spending import Spending
 
 Hook = Callable[[Bank, list[StepLosses]], None]
 """Called after every step; looks, never changes weights."""
 
 
+TOLD_STEPS = 16
+"""Progress in rows is told of so many steps at once, so that telling costs less than the work [steps]."""
 STOP_STEPS = 8
 """Ranks ask one another so often whether one was told to stop: to ask, they wait for their devices [steps]."""
 
@@ -63,6 +66,22 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
         launch(_at_seat, config, config.settings.ranks, progress)
     else:
         run_rank(config, ALONE, progress)
+
+
+def run_counting_rows(config: TrainConfig, progress: Callable[[int], None]) -> None:
+    """`run`, whose `progress` hears of rows, not of every step alone."""
+    waiting = 0
+
+    def count(steps: int) -> None:
+        nonlocal waiting
+        waiting += steps
+        if waiting >= TOLD_STEPS:
+            progress(waiting * config.settings.batch_rows)
+            waiting = 0
+
+    run(config, count)
+    if waiting:
+        progress(waiting * config.settings.batch_rows)
 
 
 def run_rank(
@@ -133,8 +152,10 @@ def train(
         termination() as is_asked_to_stop,
     ):
         with closing(saver):
-            fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
+            spent = fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
             saver.wait()
+        if leads and spent.num_rows:
+            write_json(speed_path(config), spent.as_json() | {"device": str(bank.device), "precision": bank.products})
         log_bytes = log.num_bytes if log else 0
         if log is not None:
             log.close()
@@ -157,8 +178,8 @@ def _new_bank(config: TrainConfig, source: Source | Aligned, device: str, collec
     sources = sides_of(source)
     normalisation, *others = [normalisation_for(config.saes, side.statistics, config.max_norm) for side in sources]
     target = TargetSide(sources[1].d_in, others[0]) if others else None
-    settings, d_in = config.settings, sources[0].d_in
-    return Bank(config.saes, d_in, normalisation, config.steps, device, settings.engine, collective, target, settings.products)
+    where = (device, config.settings.engine, collective, target, config.products)
+    return Bank(config.saes, sources[0].d_in, normalisation, config.steps, *where)
 
 
 def _save_alone(config: TrainConfig, bank: Bank, source: Source | Aligned) -> None:
@@ -201,13 +222,18 @@ def any_of(collective: Collective, said: bool) -> bool:
     return bool(of_all(collective, torch.tensor(float(said))).max() > 0)
 
 
-def fit(bank: Bank, source: Source | Aligned, batch_rows: int, hooks: list[Hook]) -> None:
+def fit(bank: Bank, source: Source | Aligned, batch_rows: int, hooks: list[Hook]) -> Spending:
     """Take the bank from where it stands to its last step. A batch is a function of the step, so resuming needs no more."""
-    mesh = bank.collective.mesh
-    for batch in batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device, mesh.replica, mesh.replicas):
-        losses = bank.step(*batch)
-        for hook in hooks:
-            hook(bank, losses)
+    mesh, spent = bank.collective.mesh, Spending()
+    rows = batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device, mesh.replica, mesh.replicas)
+    for batch in spent.waiting(rows):
+        with spent.on("steps"):
+            losses = bank.step(*batch)
+        with spent.on("saving"):
+            for hook in hooks:
+                hook(bank, losses)
+        spent.num_rows += batch_rows
+    return spent
 
 
 def sides_of(source: Source | Aligned) -> tuple[Source, ...]:
@@ -223,6 +249,11 @@ def run_id_of(config: TrainConfig, source: Source | Aligned) -> str:
 def checkpoint_path(config: TrainConfig) -> Path:
     """Where a bank in training keeps its state, or several ranks theirs beside it; gone when it is finished."""
     return config.out / f"bank_{config.bank_id}.safetensors"
+
+
+def speed_path(config: TrainConfig) -> Path:
+    """Where a bank's last run says how fast it was, and what took its time."""
+    return config.out / f"bank_{config.bank_id}.speed.json"
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -306,7 +337,7 @@ def record_of(
         "steps": config.steps,
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
-        "precision": config.settings.products,
+        "precision": config.products,
         "parents": [side.identity for side in sides],
         "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},

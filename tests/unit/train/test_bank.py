@@ -87,3 +87,19 @@ def test_configs_refuse_what_cannot_be(tmp_path):
 def test_pairs_where_there_are_no_kernels_are_refused():
     with pytest.raises(ConfigError, match="engine=auto or dense"):
         engine_for("pairs", [], "mps")
+
+
+def test_a_checkpoint_of_another_precision_is_refused(tmp_path):
+    def bank(products):
+        return Bank([SaeConfig(width=6, sparsity_coefficient=1e-3)], 8, Normalisation(1.0), 5, products=products)
+
+    pytest.importorskip("triton")
+    path = tmp_path / "bank.safetensors"
+    save_checkpoint(path, bank("bfloat16"), "run", 0)
+    with pytest.raises(DataError, match="was trained in bfloat16, this run trains in float32; set precision=bfloat16"):
+        load_checkpoint(path, bank("float32"), "run")
+    assert load_checkpoint(path, bank("bfloat16"), "run").num_steps_done == 0
+    save_checkpoint(path, bank("float32"), "run", 0)
+    assert load_checkpoint(path, bank("float32"), "run").num_steps_done == 0
+    with pytest.raises(DataError, match="was trained in float32"):
+        load_checkpoint(path, bank("bfloat16"), "run")

@@ -61,6 +61,11 @@ class LocalSource:
         self._rows_ahead, self._ahead = read_ahead_bytes // row_bytes, (0, 0)
         self._is_pinned, self._memory = is_pinned, RecycledMemory()
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """What the shards hold; `batch_into` fills memory of this type without rounding."""
+        return TORCH_DTYPE[self.shards.manifest.dtype]
+
     def batch(self, step: int, rows: int) -> Float[Tensor, "rows d_in"]:
         """Batch `step`, float32; DamagedData, naming the shard, where its bytes differ from their checksum."""
         if self._is_pinned:

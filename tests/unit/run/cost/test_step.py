@@ -37,7 +37,7 @@ TPU = DEVICES["tpuv3"]
 
 def test_traffic_by_pairs_is_what_the_benchmark_counts():
     sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
-    benchmark = importlib.import_module("training_gpu")
+    benchmark = importlib.import_module("gpu_ways")
     rows, d_in, width, touched, pairs, listed = 64, 24, 512, 70, 3.5, 350
     way = SimpleNamespace(
         sae=SimpleNamespace(config=SimpleNamespace(width=width), touched=torch.tensor([9] * touched + [2] * 5)),
