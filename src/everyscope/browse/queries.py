@@ -22,6 +22,9 @@ SITE_TITLES: dict[SiteKind, str] = {
     "mlp_out": "MLP output",
     "resid_post": "Residual stream",
     "embed": "Embedding",
+    "mlp_in": "MLP input",
+    "resid_mid": "Residual stream before the MLP",
+    "transcoder": "Transcoder",
 }
 MAX_VARIABLES = 500
 """Values in one SQL question; SQLite's own limit is higher."""
