@@ -154,9 +154,17 @@ class SuiteModel:
         return tuple(self._pieces[token] for token in tokens)
 
 
-def pushed(x: Float[Tensor, "... d_in"], pushes: Sequence[tuple[Sae, dict[int, float]]]) -> Float[Tensor, "... d_in"]:
-    """Activations x to x + decode(f') - decode(f), where f' is their code f with strengths added to it, and never below 0."""
-    total = x
+def pushed(
+    x: Float[Tensor, "... d_in"],
+    written: Float[Tensor, "... d_out"] | None = None,
+    *,
+    pushes: Sequence[tuple[Sae, dict[int, float]]],
+) -> Float[Tensor, "... d_out"]:
+    """Activations x to x + decode(f') - decode(f), where f' is their code f with strengths added to it, and never below 0.
+
+    Of transcoders, that is added to what is `written` behind what they read.
+    """
+    total = x if written is None else written
     for sae, strengths in pushes:
         latents = list(strengths)
         f = sae.encode(x)[..., latents]

@@ -22,6 +22,9 @@ SITE_TITLES: dict[SiteKind, str] = {
     "mlp_out": "MLP output",
     "resid_post": "Residual stream",
     "embed": "Embedding",
+    "mlp_in": "MLP input",
+    "resid_mid": "Residual stream before the MLP",
+    "transcoder": "Transcoder",
 }
 DAMAGED_INDEX = (sqlite3.DatabaseError, zlib.error, KeyError, json.JSONDecodeError)
 """What shows that the file of an index was changed after it was written."""

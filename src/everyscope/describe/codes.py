@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from everyscope.base.errors import DataError, NonFinite
@@ -25,6 +25,7 @@ from everyscope.describe.targets import Target
 from everyscope.sae.folded import Sae
 from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
+from everyscope.sites.names import places_of
 
 CHUNK_ACTIVATIONS = 1 << 24
 """Latent activations held at once [numbers]; bounds memory at large widths."""
@@ -156,8 +157,7 @@ def collect(
         massive: list[list[np.ndarray]] = [[] for _ in saes]
         for rows in _batches(config, model, sequences, blocks, [target for target, _ in saes]):
             for part, places, (target, sae) in zip(parts, massive, saes, strict=True):
-                activations = rows.activations[target.site.folder]
-                is_large = is_massive(activations, target.norm_limit)
+                activations, is_large = rows.activations[target.site.inputs[0].folder], _is_large(rows, target)
                 usual = ~is_large.cpu().numpy()
                 part.append(encoded(sae, activations[~is_large], rows.places[usual]))
                 places.append(rows.places[~usual].astype(np.int32))
@@ -170,6 +170,13 @@ def collect(
         write_tensors(folder.portion(number), tensors, is_sealed=True)
 
 
+def _is_large(rows: "_Rows", target: Target) -> Bool[Tensor, " n"]:
+    """Which rows are massive for an SAE; for a transcoder, in what it reads or in what it predicts."""
+    reads, writes = target.site.inputs[0], target.site.outputs[0]
+    is_large = is_massive(rows.activations[writes.folder], target.norm_limit)
+    return is_large if reads == writes else is_large | is_massive(rows.activations[reads.folder], target.input_limit)
+
+
 @dataclass(frozen=True)
 class _Rows:
     activations: dict[str, Float[Tensor, "n d_in"]]
@@ -179,8 +186,8 @@ class _Rows:
 def _batches(
     config: DescribeConfig, model: Any, sequences: Sequences, blocks: range, targets: Sequence[Target]
 ) -> Iterator[_Rows]:
-    """The unmasked rows of each site of some blocks, a batch at a time."""
-    sites = sorted({target.site for target in targets})
+    """The unmasked rows of each place that SAEs of some blocks read or write, a batch at a time."""
+    sites = sorted(places_of(target.site for target in targets))
     for start in range(blocks.start, blocks.stop, config.batch_blocks):
         batch = slice(start, min(start + config.batch_blocks, blocks.stop))
         mask = torch.from_numpy(sequences.mask[batch])

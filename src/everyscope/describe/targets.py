@@ -66,6 +66,8 @@ class Target:
     """Hash of its tensors."""
     norm_limit: float
     """Tokens whose activation has a larger norm are massive: they count for this SAE as little as BOS does. Infinite for none."""
+    input_limit: float
+    """Of a transcoder, the same of what it reads, beside `norm_limit` of what it writes; infinite for SAEs."""
     relatives: tuple[tuple[int, int], ...]
     """Whom it is compared with: (relation, number)."""
     identity: str
@@ -128,6 +130,7 @@ def find_targets(config: DescribeConfig) -> tuple[Target, ...]:
                 its.l0,
                 its.sae,
                 its.norm_limit,
+                its.input_limit,
                 relatives,
                 identity,
                 surroundings,
@@ -146,6 +149,7 @@ class _Found:
     l0: float
     sae: str
     norm_limit: float
+    input_limit: float
 
 
 def _found(config: DescribeConfig, folder: Path) -> _Found:
@@ -156,12 +160,12 @@ def _found(config: DescribeConfig, folder: Path) -> _Found:
     metrics = read_metrics(scores / METRICS_FILE)
     try:
         width, l0 = int(metrics["width"]), float(metrics["l0"])
-        limit = (metrics.get("massive") or {}).get("norm_limit")
+        limits = [(metrics.get("massive") or {}).get(name) for name in ("norm_limit", "input_norm_limit")]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{scores / METRICS_FILE}: has no width or no l0; run `everyscope evaluate` again") from error
     site = parse_folder(place.parent.as_posix())
-    norm_limit = math.inf if limit is None else float(limit)
-    return _Found(site, folder.name, folder, scores / LATENTS_FILE, width, l0, weights_digest(folder), norm_limit)
+    norm_limit, input_limit = (math.inf if limit is None else float(limit) for limit in limits)
+    return _Found(site, folder.name, folder, scores / LATENTS_FILE, width, l0, weights_digest(folder), norm_limit, input_limit)
 
 
 def _relatives(number: int, saes: Sequence[_Found]) -> tuple[tuple[int, int], ...]:
@@ -174,7 +178,7 @@ def _relatives(number: int, saes: Sequence[_Found]) -> tuple[tuple[int, int], ..
         WIDER: lambda its: its.site == own.site and its.width == wider,
         NARROWER: lambda its: its.site == own.site and its.width == narrower,
     }
-    if own.site.kind in ("resid_post", "mlp_out"):  # heads of different layers share no coordinates
+    if own.site.kind not in ("attn_out", "embed"):  # heads of different layers share no coordinates
         for relation, step in ((PREVIOUS_LAYER, -1), (NEXT_LAYER, 1)):
             wanted[relation] = lambda its, layer=own.site.layer + step: (
                 its.site.kind == own.site.kind and its.site.layer == layer and its.width == own.width

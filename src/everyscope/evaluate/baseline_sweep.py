@@ -21,8 +21,9 @@ from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of
+from everyscope.evaluate.linear import LinearMap
 from everyscope.evaluate.losses import next_token_losses
-from everyscope.evaluate.passes import SiteRows, captured, clean_pass, site_rows, spliced_logits
+from everyscope.evaluate.passes import SiteRows, captured, clean_pass, rows_at, spliced_logits
 from everyscope.evaluate.sums import State, restore_part, save_part
 from everyscope.evaluate.work import Counter
 from everyscope.sites.capture import Activations, capture
@@ -66,11 +67,11 @@ class BaselineSums:
     """What is summed for one baseline of one size."""
 
     errors: Float[Tensor, ""]
-    """sum ||x - x_hat||^2 over usual rows, of a random dictionary."""
+    """sum ||x - x_hat||^2 over usual rows, of a random dictionary or linear map."""
     massive_errors: Float[Tensor, ""]
     """The same over massive rows."""
     firings: Float[Tensor, ""]
-    """Its directions that fire, over usual rows [latents]."""
+    """Its directions that fire, over usual rows; a linear map's inputs [latents]."""
     rows: Float[Tensor, ""]
     """Usual rows [tokens]."""
     spliced: Float[Tensor, ""]
@@ -105,6 +106,7 @@ class _Sweep:
 
     model: Any
     calibrations: dict[Site, Calibration]
+    """Of every place that is read or written."""
     sites: dict[Site, SiteBaselines]
     sizes: dict[tuple[Site, Baseline], BaselineSums]
     edits: dict[tuple[Site, Baseline], Edit]
@@ -112,8 +114,12 @@ class _Sweep:
     """Blocks in which ablations and sized baselines are spliced [blocks]."""
 
     def sized(self, start: int) -> list[tuple[Site, Baseline]]:
-        """The sized baselines that need the rows of a batch that starts at block `start`: dictionaries need all."""
-        return [key for key in self.sizes if start < self.head or key[1].kind == "random_dictionary"]
+        """The sized baselines that need the rows of a batch that starts at block `start`: some need all."""
+        return [key for key in self.sizes if start < self.head or key[1].needs_rows]
+
+    def calibration(self, site: Site) -> Calibration:
+        """Of what coders at `site` write."""
+        return self.calibrations[site.outputs[0]]
 
     def passes(self, start: int) -> int:
         """Forward passes that the batch which starts there takes."""
@@ -127,14 +133,19 @@ def measure_baselines(
     held_out: HeldOut,
     calibrations: dict[Site, Calibration],
     wanted: dict[Site, set[Baseline]],
+    linear: dict[Site, LinearMap],
     work: Counter,
 ) -> Measured:
     """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are.
 
+    `calibrations` are of places, `linear` of the sites that read one place and write another.
+
     `work` counts the blocks of each pass. What the passes have cost is entered with the scores, before the sums they paid for.
     """
     device = torch.device(config.model.device)
-    sites = {site: SiteBaselines.start(len(calibrations[site].mean), held_out.sizes["document"], device) for site in wanted}
+    sites = {
+        site: SiteBaselines.start(len(calibrations[site.outputs[0]].mean), held_out.sizes["document"], device) for site in wanted
+    }
     sizes = {(site, baseline): BaselineSums.start() for site, found in sorted(wanted.items()) for baseline in sorted(found)}
     parts: dict[str, Any] = {_name(site): part for site, part in sites.items()}
     parts |= {_name(*key): part for key, part in sizes.items()}
@@ -148,7 +159,10 @@ def measure_baselines(
         calibrations,
         {site: part for site, part in sites.items() if _name(site) in missing},
         pending,
-        {(site, baseline): edit_of(baseline, calibrations[site], config.seed) for site, baseline in pending},
+        {
+            (site, baseline): edit_of(baseline, calibrations[site.outputs[0]], config.seed, linear.get(site))
+            for site, baseline in pending
+        },
         config.baseline_blocks,
     )
     state = State({name: parts[name] for name in missing}, held_out.identity)
@@ -216,7 +230,7 @@ def _measure(sweep: _Sweep, batch: Batch, num_done: int) -> Iterator[int]:
     yield 1
     number = 0
     for site in sites:
-        here = site_rows(activations[site], batch, float(sweep.calibrations[site].norm_limit))
+        here = rows_at(site, activations, batch, sweep.calibrations)
         keys = [None] * (site in sweep.sites) + [key for key in sized if key[0] == site]
         for key in keys:
             number += 1
@@ -242,10 +256,11 @@ def _add_baseline(
 ) -> None:
     """Add what a sized baseline makes of one batch; `losses` are the untouched model's, where it is spliced in."""
     sums, edit = sweep.sizes[key], sweep.edits[key]
-    x_hat, firings = edit(here.usual)
-    if key[1].kind == "random_dictionary":
+    rows, massive = (here.read, here.read_massive) if key[1].kind == "linear" else (here.usual, here.massive)
+    x_hat, firings = edit(rows)
+    if key[1].needs_rows:
         sums.errors += _squared(here.usual, x_hat)
-        sums.massive_errors += _squared(here.massive, edit(here.massive)[0]) if len(here.massive) else 0
+        sums.massive_errors += _squared(here.massive, edit(massive)[0]) if len(massive) else 0
         sums.firings += firings.sum(dtype=torch.float64).cpu()
         sums.rows += len(here.usual)
     if batch.start < sweep.head:
@@ -260,7 +275,7 @@ def _squared(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> Floa
 
 def _square(sweep: _Sweep, site: Site, here: SiteRows) -> None:
     """Add the squares along components and coordinates, from which the errors of any number of them follow."""
-    sums, calibration = sweep.sites[site], sweep.calibrations[site]
+    sums, calibration = sweep.sites[site], sweep.calibration(site)
     for place, rows in enumerate((here.usual, here.massive)):
         centred = rows.double() - calibration.mean
         sums.pca[place] += (centred @ calibration.components).square().sum(0)
@@ -269,7 +284,7 @@ def _square(sweep: _Sweep, site: Site, here: SiteRows) -> None:
 
 def _ablate(sweep: _Sweep, batch: Batch, site: Site, here: SiteRows, activations: Activations) -> None:
     """Add the losses with zeros and with the training mean in the activations' place."""
-    rows, mean = here.usual, sweep.calibrations[site].mean.to(here.usual.dtype)
+    rows, mean = here.usual, sweep.calibration(site).mean.to(here.usual.dtype)
     replacements = (torch.zeros_like(rows), mean.expand_as(rows))
     losses = [_spliced(sweep, batch, site, replaced, here, activations) for replaced in replacements]
     sweep.sites[site].ablated.add(batch.loss_groups, torch.stack(losses, dim=1))

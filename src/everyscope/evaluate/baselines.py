@@ -1,4 +1,5 @@
-"""What an SAE's numbers must be held against: principal components, random directions and single coordinates at its own L0.
+"""What an SAE's numbers must be held against: principal components, random directions and single coordinates at its own L0; and a
+transcoder's: a linear map of what it reads, and as many principal components of what it writes, which see that itself.
 
 Zero and mean are ablations of a whole site (baseline_sweep.py). All are fitted to training rows alone.
 """
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from everyscope.evaluate.calibration import Calibration
+from everyscope.evaluate.linear import LinearMap
 from everyscope.sae.folded import Sae
 from everyscope.sae.functional import pre_activations
 
-BaselineKind = Literal["pca", "random_dictionary", "neuron_basis"]
+BaselineKind = Literal["pca", "random_dictionary", "neuron_basis", "linear"]
 THRESHOLD_BINS = 1 << 16
 """Steps between 0 and the largest pre-activation, of which one becomes a random dictionary's threshold."""
 CHUNK_ACTIVATIONS = 1 << 26
@@ -32,25 +34,37 @@ class Baseline:
 
     kind: BaselineKind
     size: int
-    """Components, coordinates, or the L0 that the threshold is set for [latents]."""
+    """Components, coordinates, or the L0 that the threshold is set for; 0 of a linear map, which has all inputs [latents]."""
     width: int = 0
     """Directions of a random dictionary; 0 for the others [latents]."""
 
     @property
     def name(self) -> str:
         """As in pca_25 or random_dictionary_512_25."""
+        if self.kind == "linear":
+            return self.kind
         return f"{self.kind}_{self.width}_{self.size}" if self.width else f"{self.kind}_{self.size}"
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether its errors are summed row by row; those of components and coordinates follow from their squares."""
+        return self.kind in ("random_dictionary", "linear")
 
-def baselines_of(l0: float, width: int) -> tuple[Baseline, ...]:
+
+def baselines_of(l0: float, width: int, *, is_transcoder: bool = False) -> tuple[Baseline, ...]:
     """The baselines of an SAE: each at its L0, rounded; the dictionary with as many directions as it has latents."""
     size = round(l0)
+    if is_transcoder:
+        return Baseline("pca", size), Baseline("linear", 0)
     return Baseline("pca", size), Baseline("random_dictionary", size, width), Baseline("neuron_basis", size)
 
 
-def edit_of(baseline: Baseline, calibration: Calibration, seed: int) -> Edit:
-    """What the baseline makes of activations."""
+def edit_of(baseline: Baseline, calibration: Calibration, seed: int, linear: LinearMap | None = None) -> Edit:
+    """What the baseline makes of activations; a `linear` map of what is read there."""
     match baseline.kind:
+        case "linear":
+            assert linear is not None, "a linear map is of a site that reads one place and writes another"
+            return lambda x: (linear(x), torch.full((len(x),), float(x.shape[1]), device=x.device))
         case "pca":
             return lambda x: _project(x, calibration, baseline.size)
         case "neuron_basis":

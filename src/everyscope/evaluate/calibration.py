@@ -28,7 +28,7 @@ from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
 from everyscope.sites.model import LanguageModel
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, places_of
 from everyscope.text.blocks import Block, read_blocks
 from everyscope.text.tokenizer import load_tokenizer
 
@@ -143,8 +143,10 @@ def limit_of(rows: Sequence[Float[Tensor, "rows d_in"]], max_norm: float | None)
 
 def source_of(config: EvaluateConfig, site: Site) -> str:
     """What the calibration of `site` is made from: the shards' identity and rows, or model, text and blocks; and which are left
-    out.
+    out. Of a transcoder's site, of both its places.
     """
+    if site.inputs != site.outputs:
+        return " ".join(source_of(config, place) for place in places_of([site]))
     version = f"version {CALIBRATION_VERSION} max_norm {config.max_norm}"
     if config.shards is not None:
         return f"shards {Shards(config.shards / site.folder).identity} {config.pca_rows} {version}"
@@ -155,7 +157,8 @@ def source_of(config: EvaluateConfig, site: Site) -> str:
 def calibrate(
     config: EvaluateConfig, sites: list[Site], language: LanguageModel, advance: Callable[[int], None] = lambda _: None
 ) -> dict[Site, Calibration]:
-    """The calibrations of `sites`; what forward passes they take goes into the scores' cost, and `advance` gets their blocks.
+    """The calibrations of `sites`, each of one place; what forward passes they take goes into the scores' cost, and `advance`
+    gets their blocks.
 
     Each is kept in the scores folder and made once. ShapeMismatch where the shards are of another model.
     """

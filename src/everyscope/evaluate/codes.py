@@ -10,12 +10,13 @@ from torch import Tensor
 from everyscope.evaluate.calibration import calibrate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.held_out import ranges_of, read_held_out
-from everyscope.evaluate.passes import CHUNK_ACTIVATIONS, site_rows
+from everyscope.evaluate.passes import CHUNK_ACTIVATIONS, rows_at
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.targets import Target
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.model import load_language_model
+from everyscope.sites.names import places_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: i
     model = language.model
     saes = {target.identity: rounded(target.sae().to(device), config.sae_dtype) for target in targets}
     sites = sorted({target.site for target in targets})
-    limits = {site: float(calibration.norm_limit) for site, calibration in calibrate(config, sites, language).items()}
+    places = sorted(places_of(sites))
+    calibrations = calibrate(config, places, language)
     ranges = ranges_of(held_out.num_sequences, (held_out.num_sequences, config.batch_blocks))
     for batch in held_out.batches(ranges, device):
-        activations = capture(model, sites, batch.input_ids)
-        rows = {site: site_rows(found, batch, limits[site]).usual for site, found in activations.items()}
+        activations = capture(model, places, batch.input_ids)
+        rows = {site: rows_at(site, activations, batch, calibrations).read for site in sites}
         yield {target.identity: sparse_codes(saes[target.identity], rows[target.site]) for target in targets}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from everyscope.evaluate.calibration import Calibration
 from everyscope.evaluate.groups import Groups, Tables, moments, part
 from everyscope.evaluate.held_out import Batch
+from everyscope.evaluate.linear import usual_pairs
 from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
 from everyscope.evaluate.sums import SaeState, SaeSums
 from everyscope.evaluate.targets import Target
@@ -21,7 +22,7 @@ from everyscope.sae.metrics import RowMeasures
 from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import Activations, capturing
 from everyscope.sites.hooks import visiting
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, places_of
 from everyscope.sites.registry import anatomy_of
 from everyscope.sites.splice import resuming, splice
 
@@ -39,7 +40,7 @@ class Evaluated:
     saes: dict[str, Sae]
     """By the identity of their scores, rounded as the config says, on the model's device."""
     calibrations: dict[Site, Calibration]
-    """On the model's device."""
+    """Of every place that is read or written, on the model's device."""
     baseline_blocks: int
     """Blocks, from the first on, in which ablations are spliced too [blocks]."""
 
@@ -48,9 +49,9 @@ class Evaluated:
         """The sites that have an SAE here, in order."""
         return sorted({target.site for target in self.targets})
 
-    def limit(self, site: Site) -> float:
-        """The norm above which rows are massive."""
-        return float(self.calibrations[site].norm_limit)
+    def calibration(self, site: Site) -> Calibration:
+        """Of what coders at `site` write."""
+        return self.calibrations[site.outputs[0]]
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,17 @@ class Clean:
     activations: Activations
     """Of the sites that were asked for, and of what spliced passes start from."""
     gradients: Activations
-    """Of the logits' sum in uniformity.py by the activations; empty unless it was asked for."""
+    """Of the logits' sum in uniformity.py by what each site writes; empty unless it was asked for."""
 
 
 def captured(sites: list[Site]) -> list[Site]:
-    """The sites and, for those inside a block, the residual stream that enters it."""
-    return sorted(set(sites) | {below for site in sites if (below := _entering(site)) is not None})
+    """The places of the sites and, for those inside a block, the residual stream that enters it."""
+    return sorted({*places_of(sites), *(below for site in sites if (below := _entering(site)) is not None)})
 
 
 def _entering(site: Site) -> Site | None:
     """The residual site whose activations suffice to start just before `site`; None where the embedding is needed."""
-    return Site("resid_post", site.layer - 1) if site.kind in ("attn_out", "mlp_out") and site.layer > 0 else None
+    return Site("resid_post", site.layer - 1) if site.kind not in ("resid_post", "embed") and site.layer > 0 else None
 
 
 def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool = False) -> Clean:
@@ -88,7 +89,9 @@ def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool
         gradients: Activations = {}
         if with_gradients:
             goal = centred_logits(logits.to(batch.mask.device), batch.input_ids, batch.mask)
-            gradients = dict(zip(sites, torch.autograd.grad(goal, [activations[site] for site in sites]), strict=True))
+            places = list(dict.fromkeys(site.outputs[0] for site in sites))
+            by_place = dict(zip(places, torch.autograd.grad(goal, [activations[place] for place in places]), strict=True))
+            gradients = {site: by_place[site.outputs[0]] for site in sites}
     # Of a model spread over devices everything comes to one, that of the SAEs.
     home = batch.mask.device
     found = {site: x.detach().to(home) for site, x in activations.items()}
@@ -107,7 +110,7 @@ def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_grad
     yield
     row_groups, number = batch.row_groups, 0
     for site in evaluated.sites:
-        calibration, here = evaluated.calibrations[site], site_rows(clean.activations[site], batch, evaluated.limit(site))
+        calibration, here = evaluated.calibration(site), rows_at(site, clean.activations, batch, evaluated.calibrations)
         groups, massive_groups = part(row_groups, here.is_usual), part(row_groups, ~here.is_usual)
         gradient = clean.gradients[site][here.mask] if with_gradients else None
         for place, target in enumerate(target for target in evaluated.targets if target.site == site):
@@ -121,8 +124,8 @@ def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_grad
                 _add_moments(state.sites[site], groups, here.usual, calibration.mean)
                 _add_moments(state.massive[site], massive_groups, here.massive, calibration.mean)
             sae, sums = evaluated.saes[target.identity], state.saes[target.identity]
-            x_hat = reconstruct(sae, here.usual, groups, sums, gradient)
-            measure_massive(sae, here.massive, massive_groups, sums)
+            x_hat = reconstruct(sae, here.usual, groups, sums, gradient, here.read)
+            measure_massive(sae, here.massive, massive_groups, sums, here.read_massive)
             logits = spliced_logits(evaluated.model, batch.input_ids, site, x_hat, here.mask, clean.activations)
             measured = losses_and_divergences(logits, clean.logits, batch.input_ids, batch.mask, f"{target.place} spliced in")
             sums.losses.add(loss_groups, torch.stack(measured, dim=1))
@@ -134,28 +137,53 @@ def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_grad
 class SiteRows:
     """The unmasked activations of one site in one batch, divided."""
 
-    usual: Float[Tensor, "n d_in"]
-    massive: Float[Tensor, "m d_in"]
+    usual: Float[Tensor, "n d_out"]
+    """What is to be reconstructed."""
+    massive: Float[Tensor, "m d_out"]
     is_usual: Bool[Tensor, " rows"]
     """Of unmasked rows, in order."""
     mask: Bool[Tensor, "batch ctx"]
     """True at usual positions: those that are spliced."""
+    read: Float[Tensor, "n d_in"]
+    """What coders read at the usual rows: of an SAE, `usual` itself."""
+    read_massive: Float[Tensor, "m d_in"]
+    """The same at massive ones."""
 
 
 def site_rows(activations: Float[Tensor, "batch ctx d_in"], batch: Batch, norm_limit: float) -> SiteRows:
     """The rows of a batch, massive ones apart."""
     rows = activations[batch.mask]
-    is_usual, mask = ~is_massive(rows, norm_limit), batch.mask.clone()
+    return _divided(rows, rows, ~is_massive(rows, norm_limit), batch)
+
+
+def rows_at(site: Site, activations: Activations, batch: Batch, calibrations: dict[Site, Calibration]) -> SiteRows:
+    """The same of a site that may write another place than it reads; there, what is massive in either is so."""
+    reads, writes = site.inputs[0], site.outputs[0]
+    if reads == writes:
+        return site_rows(activations[site], batch, float(calibrations[site].norm_limit))
+    rows, written = activations[reads][batch.mask], activations[writes][batch.mask]
+    return _divided(rows, written, usual_pairs(rows, written, calibrations[reads], calibrations[writes]), batch)
+
+
+def _divided(
+    read: Float[Tensor, "rows d_in"], written: Float[Tensor, "rows d_out"], is_usual: Bool[Tensor, " rows"], batch: Batch
+) -> SiteRows:
+    mask = batch.mask.clone()
     mask[batch.mask] = is_usual
-    return SiteRows(rows[is_usual], rows[~is_usual], is_usual, mask)
+    return SiteRows(written[is_usual], written[~is_usual], is_usual, mask, read[is_usual], read[~is_usual])
 
 
 def reconstruct(
-    sae: Sae, rows: Float[Tensor, "n d_in"], groups: Groups, sums: SaeSums, gradient: Float[Tensor, "n d_in"] | None = None
-) -> Float[Tensor, "n d_in"]:
-    """The reconstruction of usual rows, a chunk at a time, each chunk added to `sums`."""
+    sae: Sae,
+    rows: Float[Tensor, "n d_out"],
+    groups: Groups,
+    sums: SaeSums,
+    gradient: Float[Tensor, "n d_out"] | None = None,
+    read: Float[Tensor, "n d_in"] | None = None,
+) -> Float[Tensor, "n d_out"]:
+    """The reconstruction of usual rows from what is `read` there (None: themselves), a chunk at a time, each added to `sums`."""
     reconstructions = []
-    for some, x_hat, f in _reconstructed(sae, rows):
+    for some, x_hat, f in _reconstructed(sae, rows if read is None else read):
         measures = sums.reconstruction.update(rows[some], x_hat, f)
         sums.rows.add(part(groups, some), _columns(measures))
         if gradient is not None:
@@ -164,21 +192,23 @@ def reconstruct(
     return torch.cat(reconstructions) if reconstructions else rows.float()
 
 
-def measure_massive(sae: Sae, rows: Float[Tensor, "n d_in"], groups: Groups, sums: SaeSums) -> None:
+def measure_massive(
+    sae: Sae, rows: Float[Tensor, "n d_out"], groups: Groups, sums: SaeSums, read: Float[Tensor, "n d_in"]
+) -> None:
     """Add massive rows, which nothing but plain FVU counts."""
-    for some, x_hat, f in _reconstructed(sae, rows):
+    for some, x_hat, f in _reconstructed(sae, read):
         sums.massive_rows.add(part(groups, some), _columns(sums.massive.update(rows[some], x_hat, f)))
 
 
 def _reconstructed(
     sae: Sae, rows: Float[Tensor, "n d_in"]
-) -> Iterator[tuple[slice, Float[Tensor, "chunk d_in"], Float[Tensor, "chunk d_sae"]]]:
+) -> Iterator[tuple[slice, Float[Tensor, "chunk d_out"], Float[Tensor, "chunk d_sae"]]]:
     """A chunk of the rows at a time: which, their reconstructions and their latents."""
     chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
     for start in range(0, len(rows), chunk):
         some = slice(start, start + chunk)
         f = sae.encode(rows[some])
-        yield some, sae.decode(f), f
+        yield some, sae.decode(f, rows[some]), f
 
 
 def _add_moments(tables: Tables, groups: Groups, rows: Float[Tensor, "n d_in"], reference: Float[Tensor, " d_in"]) -> None:
@@ -200,10 +230,12 @@ def spliced_logits(
     mask: Bool[Tensor, "batch ctx"],
     activations: Activations,
 ) -> Float[Tensor, "batch ctx vocab"]:
-    """The logits with `rows` at the positions of `site` where `mask` is True. Only what lies above the site is computed.
+    """The logits with `rows` where `site` writes and `mask` is True. Only what lies above the site is computed.
 
-    `activations` are those of the clean pass: the site's own, and of the residual stream that enters its block.
+    `activations` are those of the clean pass: the site's own, and of the residual stream that enters its block. What a transcoder
+    reads there is what it reads in the spliced pass too, for all below is as it was.
     """
+    site = site.outputs[0]
     spliced = activations[site].clone()
     spliced[mask] = rows.to(spliced.dtype)
     with ExitStack() as stack:

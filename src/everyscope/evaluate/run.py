@@ -27,6 +27,7 @@ from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
 from everyscope.evaluate.intervals import resample_ablations, resample_site
 from everyscope.evaluate.layouts import embedding_scale, of_embeddings
+from everyscope.evaluate.linear import linear_maps
 from everyscope.evaluate.passes import Evaluated, measure_batch
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.scores import Findings, metrics_of, write_scores
@@ -37,7 +38,7 @@ from everyscope.evaluate.work import Counter, Work, counted, planned_blocks
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, places_of
 
 PROGRESS_FILE = "progress.safetensors"
 """The saved sums of an unfinished evaluation, in the scores folder."""
@@ -115,30 +116,37 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], w
     """Both sweeps and the scores of each group in turn."""
     language, device = load_language_model(config.model), torch.device(config.model.device)
     pending = [target for group in groups for target in group.pending]
-    calibrations = calibrate(config, sorted({target.site for target in pending}), language, work.advance)
+    sites = sorted({target.site for target in pending})
+    calibrations = calibrate(config, sorted(places_of(sites)), language, work.advance)
+    linear = {site: its.to(device) for site, its in linear_maps(config, sites, calibrations, language, work.advance).items()}
     calibrations = {site: calibration.to(device) for site, calibration in calibrations.items()}
     has_unscaled = any(target.is_of_unscaled_embeddings for target in pending)
     scale = embedding_scale(language.model) if has_unscaled else 1.0
     for group in groups:
-        saes = {target.identity: _load(target, calibrations[target.site], config, device, scale) for target in group.pending}
+        saes = {target.identity: _load(target, calibrations, config, device, scale) for target in group.pending}
         evaluated = Evaluated(language.model, group.pending, saes, calibrations, config.baseline_blocks)
         state, cost = _measure(config, held_out, evaluated, work)
         keep_cost(config.out, f"saes {group.identity}", cost)
-        baselines = measure_baselines(config, language.model, held_out, calibrations, _wanted(group.pending, state), work)
+        wanted = _wanted(group.pending, state)
+        baselines = measure_baselines(config, language.model, held_out, calibrations, wanted, linear, work)
         _write(config, held_out, evaluated, state, baselines)
         (config.out / PROGRESS_FILE).unlink(missing_ok=True)
 
 
-def _load(target: Target, calibration: Calibration, config: EvaluateConfig, device: torch.device, scale: float) -> Sae:
+def _load(
+    target: Target, calibrations: dict[Site, Calibration], config: EvaluateConfig, device: torch.device, scale: float
+) -> Sae:
     """The SAE, rounded; `scale` is what the model multiplies rows of its embedding matrix by."""
     sae = target.sae()
     if target.is_of_unscaled_embeddings:
         sae = of_embeddings(sae, scale)
-    if sae.d_in != (want := len(calibration.mean)):
-        raise ShapeMismatch(
-            f"{target.folder}: the SAE has d_in={sae.d_in}, {target.site} of {config.model.name} gives {want}; "
-            "is it an SAE of another model or site?"
-        )
+    sizes = {"d_in": (sae.d_in, target.site.inputs[0]), "d_out": (sae.d_out, target.site.outputs[0])}
+    for name, (got, place) in sizes.items():
+        if got != (want := len(calibrations[place].mean)):
+            raise ShapeMismatch(
+                f"{target.folder}: the SAE has {name}={got}, {place} of {config.model.name} gives {want}; "
+                "is it an SAE of another model or site?"
+            )
     return rounded(sae.to(device), config.sae_dtype)
 
 
@@ -149,10 +157,10 @@ def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
     device = next(iter(calibrations.values())).mean.device
 
     def moments_of(sizes: Mapping[str, int]) -> dict[Site, Tables]:
-        return {site: Tables.start(sizes, 2 + len(calibrations[site].mean), device) for site in evaluated.sites}
+        return {site: Tables.start(sizes, 2 + len(evaluated.calibration(site).mean), device) for site in evaluated.sites}
 
     def sums_of(target: Target) -> SaeSums:
-        mean, d_sae = calibrations[target.site].mean, evaluated.saes[target.identity].d_sae
+        mean, d_sae = evaluated.calibration(target.site).mean, evaluated.saes[target.identity].d_sae
         return SaeSums(
             ReconstructionSums.start(mean, d_sae),
             ReconstructionSums.start(mean, d_sae),
@@ -202,7 +210,9 @@ def _wanted(group: tuple[Target, ...], state: SaeState) -> dict[Site, set[Baseli
     wanted: dict[Site, set[Baseline]] = {}
     for target in group:
         sums = state.saes[target.identity].reconstruction
-        wanted.setdefault(target.site, set()).update(baselines_of(sums.l0, len(sums.firings)))
+        wanted.setdefault(target.site, set()).update(
+            baselines_of(sums.l0, len(sums.firings), is_transcoder=target.site.inputs != target.site.outputs)
+        )
     return wanted
 
 
@@ -212,6 +222,7 @@ def _write(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, stat
     for site in evaluated.sites:
         ablations = resample_ablations(config, state.head, baselines.sites[site].ablated)
         resamples = resample_site(resampler, state, site, ablations)
-        found = Findings(config, held_out, state, evaluated.calibrations[site], baselines, resamples)
+        input_limit = float(evaluated.calibrations[site.inputs[0]].norm_limit) if site.inputs != site.outputs else None
+        found = Findings(config, held_out, state, evaluated.calibration(site), baselines, resamples, input_limit)
         for target in (target for target in evaluated.targets if target.site == site):
             write_scores(target.scores, metrics_of(target, found), state.saes[target.identity].reconstruction)

@@ -1,5 +1,6 @@
 """From sums to the two files of one SAE's scores: metrics.json and latents.parquet. No dates: equal sums give equal bytes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Findings:
     baselines: Measured
     resamples: SiteResamples
     """Of the SAE's site."""
+    input_limit: float | None = None
+    """Of transcoders, the norm above which what they read is massive."""
 
 
 def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
         "by_segment": _turns(sae, moments, found),
         "firing": firing(sae.reconstruction),
         "uniformity": sae.uniformity.as_json(),
-        "massive": massive(sae, config.max_norm, float(found.calibration.norm_limit)),
+        "massive": massive(sae, config.max_norm, float(found.calibration.norm_limit)) | _input_limit(found),
         "num_tokens": sae.reconstruction.num_tokens + int(sae.massive.count),
         "num_usual_tokens": sae.reconstruction.num_tokens,
         "num_loss_tokens": int(found.state.clean.total[0]),
@@ -80,6 +83,13 @@ def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
         "evaluation": target.identity,
         WEIGHTS: target.digest,
     }
+
+
+def _input_limit(found: Findings) -> dict[str, float | None]:
+    """What is massive of a transcoder's input; nothing for SAEs."""
+    if found.input_limit is None:
+        return {}
+    return {"input_norm_limit": found.input_limit if math.isfinite(found.input_limit) else None}
 
 
 def _turns(sae: SaeSums, moments: Tables, found: Findings) -> dict[str, Any] | None:
@@ -151,13 +161,14 @@ def _baselines(target: Target, found: Findings, ablations: dict[str, Any]) -> di
             "delta_loss": ablations["delta_loss_mean"],
         },
     }
-    for baseline in baselines_of(usual.l0, len(usual.firings)):
+    for baseline in baselines_of(usual.l0, len(usual.firings), is_transcoder=target.site.inputs != target.site.outputs):
         measured = found.baselines.sizes[target.site, baseline]
-        is_random = baseline.kind == "random_dictionary"
-        of_usual, of_massive = (float(measured.errors), float(measured.massive_errors)) if is_random else site.errors(baseline)
+        is_summed = baseline.needs_rows
+        of_usual, of_massive = (float(measured.errors), float(measured.massive_errors)) if is_summed else site.errors(baseline)
+        l0 = ratio(float(measured.firings), float(measured.rows)) if is_summed else min(baseline.size, site.pca.shape[1])
         rows[baseline.kind] = {
             **fvus(of_usual + of_massive, of_usual),
-            "l0": ratio(float(measured.firings), float(measured.rows)) if is_random else min(baseline.size, site.pca.shape[1]),
+            "l0": None if baseline.kind == "linear" else l0,
             "delta_loss": measured.delta_loss,
         }
     return {

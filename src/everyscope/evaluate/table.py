@@ -34,7 +34,7 @@ def score_rows(config: EvaluateConfig) -> list[dict[str, Any]]:
     rows = []
     for target in load_targets(config):
         metrics = read_metrics(target.scores / METRICS_FILE)
-        rivals = {name: metrics["baselines"][name]["fvu_usual"] for name in RIVALS}
+        rivals = {name: metrics["baselines"][name]["fvu_usual"] for name in RIVALS if name in metrics["baselines"]}
         numbers = {name: metrics[name] for name in NUMBERS}
         row = {"sae": target.place, **numbers, "baselines_fvu": rivals, "intervals": metrics["intervals"]}
         rows.append(row | {"data": metrics["data"], "num_tokens": metrics["num_tokens"]})

@@ -87,6 +87,8 @@ class Source:
     folder: str = ""
     """Its path below the suite."""
     is_canonical: bool = False
+    has_skip: bool = False
+    """Whether it is a transcoder with an affine skip."""
 
     @property
     def checksums(self) -> list[str]:
@@ -129,7 +131,8 @@ def _read_source(config: PublishConfig, folder: Path) -> Source:
     if metrics[WEIGHTS] != record[WEIGHTS]:
         raise DataError(f"{scores}: its scores are of other weights than those in {folder}; run `everyscope evaluate` again")
     target = record.get("config", {}).get("target_l0")
-    return Source(parse_folder(place.parent.as_posix()), place.as_posix(), folder, scores, metrics, target)
+    site, has_skip = parse_folder(place.parent.as_posix()), bool(record.get("has_skip"))
+    return Source(site, place.as_posix(), folder, scores, metrics, target, has_skip=has_skip)
 
 
 def _placed(sources: Iterable[Source]) -> list[Source]:
@@ -137,7 +140,7 @@ def _placed(sources: Iterable[Source]) -> list[Source]:
     taken: Counter[str] = Counter()
     placed = []
     for source in sources:
-        folder = sae_folder(source.site, source.metrics["width"], source.metrics["l0"])
+        folder = sae_folder(source.site, source.metrics["width"], source.metrics["l0"], has_skip=source.has_skip)
         taken[folder] += 1
         if taken[folder] > 1:
             say(f"Two SAEs round to {folder}; {source.trained.name} becomes {folder}_{taken[folder]}")

@@ -103,8 +103,10 @@ def train_served(config: ServedBank, progress: Progress) -> None:
         if time.monotonic() > end:
             raise StorageError(f"{config.address}: no activation server has come up; see the events of its job")
         time.sleep(POLL_SECONDS)
-    source = f"{place}/{config.bank.site.folder}"
-    train_bank(config.bank.model_copy(update={"source": source, "tls_roots": config.tls_roots}), progress)
+    bank, sources = config.bank, {"source": f"{place}/{config.bank.site.folder}"}
+    if bank.writes is not None:
+        sources["target_source"] = f"{place}/{bank.writes.folder}"
+    train_bank(bank.model_copy(update={**sources, "tls_roots": config.tls_roots}), progress)
 
 
 def _listening(address: Path) -> str | None:

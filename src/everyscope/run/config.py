@@ -4,7 +4,7 @@ What a single stage needs is derived here, so that stages know nothing of one an
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ from everyscope.run.settings import (
 )
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sites.config import ModelConfig
-from everyscope.sites.names import Site, sites_of
+from everyscope.sites.names import Site, places_of, sites_of
 from everyscope.text.config import TextConfig
 from everyscope.train.config import BankSettings, TrainConfig, sae_name
 
@@ -114,12 +114,16 @@ class RunConfig(Schema):
     @property
     def all_sites(self) -> tuple[Site, ...]:
         """Every site of the suite, once, in order of layer."""
-        found = {site for group in self.groups for site in self.sites(group)}
-        return tuple(sorted(found, key=lambda site: (site.kind != "embed", site.layer, site.kind)))
+        return _in_order({site for group in self.groups for site in self.sites(group)})
 
-    def tokens_of(self, site: Site) -> int:
-        """Rows to keep for a site: what its longest training wants, or the harvest's own limit [tokens]."""
-        wanted = max(group.num_tokens for group in self.groups if site in self.sites(group))
+    @property
+    def all_places(self) -> tuple[Site, ...]:
+        """Every place that is harvested: the sites of SAEs, and what transcoders read and write."""
+        return _in_order(places_of(self.all_sites))
+
+    def tokens_of(self, place: Site) -> int:
+        """Rows to keep for a place: what its longest training wants, or the harvest's own limit [tokens]."""
+        wanted = max(group.num_tokens for group in self.groups if place in places_of(self.sites(group)))
         return wanted if self.harvest.num_tokens is None else min(wanted, self.harvest.num_tokens)
 
     def harvest_config(self, out: Path) -> HarvestConfig:
@@ -127,8 +131,8 @@ class RunConfig(Schema):
         return HarvestConfig(
             model=self.model,
             text=self.text,
-            sites=self.all_sites,
-            num_tokens=max(self.tokens_of(site) for site in self.all_sites),
+            sites=self.all_places,
+            num_tokens=max(self.tokens_of(place) for place in self.all_places),
             bucket_rows=self.harvest.bucket_rows,
             dtype=self.harvest.dtype,
             batch_blocks=self.harvest.batch_blocks,
@@ -142,7 +146,7 @@ class RunConfig(Schema):
         """A server of what the harvest would write. Laggards are waited for, and a bucket has chunks enough that what trainers
         ask ahead seldom lies in two.
         """
-        bucket_rows = min(self.harvest.bucket_rows, max(self.tokens_of(site) for site in self.all_sites))
+        bucket_rows = min(self.harvest.bucket_rows, max(self.tokens_of(place) for place in self.all_places))
         usual = ServeConfig(shards=out / "live", hold_seconds=LIVE_HOLD_SECONDS)
         return usual.model_copy(update={"chunk_rows": max(1, min(usual.chunk_rows, bucket_rows // LIVE_CHUNKS))})
 
@@ -169,9 +173,7 @@ class RunConfig(Schema):
                 )
         return tuple(
             TrainConfig(
-                site=site,
-                shards=out / "shards" / site.folder,
-                source=source and f"{source.rstrip('/')}/{site.folder}",
+                **self._sides(site, out / "shards", source),
                 order=order,
                 tls_roots=tls_roots,
                 saes=tuple(saes),
@@ -183,13 +185,24 @@ class RunConfig(Schema):
             for (site, num_tokens, settings, _), saes in banks.items()
         )
 
+    def _sides(self, site: Site, shards: Path, source: str | None) -> dict[str, Any]:
+        """What is read at a site, and what is written where that is another place: TrainConfig's fields."""
+        reads, writes = site.inputs[0], site.outputs[0]
+        fields: dict[str, Any] = {"site": reads, "shards": shards / reads.folder}
+        fields["source"] = source and f"{source.rstrip('/')}/{reads.folder}"
+        if writes == reads:
+            return fields
+        target_source = source and f"{source.rstrip('/')}/{writes.folder}"
+        return fields | {"target": writes, "target_shards": shards / writes.folder, "target_source": target_source}
+
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
         """The SAEs that a group wants at each of its sites."""
         sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
         sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]
         return [
-            SaeConfig(width=width, seed=seed, recipe=self.recipe, **sparsity)
+            SaeConfig(width=width, seed=seed, recipe=group.recipe or self.recipe, skip=skip, **sparsity)
             for width in group.widths
+            for skip in group.skips
             for sparsity in sparsities
             for seed in group.seeds
         ]
@@ -316,3 +329,8 @@ class RunConfig(Schema):
             model=self.public_model or public_name(self.model.name),
             canonical_l0=self.canonical_l0,
         )
+
+
+def _in_order(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """By layer, the embedding first."""
+    return tuple(sorted(sites, key=lambda site: (site.kind != "embed", site.layer, site.kind)))

@@ -8,7 +8,7 @@ from everyscope.base.schema import Schema
 from everyscope.describe.explanations.config import EndpointConfig
 from everyscope.evaluate.comparisons.config import Subset
 from everyscope.harvest.config import SHUFFLE_BYTES
-from everyscope.sae.config import TARGET_WEIGHT
+from everyscope.sae.config import TARGET_WEIGHT, SaeRecipe
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
@@ -44,7 +44,7 @@ class ModelShape(Schema):
         return self.num_block_parameters or max(1, self.num_parameters - self.words * self.d_model)
 
     def d_in(self, site: Site) -> int:
-        """The width of a site."""
+        """The width of what is read at a site."""
         return self.d_attention if site.kind == "attn_out" else self.d_model
 
 
@@ -65,6 +65,10 @@ class SaeGroup(Schema):
     """How firmly target_l0s are held [1]."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial decoders."""
+    skips: tuple[bool, ...] = (False,)
+    """Of transcoders: whether an affine map stands beside the latents; (False, True) trains each with and without."""
+    recipe: SaeRecipe | None = None
+    """How these are trained, where not as the run's recipe says; transcoders want one without encoder_follows."""
     num_tokens: int = Field(ge=1)
     """Activation vectors that each SAE sees [tokens]."""
     saes_per_bank: int | None = Field(default=None, ge=1)
@@ -79,6 +83,10 @@ class SaeGroup(Schema):
         if bool(self.sparsity_coefficients) == bool(self.target_l0s):
             given = "neither is" if not self.target_l0s else "both are"
             raise ValueError(f"target_l0s or sparsity_coefficients: {given} given; give one of them, or make two groups")
+        if any(self.skips) and set(self.sites) != {"transcoder"}:
+            raise ValueError(
+                f"skips={self.skips} with sites={self.sites}: only transcoders have a skip; give them a group of their own"
+            )
         return self
 
     def bank_settings(self, common: BankSettings) -> BankSettings:

@@ -100,7 +100,7 @@ def bank_jobs(banks: Sequence[TrainConfig], d_in_of: WidthOf, engine: EngineConf
     """One job for each training group that is not finished; its memory is known where `devices` are."""
     pending = [bank for bank in banks if not is_finished(bank)]
     workers = bank_workers(banks, engine)
-    names = [f"{bank.site} {bank.bank_id[:6]}" for bank in pending]
+    names = [f"{bank.seat} {bank.bank_id[:6]}" for bank in pending]
     return [
         Job(
             train_bank,

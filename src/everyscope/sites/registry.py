@@ -90,11 +90,9 @@ class Anatomy:
         return self.config.hidden_size
 
     def place(self, site: Site) -> Place:
-        """Where `site` is read and replaced; ConfigError where the model has no such layer, or the site is two places."""
+        """Where `site` is read: of a transcoder's, what the MLP reads. ConfigError where the model has no such layer."""
         block = self.block(site.layer)
-        if site.inputs != site.outputs:
-            raise ConfigError(f"{site} is two places: it reads {site.inputs[0]} and writes {site.outputs[0]}; name one of these")
-        match site.kind:
+        match site.inputs[0].kind:
             case "embed":
                 return Place(block, "input")
             case "attn_out":

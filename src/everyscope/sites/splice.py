@@ -15,10 +15,11 @@ from everyscope.sites.block_output import returns_tuple
 from everyscope.sites.hooks import Visitor, visiting
 from everyscope.sites.model import LanguageModel, bare
 from everyscope.sites.names import BySite, Site, Value, as_site
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import Anatomy, Place, anatomy_of
 
-Edit = Callable[[Float[Tensor, "batch ctx d_in"]], Float[Tensor, "batch ctx d_in"]]
-"""What replaces activations: a function of them that keeps their shape. An Sae is one."""
+Edit = Callable[..., Float[Tensor, "batch ctx d_out"]]
+"""What replaces activations: a function of them that keeps their shape. An Sae is one. At a transcoder's site it is a function of
+two: what is read there in this very pass, and what is written, which it replaces. A transcoder may stand for one too."""
 LatentEdit = Callable[[Float[Tensor, "batch ctx d_sae"]], Float[Tensor, "batch ctx d_sae"]]
 """What replaces an SAE's latents: a function of them that keeps their shape."""
 NoLatentEdits: Mapping[Site | str, LatentEdit] = MappingProxyType({})
@@ -26,7 +27,7 @@ NoLatentEdits: Mapping[Site | str, LatentEdit] = MappingProxyType({})
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """An edit in two halves, whose middle can be seen and changed: an Sae, or another library's."""
+    """An edit in two halves, whose middle can be seen and changed: an Sae, a transcoder, or another library's."""
 
     def encode(self, x: Tensor, /) -> Tensor:
         """Latents of activations."""
@@ -57,10 +58,11 @@ def splice(
 ) -> Iterator[Spliced]:
     """Inside the block, every forward pass replaces the activations at each site by `edits[site]` of them.
 
-    Sites may be names, as in {"resid_post.3": sae}; an Sae that knows its site may stand alone. `edit_latents` is a function of
-    an SAE's latents, or several by site, whose results are decoded in their place. With `keep_error`, what SAEs leave out is
-    added back, x + decode(edited) - decode(encode(x)): a pass without edits then gives the same bits as without the splice, and
-    gradients see the error as a constant.
+    Sites may be names, as in {"resid_post.3": sae}; an Sae that knows its site may stand alone. At a transcoder's site, the MLP's
+    output is replaced by the transcoder of the MLP's input in the same pass, whatever other edits have made of that.
+    `edit_latents` is a function of an SAE's latents, or several by site, whose results are decoded in their place. With
+    `keep_error`, what SAEs leave out is added back, x + decode(edited) - decode(encode(x)): a pass without edits then gives the
+    same bits as without the splice, and gradients see the error as a constant.
 
     `mask` is True where to replace; other positions pass through bit for bit. Without one, BOS, EOS and padding (by the
     model's config, in the input_ids of each pass) pass through. The edit sees all positions. Everything is undone at the
@@ -80,7 +82,7 @@ def splice(
         elif keep_error or site in latent_edits:
             option = "keep_error" if keep_error else "edit_latents"
             raise ConfigError(f"splice at {site}: {option} needs an SAE, with encode and decode; got a {type(edit).__name__}")
-    visits = [(anatomy.place(site), _replace(site, edit, current)) for site, edit in by_site.items()]
+    visits = [visit for site, edit in by_site.items() for visit in _visits(anatomy, site, edit, current)]
     with ExitStack() as stack:
         if mask is None:
             stack.enter_context(current.following(model))
@@ -106,7 +108,8 @@ def _edits_by_site(edits: Mapping[Any, Edit] | Edit) -> dict[Site, Edit]:
                 f"splice at {wrong[0]}: {type(found[wrong[0]]).__name__} is no function of activations; give an SAE"
             )
         return found
-    site = getattr(getattr(edits, "metadata", None), "site", None)
+    metadata = getattr(edits, "metadata", None)
+    site = getattr(metadata, "seat", getattr(metadata, "site", None))
     if site is None:
         raise ConfigError(
             f"{type(edits).__name__} does not say at which site to splice; write splice(model, {{'resid_post.3': sae}})"
@@ -116,8 +119,18 @@ def _edits_by_site(edits: Mapping[Any, Edit] | Edit) -> dict[Site, Edit]:
 
 def _through_latents(site: Site, sae: Autoencoder, edit: LatentEdit | None, keep_error: bool, spliced: Spliced) -> Edit:
     """Encode, edit, decode. The error that is kept is a constant to gradients, which therefore go through the latents."""
+    has_skip = getattr(sae, "W_skip", None) is not None  # then what is decoded depends on what was read
+    if getattr(getattr(sae, "metadata", None), "convention", None) == "normalised":
+        raise ConfigError(
+            f"splice at {site}: this transcoder takes its input without the norm's gain, which {site.inputs[0]} has; "
+            "convert it first: everyscope.sae.conventions.to_convention(transcoder, 'mlp_input', gain)"
+        )
 
-    def replace(x: Tensor) -> Tensor:
+    def decoded(f: Tensor, x: Tensor) -> Tensor:
+        coder: Any = sae
+        return coder.decode(f, x) if has_skip else coder.decode(f)
+
+    def replace(x: Tensor, written: Tensor | None = None) -> Tensor:
         f = sae.encode(x)
         edited = f if edit is None else edit(f)
         if edited.shape != f.shape:
@@ -125,12 +138,14 @@ def _through_latents(site: Site, sae: Autoencoder, edit: LatentEdit | None, keep
                 f"splice at {site}: edit_latents returned shape {tuple(edited.shape)} for {tuple(f.shape)}; it must keep it"
             )
         spliced.latents[site] = edited
-        x_hat = sae.decode(edited)
+        x_hat = decoded(edited, x)
         if not keep_error:
             return x_hat
         with torch.no_grad():
-            clean = x_hat.detach() if edit is None else sae.decode(f)
-        return x.detach() + (x_hat - clean)  # in this order: without an edit, the bracket is exactly zero
+            clean = x_hat.detach() if edit is None else decoded(f, x)
+        return (x if written is None else written).detach() + (
+            x_hat - clean
+        )  # in this order: without an edit, the bracket is exactly zero
 
     return replace
 
@@ -225,6 +240,22 @@ def special_ids(model: nn.Module) -> tuple[int, ...]:
             value = getattr(source, name, None)
             ids.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
     return tuple(sorted(ids))
+
+
+def _visits(anatomy: Anatomy, site: Site, edit: Edit, current: _Mask) -> list[tuple[Place, Visitor]]:
+    """The visits of one edit: one, or where the site reads one place and writes another, one of each."""
+    reads, writes = site.inputs[0], site.outputs[0]
+    if reads == writes:
+        return [(anatomy.place(site), _replace(site, edit, current))]
+    read: list[Tensor] = []
+
+    def keep(x: Tensor) -> None:
+        read[:] = [x]
+
+    def replaced(y: Tensor) -> Tensor:
+        return edit(read.pop(), y)
+
+    return [(anatomy.place(reads), keep), (anatomy.place(writes), _replace(writes, replaced, current))]
 
 
 def _replace(site: Site, edit: Edit, current: _Mask) -> Visitor:

@@ -32,9 +32,12 @@ def width_label(width: int) -> str:
     return f"{width // 10**6}m" if width >= 10**6 else f"{width // 10**3}k"
 
 
-def sae_folder(site: Site, width: int, l0: float) -> str:
-    """The folder of an SAE below its suite, as in resid_post/layer_3/width_16k/average_l0_71; l0 [latents] is rounded."""
-    return f"{site.folder}/width_{width_label(width)}/average_l0_{round(l0)}"
+def sae_folder(site: Site, width: int, l0: float, *, has_skip: bool = False) -> str:
+    """The folder of an SAE below its suite, as in resid_post/layer_3/width_16k/average_l0_71; l0 [latents] is rounded.
+
+    Of a transcoder with a skip, as in transcoder/layer_3/width_16k/average_l0_71_skip.
+    """
+    return f"{site.folder}/width_{width_label(width)}/average_l0_{round(l0)}{'_skip' if has_skip else ''}"
 
 
 def sae_folders(suite: Path) -> list[Path]:

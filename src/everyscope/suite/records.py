@@ -52,13 +52,14 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Interval = tuple[Number, Number]
 """Both ends of an interval, low first."""
-RIVALS = {"pca": "PCA", "neuron_basis": "single neurons"}
-"""Baselines that a trained SAE beats, by name, and in words."""
+RIVALS = {"pca": "PCA", "neuron_basis": "single neurons", "linear": "a linear map"}
+"""Baselines that a trained SAE beats, by name, and in words; a transcoder the last one, for the others see what it predicts."""
 
 
 def beaten_by(fvu: float, baselines: Mapping[str, float]) -> list[str]:
     """Those of RIVALS that leave less variance unexplained than an SAE of FVU `fvu` does, in words."""
-    return [words for name, words in RIVALS.items() if baselines.get(name, math.inf) < fvu]
+    rivals = {"linear": RIVALS["linear"]} if "linear" in baselines else RIVALS
+    return [words for name, words in rivals.items() if baselines.get(name, math.inf) < fvu]
 
 
 class Intervals(Schema):

@@ -19,6 +19,7 @@ BASELINES = {
     "pca": "PCA, L0 parts",
     "random_dictionary": "random dictionary",
     "neuron_basis": "neurons",
+    "linear": "linear map",
     "random_model": "random model",
 }
 """The baselines that metrics.json may have, and what to call them."""

@@ -23,9 +23,20 @@ SITE_TITLES: dict[SiteKind, str] = {
     "mlp_out": "MLP output",
     "resid_post": "Residual stream",
     "embed": "Embedding",
+    "mlp_in": "MLP input",
+    "resid_mid": "Residual stream before the MLP",
+    "transcoder": "Transcoder",
 }
-SITE_COLOURS: dict[SiteKind, str] = {"attn_out": "#2f7fd0", "mlp_out": "#e08a1e", "resid_post": "#159a78", "embed": "#b866a5"}
-SITE_MARKERS: dict[SiteKind, str] = dict(zip(SITE_KINDS, MARKERS, strict=False))
+SITE_COLOURS: dict[SiteKind, str] = {
+    "attn_out": "#2f7fd0",
+    "mlp_out": "#e08a1e",
+    "resid_post": "#159a78",
+    "embed": "#b866a5",
+    "mlp_in": "#7a6bd1",
+    "resid_mid": "#6b7f33",
+    "transcoder": "#c2452d",
+}
+SITE_MARKERS: dict[SiteKind, str] = dict(zip(SITE_KINDS, (*MARKERS, "X"), strict=True))
 RELATIONS = {"matched": "#2f7fd0", "split": "#e08a1e", "new": "#9aa1ab"}
 """What a latent of a wider SAE is to the narrower one."""
 STYLE: dict[Any, Any] = {

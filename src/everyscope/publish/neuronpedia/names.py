@@ -16,13 +16,24 @@ from everyscope.sites.names import SiteKind
 from everyscope.suite.layout import width_label
 from everyscope.suite.records import SaeRecord, SuiteIndex
 
-SITE_WORDS: dict[SiteKind, str] = {"attn_out": "att", "mlp_out": "mlp", "resid_post": "res", "embed": "emb"}
+SITE_WORDS: dict[SiteKind, str] = {
+    "attn_out": "att",
+    "mlp_out": "mlp",
+    "resid_post": "res",
+    "embed": "emb",
+    "mlp_in": "mlpin",
+    "resid_mid": "resmid",
+    "transcoder": "transcoder",
+}
 """Our sites as the names of Gemma Scope's source sets have them."""
 DESCRIPTIONS: dict[SiteKind, str] = {
     "attn_out": "Attention Out",
     "mlp_out": "MLP Out",
     "resid_post": "Residual Stream",
     "embed": "Embedding",
+    "mlp_in": "MLP In",
+    "resid_mid": "Residual Stream Mid",
+    "transcoder": "Transcoder",
 }
 """Our sites as their descriptions have them."""
 

@@ -21,6 +21,7 @@ BASELINES: dict[str, tuple[str, Any]] = {
     "pca": ("PCA, L0 components", (0, (5, 2))),
     "random_dictionary": ("random dictionary", (0, (1.2, 1.6))),
     "neuron_basis": ("largest neurons", (0, (5, 2, 1.2, 2))),
+    "linear": ("linear map of the input", (0, (1, 3))),
     "random_model": ("SAE of a random model", "solid"),
 }
 """Title and line style of each baseline."""

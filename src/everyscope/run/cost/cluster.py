@@ -227,8 +227,8 @@ def scheduled(groups: Sequence[Placed], devices: int) -> list[Placed]:
 
 
 def _harvest_plan(config: RunConfig, device: Device, devices: int, disk_rate: float | None) -> HarvestPlan:
-    rows = max(config.tokens_of(site) for site in config.all_sites)  # one pass of the model writes every site
-    numbers = rows * sum(config.sizes.d_in(site) for site in config.all_sites)
+    rows = max(config.tokens_of(site) for site in config.all_places)  # one pass of the model writes every site
+    numbers = rows * sum(config.sizes.d_in(site) for site in config.all_places)
     parameters, made_in = config.sizes.num_parameters, NUMBER_BYTES[config.model.dtype]
     size = max(1, math.ceil(parameters * made_in / (device.memory_bytes * device.usable_memory)))
     rate = device.bfloat16_rate if config.model.dtype == "bfloat16" else device.float32_rate
@@ -237,7 +237,7 @@ def _harvest_plan(config: RunConfig, device: Device, devices: int, disk_rate: fl
         raise ConfigError(
             f"the model's {human_bytes(parameters * made_in)} do not fit {devices} {device.name}; plan for {size} or more --gpus"
         )
-    depth = max(depth_of(site) for site in config.all_sites)
+    depth = max(depth_of(site) for site in config.all_places)
     flop = rows * pass_flop(config.sizes, 0, depth, logits=False)
     written = numbers * NUMBER_BYTES[config.harvest.dtype]
     return HarvestPlan(

@@ -18,7 +18,7 @@ from everyscope.run.cost.prices import (
 )
 from everyscope.run.cost.storage import Rate, SiteDemand, StoragePlan, duration, storage_plan
 from everyscope.run.stages import Stages
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, places_of
 from everyscope.suite.layout import width_label
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
@@ -86,10 +86,10 @@ def plan(stages: Stages, rates: Rates, *, disk_gbps: float | None = None, model_
     harvest's operations by the rate.
     """
     config, size = stages.config, NUMBER_BYTES[stages.config.harvest.dtype]
-    most = max(config.tokens_of(site) for site in config.all_sites)  # one pass of the model writes every site
-    tokens = dict.fromkeys(config.all_sites, most)
+    most = max(config.tokens_of(site) for site in config.all_places)  # one pass of the model writes every site
+    tokens = dict.fromkeys(config.all_places, most)
     saes = planned_saes(stages)
-    depth = max(depth_of(site) for site in config.all_sites)
+    depth = max(depth_of(site) for site in config.all_places)
     flop_per_token = pass_flop(config.sizes, 0, depth, logits=False)
     model = Rate(rates.model / max(1.0, flop_per_token), rates.origin)
     if model_tokens_per_second is not None:
@@ -97,7 +97,9 @@ def plan(stages: Stages, rates: Rates, *, disk_gbps: float | None = None, model_
     banks = {(sae.site, sae.num_tokens) for sae in saes}
     demands = [
         SiteDemand(
-            config.sizes.d_in(site) * size, rows, tuple(trained for other, trained in sorted(banks, key=str) if other == site)
+            config.sizes.d_in(site) * size,
+            rows,
+            tuple(trained for other, trained in sorted(banks, key=str) if site in places_of([other])),
         )
         for site, rows in tokens.items()
     ]
