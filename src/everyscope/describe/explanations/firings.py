@@ -58,19 +58,19 @@ def collect_firings(
 
     On rows whose norm is above an SAE's limit it has no firings: it was not trained on them, and all its latents fire there.
     """
-    sites = list(dict.fromkeys(site for site, _, _ in saes))
+    places = list(dict.fromkeys(site.inputs[0] for site, _, _ in saes))
     parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in saes]
     ctx = passages.input_ids.shape[1]
     for start in range(0, len(passages.input_ids), batch_blocks):
         ids = torch.from_numpy(passages.input_ids[start : start + batch_blocks]).long()
         mask = torch.from_numpy(passages.mask[start : start + batch_blocks])
         tokens = np.flatnonzero(mask.numpy().ravel()) + start * ctx
-        found = capture(model, sites, ids)
-        rows = {site: found[site][mask.to(found[site].device)] for site in sites}
+        found = capture(model, places, ids)
+        rows = {place: found[place][mask.to(found[place].device)] for place in places}
         for number, (site, sae, norm_limit) in enumerate(saes):
             chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
             for first in range(0, len(tokens), chunk):
-                some = rows[site][first : first + chunk].to(sae.w_enc.device)
+                some = rows[site.inputs[0]][first : first + chunk].to(sae.w_enc.device)
                 f = sae.encode(some).masked_fill(is_massive(some, norm_limit)[:, None], 0)
                 row, latent = f.nonzero(as_tuple=True)
                 values = f[row, latent].float().cpu().numpy()
