@@ -42,6 +42,7 @@ from everyscope.run.settings import (
     SaeGroup,
 )
 from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.presets import for_transcoders
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, places_of, sites_of
 from everyscope.text.config import TextConfig
@@ -73,7 +74,7 @@ class RunConfig(Schema):
     groups: tuple[SaeGroup, ...] = Field(min_length=1)
     """Which SAEs make the suite."""
     recipe: SaeRecipe = SaeRecipe()
-    """How each SAE is trained."""
+    """How each SAE is trained; transcoders by the same but for `encoder_follows`, which they cannot have."""
     harvest: HarvestSettings = HarvestSettings()
     """How activations are written."""
     train: BankSettings = BankSettings()
@@ -198,9 +199,10 @@ class RunConfig(Schema):
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
         """The SAEs that a group wants at each of its sites."""
         sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
+        recipe = for_transcoders(self.recipe) if "transcoder" in group.sites else self.recipe
         sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]
         return [
-            SaeConfig(width=width, seed=seed, recipe=group.recipe or self.recipe, skip=skip, **sparsity)
+            SaeConfig(width=width, seed=seed, recipe=recipe, skip=skip, **sparsity)
             for width in group.widths
             for skip in group.skips
             for sparsity in sparsities

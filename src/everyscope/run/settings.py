@@ -8,7 +8,7 @@ from everyscope.base.schema import Schema
 from everyscope.describe.explanations.config import EndpointConfig
 from everyscope.evaluate.comparisons.config import Subset
 from everyscope.harvest.config import SHUFFLE_BYTES
-from everyscope.sae.config import TARGET_WEIGHT, SaeRecipe
+from everyscope.sae.config import TARGET_WEIGHT
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
@@ -67,8 +67,6 @@ class SaeGroup(Schema):
     """Seeds of the initial decoders."""
     skips: tuple[bool, ...] = (False,)
     """Of transcoders: whether an affine map stands beside the latents; (False, True) trains each with and without."""
-    recipe: SaeRecipe | None = None
-    """How these are trained, where not as the run's recipe says; transcoders want one without encoder_follows."""
     num_tokens: int = Field(ge=1)
     """Activation vectors that each SAE sees [tokens]."""
     saes_per_bank: int | None = Field(default=None, ge=1)

@@ -50,11 +50,13 @@ def fast(d_in: int) -> SaeRecipe:
 
 
 def fast_transcoder(d_in: int) -> SaeRecipe:
-    """`fast` for transcoders that read activations of size `d_in`, of 10^5 to 10^8 rows; give each SaeConfig a target_l0.
+    """`fast` for transcoders that read activations of size `d_in`, of 10^5 to 10^8 rows; give each SaeConfig a target_l0."""
+    return for_transcoders(fast(d_in))
 
-    Encoders do not follow directions, which live in another space, and so move by steps of their own.
-    """
-    return fast(d_in).model_copy(update={"encoder_follows": False})
+
+def for_transcoders(recipe: SaeRecipe) -> SaeRecipe:
+    """The recipe without what only SAEs can have: a transcoder's encoder follows no directions, which live in another space."""
+    return recipe.model_copy(update={"encoder_follows": False})
 
 
 FAST_RATE = 0.035
