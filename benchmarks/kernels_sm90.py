@@ -133,7 +133,7 @@ def compiled(launch: Launch, d_in: int) -> Compiled:
 def sae_of(d_in: int, width: int, is_fast: bool) -> TrainableSae:
     """An SAE whose numbers nobody reads."""
     config = (
-        SaeConfig(width=width, target_l0=50.0, recipe=fast(d_in))
+        SaeConfig(width=width, target_l0=4.0, recipe=fast(d_in))
         if is_fast
         else SaeConfig(width=width, sparsity_coefficient=1e-3, recipe=gemma_scope())
     )

@@ -5,6 +5,7 @@ import torch
 
 from everyscope.sae.config import SaeConfig, SaeRecipe
 from everyscope.sae.normalisation import Normalisation
+from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
@@ -12,6 +13,7 @@ from everyscope.sites.model import load_language_model
 from everyscope.sites.names import SUBLAYERS, sites_of
 from everyscope.sites.splice import splice
 from everyscope.train.bank import Bank
+from everyscope.train.replay import Replay
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +45,27 @@ def test_a_bank_takes_up_its_state_on_the_device():
     again.restore(saved, lambda name, axis, held: saved[name], 4)
     assert again.num_steps_done == 4
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in bank.tensors().items())
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="there is no CUDA device; tests/unit/train/test_replay.py has the same law without one"
+)
+def test_a_replayed_bank_has_the_bits_of_one_that_is_not():
+    recipe = fast(32).model_copy(update={"driven_share": 0.5})
+    ends = []
+    for is_replayed in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        configs = [SaeConfig(width=96, target_l0=l0, recipe=recipe) for l0 in (4, 8)]
+        bank = Bank(configs, 32, Normalisation(5.0), 40, DEVICE, products="bfloat16")
+        bank._engine.tensors()["crossover"].fill_(0.5)  # not measured, which would not be the same twice
+        if not is_replayed:
+            bank._replay = Replay(None)
+        for _ in range(40):
+            losses = bank.step(torch.randn(128, 32, generator=generator))
+        assert bool(bank._replay._recordings) == is_replayed
+        ends.append([*bank.tensors().values(), *(loss.l0 for loss in losses)])
+        assert bank.tensors()["engine.skipped"].sum() == 0
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
 def test_capture_and_splice_on_the_device(tiny_random_model_folder):

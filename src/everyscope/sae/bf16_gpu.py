@@ -18,8 +18,9 @@ from torch import Tensor
 
 from everyscope.sae.across_ranks import counted, shared_penalty
 from everyscope.sae.crossover import measured_crossover
-from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, rounded_list_room
+from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, rounded_list_room, steps_apart
 from everyscope.sae.gpu_work import Rounded, Seen, Work
+from everyscope.sae.kernels.gpu_bf16 import float32_sums
 from everyscope.sae.kernels.gpu_bf16_update import NUMBERS, Fixed, update_b_dec, update_latents
 from everyscope.sae.kernels.gpu_triton import blocks, row_of_threads
 from everyscope.sae.mesh import ALONE, Collective
@@ -55,7 +56,9 @@ class GpuBfloat16:
         self.saes, self.max_pairs, self.collective = saes, max_pairs, collective
         self._device = saes[0].touched.device
         self._on_cuda = self._device.type == "cuda"
-        self._uses_pairs = torch.zeros(len(saes), dtype=torch.bool)
+        # Whose thresholds begin at the target L0 has a sparse code from the first step; others' grow sparse.
+        sparse = [sae.config.recipe.warm_start and sae.config.target_l0 is not None for sae in saes]
+        self._uses_pairs = torch.tensor(sparse)
         self._crossover = torch.full((len(saes),), math.nan if crossover is None else crossover, dtype=torch.float64)
         self._counts = torch.full((LAG, len(saes)), -1, pin_memory=self._on_cuda)
         self._arrivals: list[torch.cuda.Event | None] = [None] * LAG
@@ -67,8 +70,9 @@ class GpuBfloat16:
         self._latents = [torch.empty(3, sae.width, dtype=torch.int32, device=self._device) for sae in saes]
         self._rounded = [Rounded.of(sae) for sae in saes]
         self._fixed = [fixed_of(sae) for sae in saes]
-        self._work: dict[tuple[int, int, tuple[int, ...], int], Work] = {}
+        self._work: dict[tuple[int, int, tuple[int, ...], int, int], Work] = {}
         self._step = 0
+        self._streams = [torch.cuda.Stream(self._device) for _ in saes] if self._on_cuda and len(saes) > 1 else []
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beyond the SAEs; waits for counts under way. `skipped` counts steps that did not fit."""
@@ -117,8 +121,18 @@ class GpuBfloat16:
         return tuple(self._uses_pairs.tolist())
 
     def launch(self, x: Float[Tensor, "batch d_in"], ways: Ways) -> list[StepLosses]:
-        """The device's part of a step that is prepared, of nothing but tensors."""
-        return [self._one(number, x, by_pairs) for number, by_pairs in enumerate(ways)]
+        """The device's part of a step that is prepared, of nothing but tensors; small SAEs side by side."""
+        with float32_sums():
+            if not (self._streams and self._are_apart(len(x))):
+                return [self._one(number, x, by_pairs) for number, by_pairs in enumerate(ways)]
+            here, losses = torch.cuda.current_stream(), []
+            for number, (by_pairs, stream) in enumerate(zip(ways, self._streams, strict=True)):
+                stream.wait_stream(here)
+                with torch.cuda.stream(stream):
+                    losses.append(self._one(number, x, by_pairs))
+            for stream in self._streams:
+                here.wait_stream(stream)
+            return losses
 
     def settle(self, step: int) -> None:
         """Send the counts of this step to the host, which reads them LAG steps later."""
@@ -153,7 +167,7 @@ class GpuBfloat16:
     def _one(self, number: int, x: Tensor, by_pairs: bool) -> StepLosses:
         sae, rounded, counts = self.saes[number], self._rounded[number], self._latents[number]
         numbers, mesh = self._numbers[number], self.collective.mesh
-        batch, work = len(x) * mesh.replicas, self._work_for(len(x), x.shape[1], sae)
+        batch, work = len(x) * mesh.replicas, self._work_for(len(x), x.shape[1], sae, number)
         seen = work.forward(rounded, x, counts, by_pairs, self.collective)
         if mesh.ranks == 1:
             squares, num_pairs, num_active = seen.squares, counts[0].sum(), counts[1].sum()
@@ -192,13 +206,18 @@ class GpuBfloat16:
         pairs = torch.where(fits, num_pairs.float(), seen.count.float())
         return StepLosses(reconstruction, (num_active / batch).float(), pairs / batch, self._latents[number][1])
 
+    def _are_apart(self, rows: int) -> bool:
+        """Whether SAEs step side by side: small ones do, but not those of several ranks, which must speak in one order."""
+        return self.collective.mesh.ranks == 1 and all(steps_apart(rows, sae.width) for sae in self.saes)
+
     def _widest(self, sae: TrainableSae) -> int:
         """Latents of the largest shard."""
         return blocks(sae.config.width, self.collective.mesh.shards)
 
-    def _work_for(self, rows: int, d_in: int, sae: TrainableSae) -> Work:
+    def _work_for(self, rows: int, d_in: int, sae: TrainableSae, number: int = 0) -> Work:
+        """Memory for one step; of SAEs that step side by side each has its own."""
         room = self.max_pairs or rounded_list_room(rows, self._widest(sae))
-        key = (rows, d_in, sae.prefixes, room)
+        key = (rows, d_in, sae.prefixes, room, number if self._are_apart(rows) else 0)
         if key not in self._work:
             self._work[key] = Work(rows, d_in, sae.prefixes, room, programs_on(self._device, d_in), self._device)
         return self._work[key]

@@ -22,6 +22,14 @@ SHARE_ROOM, ROW_ROOM = 0.05, 1024
 ROUNDED_SEGMENT = 256
 """Pairs of a latent that one of its programs sums [pairs]."""
 
+APART = 2**22
+"""Pre-activations of a step up to which SAEs of a bank step side by side, each in memory of its own [numbers]."""
+
+
+def steps_apart(rows: int, width: int) -> bool:
+    """Whether an SAE is too small to fill a GPU, so that others step beside it."""
+    return rows * width <= APART
+
 
 def rounded_list_room(rows: int, width: int) -> int:
     """Pairs for which the bfloat16 engine's lists have room, for `rows` rows and `width` latents on one device [pairs]."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, SEGMENT, list_room, rounded_list_room
+from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, SEGMENT, list_room, rounded_list_room, steps_apart
 from everyscope.train.config import BankSettings, TrainConfig
 
 USABLE = 0.9
@@ -109,7 +109,8 @@ def group_bytes(saes: Sequence[SaeConfig], d_in: int, settings: BankSettings) ->
     if settings.products == "bfloat16":
         stays = sum(state_bytes(d_in, part.width) + rounded_bytes(d_in, part.width) for part in parts)
         passing = max(4 * 4 * part.rows * d_in + 16 * part.rows * part.width // 32 for part in shapes)
-        work = sum(rounded_work_bytes(part, MOST_PROGRAMS) for part in shapes)
+        are_apart = settings.ranks == 1 and all(steps_apart(part.rows, part.width) for part in parts)
+        work = sum(rounded_work_bytes(part, MOST_PROGRAMS) for part in (parts if are_apart else shapes))
         return stays + work + passing + batch_bytes(parts[0].rows, d_in)
     stays = sum(state_bytes(d_in, part.width) + screen_bytes(d_in, part.width) for part in parts)
     dense = max(dense_bytes(part, is_shared=settings.ranks > 1) for part in shapes)  # has room for a step by pairs' gradients

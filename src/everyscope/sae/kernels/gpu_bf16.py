@@ -8,6 +8,9 @@ else. Each number is summed by one program, in an order that sizes alone decide:
 # pyright: reportInvalidTypeForm=false
 # Triton may be missing, so that `constexpr` is a variable.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import BFloat16, Float32, Int32, Int64
 from torch import Tensor
@@ -16,10 +19,21 @@ from everyscope.sae.kernels.gpu import lowest_bits, popcount
 from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, jit, tl, to_bfloat16
 
 
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Products within are accumulated in float32 throughout: parts of a product may else be added in bfloat16."""
+    settings = torch.backends.cuda.matmul
+    allowed, settings.allow_bf16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction, False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = allowed
+
+
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """`left` @ `right`, bfloat16 both, accumulated in float32, in the type of `out`.
 
-    A GPU rounds once, at the end, as long as `allow_bf16_reduced_precision_reduction` is off; so does this on a CPU.
+    Within `float32_sums` a GPU rounds once, at the end; so does this on a CPU.
     """
     if left.device.type != "cuda":
         return out.copy_(left.float() @ right.float())
