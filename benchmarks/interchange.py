@@ -2,15 +2,16 @@
 
     python benchmarks/interchange.py --out results.json
 
-Transcoders of the bundled model's four layers, with and without a skip, whose encoders are random and whose decoders are least
-squares on its activations: they are no good transcoders, but every tensor counts and no matrix is symmetric. Each peer reads them
-in an environment of its own (peers/launch.py), and answers with its largest difference from us, relative to the largest value.
-With --suite RUN/suite the set is what `everyscope export --format circuit-tracer` makes of a suite's own transcoders.
+Transcoders of every layer of the bundled Gemma 2 and of a random Llama, with and without a skip, whose encoders are random and
+whose decoders are least squares on activations: they are no good transcoders, but every tensor counts and no matrix is symmetric.
+Each peer reads them in an environment of its own (peers/launch.py), and answers with its largest difference from us, relative to
+the largest value. With --suite RUN/suite the set is what `everyscope export --format circuit-tracer` makes of a suite.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from peers.launch import python_of
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from everyscope.base.bundled import model_location
 from everyscope.base.files import read_json, write_json
@@ -66,9 +68,11 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Activations:
-    """What the bundled model's MLPs read and write."""
+    """What a model's MLPs read and write."""
 
     model: LanguageModel
+    location: str
+    """The model's folder."""
     rows: dict[Site, Tensor]
     """On some text, BOS left out [rows, d_model]."""
     input_ids: Tensor
@@ -84,24 +88,29 @@ class Activations:
 
 def compare(suite: Path | None, work: Path, cache: Path) -> dict[str, Any]:
     """What every peer says."""
-    activations = captured(load_language_model(ModelConfig(name="tiny")))
+    activations = captured(model_location("tiny"))
     trained = {skip: [transcoder(activations, layer, skip) for layer in range(activations.num_layers)] for skip in (False, True)}
     tracers: dict[str, Any] = {}
-    sets: dict[str, list[Sae]] = {"no_skip": trained[False], "skip": trained[True]} if suite is None else {"suite": []}
-    for name, coders in sets.items():
-        folder = work / f"set_{name}"
-        if suite is None:
-            normalised = [without_gain(activations.model, coder) for coder in coders]
-            known = {"model": model_location("tiny"), "output": "hook_mlp_out", "scan": str(folder.resolve())}
-            circuit_tracer.write(folder, normalised, **known)
-        else:
-            export(CircuitTracerConfig(suite=suite, out=folder, input="normalised", model=model_location("tiny")))
-            normalised = [load_sae(path) for path in circuit_tracer.layer_files(folder)]
-        tracers[name] = ask_tracer(activations, normalised, folder, work, cache)
+    if suite is None:
+        llama = captured(small_llama(work / "llama"))
+        sets: dict[str, tuple[Activations, list[Sae]]] = {
+            "gemma_2_no_skip": (activations, [without_gain(activations.model, coder) for coder in trained[False]]),
+            "gemma_2_skip": (activations, [without_gain(activations.model, coder) for coder in trained[True]]),
+            "llama_skip": (llama, [transcoder(llama, layer, True) for layer in range(llama.num_layers)]),
+        }
+        for name, (of, coders) in sets.items():
+            folder = work / f"set_{name}"
+            circuit_tracer.write(folder, coders, model=of.location, output="hook_mlp_out", scan=str(folder.resolve()))
+            tracers[name] = ask_tracer(of, coders, folder, work, cache)
+    else:
+        folder = work / "set_suite"
+        export(CircuitTracerConfig(suite=suite, out=folder, input="normalised", model=activations.location))
+        coders = [load_sae(path) for path in circuit_tracer.layer_files(folder)]
+        tracers["suite"] = ask_tracer(activations, coders, folder, work, cache)
     found = {"circuit_tracer": tracers, **ask_readers(trained, activations, work, cache)}
     return {
         "command": "python benchmarks/interchange.py" + ("" if suite is None else f" --suite {suite}"),
-        "model": "tiny",
+        "models": "tiny (Gemma 2, 4 layers), and a random Llama of 3 layers",
         "width": WIDTH,
         "rows": len(next(iter(activations.rows.values()))),
         "tolerance": TOLERANCE,
@@ -110,9 +119,32 @@ def compare(suite: Path | None, work: Path, cache: Path) -> dict[str, Any]:
     }
 
 
+def small_llama(folder: Path) -> str:
+    """A random Llama with the bundled model's tokenizer and norms whose gains are not 1; its folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 2)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as they are: older transformers do not load what newer ones save
+        shutil.copy(Path(model_location("tiny")) / name, folder)
+    return str(folder.resolve())
+
+
 @torch.no_grad()
-def captured(model: LanguageModel) -> Activations:
+def captured(location: str) -> Activations:
     """The activations of some Python, and of the prompt."""
+    model = load_language_model(ModelConfig(name=location))
     sites = [Site(kind, layer) for layer in range(model.anatomy.num_layers) for kind in ("mlp_in", "mlp_out")]
     context = model.anatomy.config.max_position_embeddings
     tokens = tokenize(model, [Path(module).read_text()[:4000] for module in (argparse.__file__, tempfile.__file__)])
@@ -122,7 +154,9 @@ def captured(model: LanguageModel) -> Activations:
     blocks = [{site: x[keep] for site, x in capture(model, sites, ids).items()} for ids, keep in parts]
     input_ids = tokenize(model, PROMPT).input_ids
     of_prompt = {site: x[0] for site, x in capture(model, sites, input_ids).items()}
-    return Activations(model, {site: torch.cat([block[site] for block in blocks]) for site in sites}, input_ids[0], of_prompt)
+    return Activations(
+        model, location, {site: torch.cat([block[site] for block in blocks]) for site in sites}, input_ids[0], of_prompt
+    )
 
 
 def _numbers(found: dict[str, Any]) -> list[float]:
@@ -168,8 +202,11 @@ def ask_tracer(activations: Activations, coders: list[Sae], folder: Path, work: 
     """circuit-tracer's differences on given activations and through its own hooks, and its attribution graph of the prompt."""
 
     def inputs(of: dict[Site, Tensor], layer: int) -> Tensor:
+        x = of[Site("mlp_in", layer)]
+        if coders[layer].metadata.convention == "mlp_input":
+            return x
         norm = mlp_norm_of(activations.model.anatomy, layer)
-        return (of[Site("mlp_in", layer)] - norm.bias) / norm.gain
+        return (x - norm.bias) / norm.gain
 
     given = [inputs(activations.rows, layer)[:ROWS] for layer in range(len(coders))]
     prompts = [inputs(activations.of_prompt, layer) for layer in range(len(coders))]
@@ -183,7 +220,7 @@ def ask_tracer(activations: Activations, coders: list[Sae], folder: Path, work: 
         input_ids=activations.input_ids.numpy(),
     )
     say(f"  circuit-tracer reads {folder}")
-    request = {"set": str(folder.resolve()), "model": model_location("tiny"), "arrays": str(path)}
+    request = {"set": str(folder.resolve()), "model": activations.location, "arrays": str(path)}
     request |= {"graphs": str(work / "graphs"), "slug": folder.name}
     found = answer(python_of("circuit_tracer", cache), "tracer", request)
     kinds = Counter(node["feature_type"] for node in read_json(Path(found["graph"].pop("file")))["nodes"])

@@ -7,15 +7,18 @@ attributes a prompt. Through the nnsight backend, which loads any folder of a Hu
 # pyright: reportMissingImports=false
 # The package is in an environment of its own (peers/launch.py).
 
+import gzip
 import json
 import sys
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from circuit_tracer import ReplacementModel, attribute
+from circuit_tracer.frontend import feature_models
 from circuit_tracer.utils import create_graph_files
 
 
@@ -47,6 +50,7 @@ def main(request: dict[str, Any]) -> None:
                 "outputs": _difference(y, arrays["y"]),
                 "latents_through_its_hooks": _difference(own[:, 1:], arrays["f_of_prompt"][:, 1:]),
                 "active": int((own[:, 1:] > 0).sum()),
+                "features": _features(Path(request["set"]) / "features"),
                 "graph": {
                     "nodes": len(weights),
                     "latents": len(graph.selected_features),
@@ -57,6 +61,21 @@ def main(request: dict[str, Any]) -> None:
             }
         )
     )
+
+
+def _features(folder: Path) -> dict[str, int]:
+    """How many latents of each layer's feature file are what its viewer's own model of them says; no files, no layers."""
+    if not folder.is_dir():
+        return {}
+    index, counts = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes())), {}
+    for layer, entry in index.items():
+        data, offsets = (folder / entry["filename"]).read_bytes(), entry["offsets"]
+        for begin, end in pairwise(offsets):
+            length = int.from_bytes(data[begin : begin + 4], "little")  # as its viewer reads it
+            assert begin + 4 + length == end, f"layer {layer}: {end - begin} bytes at {begin}, of which {length} are a latent's"
+            feature_models.Model.model_validate_json(gzip.decompress(data[begin + 4 : end]))
+        counts[layer] = len(offsets) - 1
+    return counts
 
 
 def _difference(theirs: torch.Tensor, ours: np.ndarray) -> float:

@@ -3,17 +3,14 @@
 SAELens keeps a skip as [d_out, d_in] and computes x @ W_skip.T; ours is its transpose.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import write_json
 from everyscope.base.tensors import write_tensors
-from everyscope.sae.metadata import CONVENTIONS, NORMALISED_HOOK, SaeMetadata
-from everyscope.sites.names import Site
+from everyscope.sae.metadata import SaeMetadata
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"
@@ -86,24 +83,3 @@ def saelens_config(
             **(more or {}),
         },
     }
-
-
-def metadata_of(config: Mapping[str, Any]) -> SaeMetadata:
-    """What a cfg.json of ours or of SAELens says; before version 6 its fields were not nested."""
-    said: dict[str, Any] = {**config, **(config.get("metadata") or {})}
-    known = SaeMetadata(None, said.get("model_name"), said.get("l0"), said.get("scale"), said.get("training_tokens"))
-    hook, site = said.get("hook_name"), _site(said.get("hook_name"))
-    if config.get("architecture") not in (TRANSCODER, SKIP_TRANSCODER):
-        return replace(known, site=site)
-    convention = None if site is None else CONVENTIONS.get(site.kind)
-    if found := re.fullmatch(NORMALISED_HOOK.replace(".", r"\.").format(layer=r"(\d+)"), str(hook)):
-        site, convention = Site("mlp_in", int(found[1])), "normalised"
-    return replace(known, site=site, target=_site(said.get("hook_name_out")), convention=convention, kind="transcoder")
-
-
-def _site(hook: Any) -> Site | None:
-    """The site of a hook's name; None for a hook where we have no site."""
-    try:
-        return Site.parse(str(hook))
-    except ConfigError:
-        return None
