@@ -97,7 +97,11 @@ def start(command: str, recipe: Path, out: Path, *flags: str) -> subprocess.Pope
 
 def tree(folder: Path) -> dict[str, bytes]:
     """The bytes of all files below, but for those that tell how long something took, and what became of jobs."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "cost.json")
+    files = (
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "cost.json" and not path.name.endswith(".speed.json")
+    )
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     return {name: content for name, content in found.items() if not name.startswith("jobs/")}
 

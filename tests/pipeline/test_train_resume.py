@@ -67,7 +67,11 @@ def bank(shards: Path, out: Path, **changes) -> TrainConfig:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(".speed.json")
+    }
 
 
 def start(config: TrainConfig) -> subprocess.Popen[bytes]:

@@ -86,7 +86,11 @@ def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """The bytes of all files below, but for those that tell how long something took."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "cost.json")
+    files = (
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "cost.json" and not path.name.endswith(".speed.json")
+    )
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
