@@ -11,7 +11,9 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
@@ -31,11 +33,13 @@ from everyscope.browse.pages import TYPES, environment, render, stamps, static_f
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.search import TableRequest, find_tokens, latents_by_label, latents_by_token
+from everyscope.browse.views.circuit import circuit_data, circuit_foreign, circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
 from everyscope.browse.views.live import steer_view, text_view
 from everyscope.browse.views.sae import sae_view, table_rows
 from everyscope.browse.views.suite import comparisons_view, suite_view
+from everyscope.circuits.files import graphs_in
 
 HEADERS = {
     "content-security-policy": (
@@ -122,6 +126,10 @@ class Browser:
             "/comparisons": self._comparisons,
             "/search": self._search,
             "/compare": self._compare,
+            "/circuits": self._circuits,
+            "/circuit/{name}.json": self._circuit_data,
+            "/circuit/{name}/circuit-tracer.json": self._circuit_foreign,
+            "/circuit/{name}": self._circuit,
             f"{SAE_PATH}/": self._sae,
             f"{SAE_PATH}/{{latent:latent}}.json": self._raw,
             f"{SAE_PATH}/{{latent:latent}}": self._latent,
@@ -199,6 +207,27 @@ class Browser:
     def _compare(self, request: Request, index: Index) -> Response:
         one, other = (index.find(request.query_params.get(name, "")) for name in ("a", "b"))
         return self._page("compare", index, **compare_view(index, self._links, one, other))
+
+    def _circuits(self, request: Request, index: Index) -> Response:
+        return self._page("circuits", index, **circuits_view(self._preparation.suite, self._links))
+
+    def _graph(self, request: Request) -> tuple[str, Path]:
+        """The name and file of a graph; names are looked up, so that no address becomes a path."""
+        name, known = request.path_params["name"], graphs_in(self._preparation.suite)
+        if name not in known:
+            raise NoSuchPage(f"this suite has no graph {name[:200]!r}; `everyscope circuit` makes some")
+        return name, known[name]
+
+    def _circuit(self, request: Request, index: Index) -> Response:
+        return self._page("circuit", index, **circuit_view(self._links, *self._graph(request)))
+
+    def _circuit_data(self, request: Request, index: Index) -> Response:
+        return JSONResponse(circuit_data(index, self._links, *self._graph(request)))
+
+    def _circuit_foreign(self, request: Request, index: Index) -> Response:
+        name, path = self._graph(request)
+        headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}.json"}
+        return JSONResponse(circuit_foreign(index, name, path), headers=headers)
 
     def _asked(self, name: str, view: LiveView) -> Callable[[Request], Awaitable[Response]]:
         """A page that may ask the language model. It waits in threads of its own, so that no other page ever waits for it."""

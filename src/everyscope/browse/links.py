@@ -48,6 +48,14 @@ class Links(Protocol):
         """What was measured over the whole suite."""
         ...
 
+    def circuits(self) -> str | None:
+        """The list of attribution graphs."""
+        ...
+
+    def circuit(self, name: str, form: str = "") -> str | None:
+        """One of them: its page, or its data as `.json` or `/circuit-tracer.json`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -91,6 +99,14 @@ class Served:
     def comparisons(self) -> str:
         """See Links."""
         return "/comparisons"
+
+    def circuits(self) -> str:
+        """See Links."""
+        return "/circuits"
+
+    def circuit(self, name: str, form: str = "") -> str:
+        """See Links."""
+        return f"/circuit/{quote(name, safe='')}{form}"
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,12 @@ class Exported:
     def comparisons(self) -> str:
         """See Links."""
         return self._at("comparisons.html")
+
+    def circuits(self) -> None:
+        """See Links; graphs are drawn by the server alone."""
+
+    def circuit(self, name: str, form: str = "") -> None:
+        """See Links."""
 
 
 def sae_file(folder: str, page: int) -> str:

@@ -26,8 +26,8 @@ class Preparation:
 
     def __init__(self, suite: Path, cache: Path | None) -> None:
         """Reads suite.json, which is quick, so that a folder that is no suite is refused at once; raises as `read_suite`."""
-        self._suite, self._record = read_suite(suite)
-        self._path = index_path(self._suite, input_files(self._suite, self._record), cache)
+        self.suite, self._record = read_suite(suite)
+        self._path = index_path(self.suite, input_files(self.suite, self._record), cache)
         self._total = sum(sae.width for sae in self._record.saes)
         self._done = 0
         self.title = self._record.title
@@ -79,4 +79,4 @@ class Preparation:
                 self._done += count
                 progress.advance(count)
 
-            build_index(path, self._suite, self._record, advance)
+            build_index(path, self.suite, self._record, advance)

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from everyscope.base.errors import ConfigError
-from everyscope.circuits.choosing import transcoders_of
+from everyscope.circuits.choosing import coders_of
 from everyscope.circuits.config import AttributionConfig, Latent, Target
 from everyscope.circuits.frozen import FrozenModel
+from everyscope.circuits.gradient import GradientTracer
 from everyscope.circuits.graph import ERROR, LATENT, LOGIT, TOKEN, CoderFacts, Graph, GraphFacts
 from everyscope.circuits.influence import Edges, Pruned
 from everyscope.circuits.replacement import LocalReplacement
@@ -27,7 +28,7 @@ from everyscope.sites.splice import special_ids
 from everyscope.suite.reader import Suite, SuiteEntry
 
 Coders = Suite | Mapping[Any, Sae | SuiteEntry] | Iterable[Sae | SuiteEntry]
-"""Transcoders, at most one for each layer: a suite's, or any others."""
+"""Transcoders, at most one for each layer, or SAEs of the residual stream: a suite's, or any others."""
 
 
 def attribute(
@@ -45,35 +46,37 @@ def attribute(
     Attention patterns and norms' sizes are held as they are on this prompt; each MLP is its transcoder plus the error that it
     makes here, so that the graph is of the model itself. Latents of special tokens (BOS) do not count: there all that an MLP
     adds is error. `inputs` are one text, or the ids of one; BOS comes first as in training. `target` is a `TargetTokens`,
-    `Contrast` or `Latent`; None takes the likeliest next tokens. ConfigError where there is no transcoder, or two of one layer.
+    `Contrast` or `Latent`; None takes the likeliest next tokens. SAEs of the residual stream in place of transcoders give an
+    approximate graph, by activation times gradient. ConfigError where there is no transcoder, or two of one layer.
     """
     config = config or AttributionConfig()
     language_model, model = model, bare(model)
-    anatomy = anatomy_of(model)
     input_ids, _ = read_inputs(language_model, inputs, tokenizer=tokenizer)
     tokenizer = tokenizer or known_tokenizer(language_model)
     names, coders = by_layer(transcoders)
-    frozen = FrozenModel(model, anatomy, input_ids)
-    replacement = LocalReplacement(frozen, coders, counted_tokens(model, input_ids[0]))
+    frozen = FrozenModel(model, anatomy_of(model), input_ids)
+    is_exact = all(coder.is_transcoder for coder in coders.values())
+    tracer = (LocalReplacement if is_exact else GradientTracer)(frozen, coders, counted_tokens(model, input_ids[0]))
     targets = logit_targets(frozen, target, config, tokenizer)
-    columns = columns_of(replacement, targets, names)
+    columns = columns_of(tracer, targets, names)
     if isinstance(target, Latent):
         is_it = (columns["kind"] == LATENT) & (columns["layer"] == target.layer)
         is_it &= (columns["position"] == target.position) & (columns["index"] == target.latent)
         columns["start"][require_active(torch.from_numpy(np.flatnonzero(is_it)), target)] = 1.0
-    directions = [replacement.direction(vector) for vector in targets.vectors]
-    kept = select(replacement, directions, columns["start"], columns["layer"], config, say)
+    directions = [tracer.direction(vector) for vector in targets.vectors]
+    kept = select(tracer, directions, columns["start"], columns["layer"], config, say)
+    texts = tuple(text_of(token, tokenizer) for token in input_ids[0].tolist())
     facts = GraphFacts(
-        prompt=inputs if isinstance(inputs, str) else "".join(text_of(token, tokenizer) for token in input_ids[0].tolist()),
-        tokens=tuple(text_of(token, tokenizer) for token in input_ids[0].tolist()),
+        prompt=inputs if isinstance(inputs, str) else "".join(texts),
+        tokens=texts,
         token_ids=tuple(input_ids[0].tolist()),
         model=str(getattr(language_model, "name", None) or getattr(model, "name_or_path", "") or type(model).__name__),
-        num_layers=anatomy.num_layers,
-        method="replacement",
+        num_layers=frozen.num_layers,
+        method="replacement" if is_exact else "gradient",
         coders=tuple(CoderFacts(layer=layer, name=names[layer], width=coder.d_sae) for layer, coder in sorted(coders.items())),
         targets=targets.facts,
-        num_active=replacement.num_latents,
-        logit_error=float((frozen.capped(replacement.logits) - frozen.logits).abs().max()),
+        num_active=tracer.num_latents,
+        logit_error=float((frozen.capped(tracer.logits) - frozen.logits).abs().max()),
         version=version("everyscope"),
         settings=config.as_json(),
     )
@@ -81,26 +84,29 @@ def attribute(
 
 
 def by_layer(transcoders: Coders) -> tuple[dict[int, str], dict[int, Sae]]:
-    """Names and transcoders by layer; ConfigError for two of one layer, what says no layer, or none at all."""
+    """Names and coders by layer: transcoders, or else SAEs.
+
+    ConfigError for two of one layer, for both kinds together, for what does not say its layer, or where there is none at all.
+    """
     if isinstance(transcoders, Suite):
-        transcoders = transcoders_of(transcoders)
+        transcoders = coders_of(transcoders)
     given = list(transcoders.values()) if isinstance(transcoders, Mapping) else list(transcoders)
     names, found = dict[int, str](), dict[int, Sae]()
     for one in given:
         coder = one.sae() if isinstance(one, SuiteEntry) else one
-        target = coder.metadata.target
-        if target is None:
+        writes = coder.metadata.target if coder.is_transcoder else coder.metadata.site
+        if writes is None:
+            raise ConfigError(f"{coder!r} does not say where it sits; give it metadata with its site, and a transcoder's target")
+        if writes.layer in found:
             raise ConfigError(
-                f"{coder!r} is no transcoder that says which MLP it stands in for; give metadata with site and target"
+                f"two coders of layer {writes.layer}, {names[writes.layer]} and {coder!r}; choose one for each layer"
             )
-        if target.layer in found:
-            raise ConfigError(
-                f"two transcoders of layer {target.layer}, {names[target.layer]} and {coder!r}; choose one for each layer"
-            )
-        names[target.layer] = one.record.folder if isinstance(one, SuiteEntry) else repr(coder)
-        found[target.layer] = coder
+        names[writes.layer] = one.record.folder if isinstance(one, SuiteEntry) else repr(coder)
+        found[writes.layer] = coder
     if not found:
         raise ConfigError("no transcoders given; give one for each layer, or a suite that has some")
+    if len({coder.is_transcoder for coder in found.values()}) > 1:
+        raise ConfigError("transcoders and SAEs together: give transcoders alone, for an exact graph, or SAEs alone")
     return names, found
 
 
@@ -114,7 +120,9 @@ def counted_tokens(model: nn.Module, input_ids: Int[Tensor, " ctx"]) -> Bool[Ten
     return ~torch.isin(input_ids, torch.tensor(special_ids(model), dtype=input_ids.dtype, device=input_ids.device))
 
 
-def columns_of(replacement: LocalReplacement, targets: LogitTargets, names: Mapping[int, str]) -> dict[str, np.ndarray]:
+def columns_of(
+    replacement: LocalReplacement | GradientTracer, targets: LogitTargets, names: Mapping[int, str]
+) -> dict[str, np.ndarray]:
     """What all sources and then all targets are."""
     context, layers = replacement.frozen.context, replacement.frozen.num_layers
     counts = [len(found.latent) for found in replacement.layers]
@@ -165,4 +173,5 @@ def assembled(facts: GraphFacts, columns: dict[str, np.ndarray], kept: Kept) -> 
     whole = Graph(facts, **columns, **known, edges=Edges(edges.source, edges.target, edges.weight.astype(np.float64)))
     graph = whole.part(Pruned(nodes, nodes[edges.source]))
     found = {"replacement": graph.scores.replacement, "completeness": graph.scores.completeness}
+    found |= {"violation": graph.largest_violation}
     return replace(graph, facts=facts.model_copy(update=found))

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 COLUMNS = ("latent", "label", "kind")
 
 
-def transcoders_of(suite: "Suite", *, width: int | None = None, l0: float | None = None) -> "list[SuiteEntry]":
-    """One transcoder for each layer that has any: of `width` (None: the widest), with the L0 nearest to `l0` (None: the middle
-    one).
+def coders_of(suite: "Suite", *, width: int | None = None, l0: float | None = None) -> "list[SuiteEntry]":
+    """One transcoder for each layer that has any; where no layer has, one SAE of the residual stream for each that has.
 
-    ConfigError where the suite has none.
+    Of `width` (None: the widest), with the L0 nearest to `l0` (None: the canonical one). ConfigError where the suite has neither.
     """
-    by_layer: dict[int, list[SuiteEntry]] = {}
-    for entry in suite:
-        if entry.site.kind == "transcoder" and width in (None, entry.width):
-            by_layer.setdefault(entry.site.layer, []).append(entry)
-    if not by_layer:
-        of_width = "" if width is None else f" of width {width}"
-        raise ConfigError(f"{suite.root}: has no transcoders{of_width}; train some with --sites transcoder")
-    return [_chosen(entries, l0) for _, entries in sorted(by_layer.items())]
+    for kind in ("transcoder", "resid_post"):
+        by_layer: dict[int, list[SuiteEntry]] = {}
+        for entry in suite:
+            if entry.site.kind == kind and width in (None, entry.width):
+                by_layer.setdefault(entry.site.layer, []).append(entry)
+        if by_layer:
+            return [_chosen(entries, l0) for _, entries in sorted(by_layer.items())]
+    of_width = "" if width is None else f" of width {width}"
+    raise ConfigError(f"{suite.root}: has no transcoders{of_width}, nor SAEs at resid_post; train some with --sites transcoder")
 
 
 def _chosen(entries: "list[SuiteEntry]", l0: float | None) -> "SuiteEntry":

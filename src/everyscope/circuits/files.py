@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from everyscope.base.errors import DamagedData
 from everyscope.base.schema import one_line
-from everyscope.base.tensors import opened_tensors
+from everyscope.base.tensors import opened_tensors, read_header
 from everyscope.circuits.graph import COLUMNS, LATENT, LOGIT, TOKEN, Graph, GraphFacts
 from everyscope.circuits.influence import Edges
 
@@ -38,6 +38,15 @@ def slug_of(prompt: str, more: str = "") -> str:
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[-LONGEST_SLUG:].strip("-")
     digest = hashlib.sha256(f"{prompt}\0{more}".encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return f"{words}-{digest}" if words else digest
+
+
+def read_facts(path: Path) -> GraphFacts:
+    """What a graph's file says of itself, unchecked: for lists. DamagedData for a file that says nothing."""
+    metadata = read_header(path).get("__metadata__")
+    try:
+        return GraphFacts.model_validate_json((metadata or {})["facts"])
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedData(f"{path}: is no graph; {REMEDY}") from error
 
 
 def read_graph(path: Path) -> Graph:
@@ -89,6 +98,7 @@ def require_sound(graph: Graph, name: Path | str) -> None:
             "latents are out of range": bool(
                 ((graph.index >= 0) & (graph.index < of_coder) & (graph.coder >= 0))[is_latent].all()
             ),
+            "nodes are there twice": len(np.unique(np.stack(columns[:4]), axis=1).T) == count,
             "edges do not lead upwards": (graph.level[edges.source] < graph.level[edges.target]).all(),
         }
     wrong = next((rule for rule, holds in rules.items() if not holds), None)

@@ -73,6 +73,8 @@ class GraphFacts(Schema):
     """Replacement score of the whole graph, before it was pruned [1]."""
     completeness: float = 0.0
     """Completeness score of the same [1]."""
+    violation: float = 0.0
+    """The largest, of all nodes whose inputs were computed [1]."""
     num_active: int
     """Active latents of the prompt, in the graph or not [latents]."""
     logit_error: float

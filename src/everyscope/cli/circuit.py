@@ -44,7 +44,7 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
             raise ConfigError(f"{name} {value}: expected more than 0, at most 1")
     from everyscope.browse.live_model import model_of
     from everyscope.circuits.attribution import attribute
-    from everyscope.circuits.choosing import transcoders_of
+    from everyscope.circuits.choosing import coders_of
     from everyscope.circuits.validation import validate
     from everyscope.circuits.writing import write_graph
     from everyscope.run.pipeline import quiet_transformers
@@ -54,17 +54,17 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
 
     quiet_transformers()
     loaded = load_suite(suite)
-    transcoders = transcoders_of(loaded, width=options.width, l0=options.l0)
+    coders = coders_of(loaded, width=options.width, l0=options.l0)
     known = model_of(suite, loaded.index.model) if options.model is None else ModelConfig(name=options.model)
     model = load_language_model(known)
-    graph = attribute(model, transcoders, options.prompt, target=target, config=AttributionConfig(**chosen))
+    graph = attribute(model, coders, options.prompt, target=target, config=AttributionConfig(**chosen))
     slug = slug_of(options.prompt, "" if target is None else repr(target))
     path: Path = options.out or suite / FOLDER / f"{slug}{ENDING}"
     write_graph(path, graph)
     labels, pruned = labels_of(suite, graph), graph.pruned(options.node_share, options.edge_share)
     if options.circuit_tracer is not None:
         write_json(options.circuit_tracer, to_json(pruned, slug, labels, loaded.index.title, options.node_share))
-    tested = validate(model, transcoders, graph, num_latents=options.validate) if options.validate else None
+    tested = validate(model, coders, graph, num_latents=options.validate) if options.validate else None
     if options.json:
         print(json.dumps(as_json(path, graph, pruned, labels, tested), indent=2))
     else:

@@ -63,7 +63,7 @@ def test_json_for_programs(suite, capsys, tmp_path):
         ([PROMPT, "--target", "never one token"], "tokens ("),
         ([PROMPT, "--max-latents", "0"], "expected 1 or more"),
         ([PROMPT, "--node-share", "1.5"], "at most 1"),
-        ([PROMPT, "--width", "128"], "has no transcoders of width 128"),
+        ([PROMPT, "--width", "128"], "has no transcoders of width 128, nor SAEs"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(suite, capsys, arguments, words):

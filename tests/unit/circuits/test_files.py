@@ -80,6 +80,16 @@ def test_a_sealed_file_of_nonsense_is_one_line(graph, tmp_path, name, value, wor
         read_graph(path)
 
 
+def test_a_latent_that_is_there_twice_is_refused(graph, tmp_path):
+    first, second = np.flatnonzero((graph.kind == LATENT) & (graph.layer == 0))[:2]
+    doubled = {name: getattr(graph, name).copy() for name in ("position", "index")}
+    for column in doubled.values():
+        column[second] = column[first]
+    write_graph(tmp_path / "graph", replace(graph, **doubled))
+    with pytest.raises(DamagedData, match="twice"):
+        read_graph(tmp_path / "graph")
+
+
 def test_edges_that_lead_down_or_nowhere_are_refused(graph, tmp_path):
     path = tmp_path / f"some{ENDING}"
     turned = Edges(graph.edges.target, graph.edges.source, graph.edges.weight)
