@@ -10,6 +10,7 @@ from torch import Tensor
 from everyscope.evaluate.calibration import calibrate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.held_out import ranges_of, read_held_out
+from everyscope.evaluate.layouts import of_mlp_inputs
 from everyscope.evaluate.passes import CHUNK_ACTIVATIONS, rows_at
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.targets import Target
@@ -43,7 +44,10 @@ def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: i
     held_out, device = read_held_out(config), torch.device(config.model.device)
     language = load_language_model(config.model)
     model = language.model
-    saes = {target.identity: rounded(target.sae().to(device), config.sae_dtype) for target in targets}
+    saes = {
+        target.identity: rounded(of_mlp_inputs(target.sae(), language.anatomy, target.site.layer).to(device), config.sae_dtype)
+        for target in targets
+    }
     sites = sorted({target.site for target in targets})
     places = sorted(places_of(sites))
     calibrations = calibrate(config, places, language)

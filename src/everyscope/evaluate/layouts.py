@@ -15,10 +15,13 @@ from torch import nn
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import sha256
 from everyscope.formats.known import coders_below
+from everyscope.sae.conventions import to_convention
 from everyscope.sae.files import TENSOR_FILE, trained_folders, weights_digest
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site, SiteKind, parse_folder
+from everyscope.sites.norms import mlp_norm_of
+from everyscope.sites.registry import Anatomy
 
 RELEASE_KINDS: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "embedding": "embed"}
 """The last word of a Gemma Scope repository's name, or a folder's name in it, and the site it stands for."""
@@ -100,6 +103,22 @@ def _kind(parts: Sequence[str]) -> SiteKind | None:
         if word in RELEASE_KINDS and (word != part or word == UNSCALED):
             return RELEASE_KINDS[word]
     return None
+
+
+def of_mlp_inputs(coder: Sae, anatomy: Anatomy, layer: int) -> Sae:
+    """A transcoder as one of what `mlp_in` captures: the gain of the model's norm is taken into one that reads without it.
+
+    SAEs stay as they are. ConfigError for a transcoder of the residual stream before the norm, which does not convert.
+    """
+    convention = coder.metadata.convention
+    if convention == "residual":
+        raise ConfigError(
+            f"{coder!r} reads the residual stream before the MLP's norm; those that read behind it can be evaluated"
+        )
+    if convention != "normalised":
+        return coder
+    norm = mlp_norm_of(anatomy, layer)
+    return to_convention(coder, "mlp_input", norm.gain, norm.bias)
 
 
 def of_embeddings(sae: Sae, scale: float) -> Sae:

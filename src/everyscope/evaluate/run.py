@@ -26,7 +26,7 @@ from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.evaluate.groups import Tables
 from everyscope.evaluate.held_out import HeldOut, ranges_of, read_held_out
 from everyscope.evaluate.intervals import resample_ablations, resample_site
-from everyscope.evaluate.layouts import embedding_scale, of_embeddings
+from everyscope.evaluate.layouts import embedding_scale, of_embeddings, of_mlp_inputs
 from everyscope.evaluate.linear import linear_maps
 from everyscope.evaluate.passes import Evaluated, measure_batch
 from everyscope.evaluate.rounding import rounded
@@ -39,6 +39,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site, places_of
+from everyscope.sites.registry import Anatomy
 
 PROGRESS_FILE = "progress.safetensors"
 """The saved sums of an unfinished evaluation, in the scores folder."""
@@ -123,7 +124,7 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], w
     has_unscaled = any(target.is_of_unscaled_embeddings for target in pending)
     scale = embedding_scale(language.model) if has_unscaled else 1.0
     for group in groups:
-        saes = {target.identity: _load(target, calibrations, config, device, scale) for target in group.pending}
+        saes = {target.identity: _load(target, calibrations, config, language.anatomy, device, scale) for target in group.pending}
         evaluated = Evaluated(language.model, group.pending, saes, calibrations, config.baseline_blocks)
         state, cost = _measure(config, held_out, evaluated, work)
         keep_cost(config.out, f"saes {group.identity}", cost)
@@ -134,7 +135,12 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], w
 
 
 def _load(
-    target: Target, calibrations: dict[Site, Calibration], config: EvaluateConfig, device: torch.device, scale: float
+    target: Target,
+    calibrations: dict[Site, Calibration],
+    config: EvaluateConfig,
+    anatomy: Anatomy,
+    device: torch.device,
+    scale: float,
 ) -> Sae:
     """The SAE, rounded; `scale` is what the model multiplies rows of its embedding matrix by."""
     sae = target.sae()
@@ -147,7 +153,7 @@ def _load(
                 f"{target.folder}: the SAE has {name}={got}, {place} of {config.model.name} gives {want}; "
                 "is it an SAE of another model or site?"
             )
-    return rounded(sae.to(device), config.sae_dtype)
+    return rounded(of_mlp_inputs(sae, anatomy, target.site.layer).to(device), config.sae_dtype)
 
 
 def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:

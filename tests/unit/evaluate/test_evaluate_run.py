@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +9,21 @@ import pyarrow.parquet
 import pytest
 import torch
 from small_scope import SITES, build_scope, identity_sae, random_sae, score_bytes
+from transformers import AutoModelForCausalLM
 
-from everyscope.base.errors import DataError, ModelError, NonFinite, ShapeMismatch, TextError
+from everyscope.base.errors import ConfigError, DataError, ModelError, NonFinite, ShapeMismatch, TextError
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.work import planned_blocks
-from everyscope.formats import qwen_scope
+from everyscope.formats import gemma_scope, gemma_scope_2, qwen_scope
+from everyscope.sae.conventions import to_convention
 from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites import model as language_models
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
+from everyscope.sites.norms import mlp_norm_of
 
 SITE = Site("mlp_out", 1)
 
@@ -282,6 +286,34 @@ def test_topk_saes_of_another_project_are_scored_by_the_same_rules(evaluated: Ev
     assert scores["l0"] == pytest.approx(3, abs=0.05)
     assert np.asarray(latents["frequency"]).sum() == pytest.approx(scores["l0"])
     assert 0 < scores["fvu_usual"] < 2
+
+
+def test_transcoders_are_scored_alike_whichever_input_their_file_takes(tmp_path: Path):
+    """Gemma Scope 1's take the MLP's input without the norm's gain, Gemma Scope 2's with it; converted, one is the other."""
+    config = build_scope(tmp_path, (Site("mlp_out", 1),))
+    model = AutoModelForCausalLM.from_pretrained(config.model.name)
+    model.model.layers[1].pre_feedforward_layernorm.weight.data.uniform_(-0.5, 1)  # tiny_gemma's gains are all 1
+    model.save_pretrained(config.model.name)
+    place = Site("mlp_in", 1)
+    with_gain = Sae(
+        **random_sae(16, 32, 0.5, torch.zeros(16), seed=3).own_tensors(),
+        W_skip=torch.randn(16, 16, generator=torch.Generator().manual_seed(3)) / 8,
+        metadata=SaeMetadata(place, "google/gemma-3-270m", target=Site("mlp_out", 1), convention="mlp_input"),
+    )
+    norm = mlp_norm_of(load_language_model(config.model).anatomy, 1)
+    gemma_scope_2.write(tmp_path / "released/layer_1_width_32_l0_big_affine", with_gain)
+    without = to_convention(with_gain, "normalised", norm.gain)
+    gemma_scope.write(tmp_path / "released/gemma-scope-2b-pt-transcoders/layer_1/width_32/average_l0_9", without)
+    config = config.model_copy(update={"trained": tmp_path / "released", "out": tmp_path / "scored", "shards": None})
+    assert evaluate.run(config).num_evaluated == 2
+    one, other = (json.loads(path.read_text()) for path in sorted((tmp_path / "scored").rglob("metrics.json")))
+    assert 0 < one["l0"] < 32
+    for name in ("l0", "fvu", "delta_loss", "kl", "cosine"):
+        assert other[name] == pytest.approx(one[name], rel=1e-4), name
+    residual = without.with_tensors(replace(without.metadata, site=Site("resid_mid", 1), convention="residual"))
+    residual.save(tmp_path / "residual/layer_1")
+    with pytest.raises(ConfigError, match="reads the residual stream before the MLP's norm"):
+        evaluate.run(config.model_copy(update={"trained": tmp_path / "residual"}))
 
 
 def test_saes_of_the_embedding_matrix_meet_the_embeddings_that_they_were_trained_on(tmp_path: Path):
