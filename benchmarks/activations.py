@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from everyscope.activations.harvest.config import HarvestConfig
+from everyscope.activations.harvest.model_handle import open_handle
+from everyscope.activations.harvest.run import run as harvest
 from everyscope.activations.shards.order import permutation
 from everyscope.activations.shards.reader import Shards
 from everyscope.base.files import whole_file
 from everyscope.base.progress import meter
-from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.run import run as harvest
-from everyscope.harvest.subject import subject_of
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
 from everyscope.text.blocks import read_blocks
@@ -82,7 +82,7 @@ def make_tiny(path: Path, rows: int) -> None:
         model=ModelConfig(name="tiny"), text=TEXT, sites=(SITE,), num_tokens=rows, batch_blocks=BATCH_BLOCKS, out=folder
     )
     shards = Shards(harvest(config).folders[SITE])
-    subject = subject_of(config)
+    subject = open_handle(config)
     capture = subject.open()
     training = (shards.rows(at, min(at + CHUNK_ROWS, shards.num_rows)).numpy() for at in range(0, shards.num_rows, CHUNK_ROWS))
     held_out = rows_of_text(lambda input_ids: capture((SITE,), input_ids)[SITE], subject.tokenizer, "held_out")

@@ -29,7 +29,7 @@ from everyscope.evaluate.held_out import Batch, HeldOut, ranges_of, read_held_ou
 from everyscope.evaluate.losses import kl_divergence
 from everyscope.evaluate.passes import clean_pass, spliced_logits
 from everyscope.evaluate.run import run
-from everyscope.evaluate.targets import Target, load_targets
+from everyscope.evaluate.targets import EvaluateTarget, load_targets
 from everyscope.publish.formats import write_saelens
 from everyscope.sae.files import read_record
 from everyscope.sites.model import load_language_model
@@ -133,7 +133,7 @@ def difference(row: dict[str, Any]) -> float:
     return abs(row["saelens"] - value) / max(1.0, abs(value))
 
 
-def chosen(targets: list[Target]) -> list[Target]:
+def chosen(targets: list[EvaluateTarget]) -> list[EvaluateTarget]:
     """The first SAE of the first, and of the last layer of each kind of site that SAELens can hook."""
     found = []
     for kind in HOOKS:
@@ -142,7 +142,9 @@ def chosen(targets: list[Target]) -> list[Target]:
     return found
 
 
-def ask_saelens(config: EvaluateConfig, held_out: HeldOut, targets: list[Target], cache: Path, work: Path) -> dict[str, Any]:
+def ask_saelens(
+    config: EvaluateConfig, held_out: HeldOut, targets: list[EvaluateTarget], cache: Path, work: Path
+) -> dict[str, Any]:
     """What SAELens' evaluator says, by SAE."""
     np.save(work / "tokens.npy", held_out.input_ids)
     saes = {}
@@ -169,7 +171,7 @@ def ask_saelens(config: EvaluateConfig, held_out: HeldOut, targets: list[Target]
 
 
 @torch.no_grad()
-def by_their_conventions(model: Any, target: Target, held_out: HeldOut, size: int) -> dict[str, float]:
+def by_their_conventions(model: Any, target: EvaluateTarget, held_out: HeldOut, size: int) -> dict[str, float]:
     """Losses and divergence over every unmasked input token, whatever it predicts; zeros at all positions."""
     sae, sums, counts = target.sae(), dict.fromkeys(CONVENTIONS, 0.0), dict.fromkeys(CONVENTIONS, 0)
     ranges = ranges_of(held_out.num_sequences, (held_out.num_sequences, size))

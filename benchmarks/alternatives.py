@@ -24,19 +24,19 @@ from everyscope.train.engines import engine_for
 BATCH, D_IN, WIDTH, L0 = 2048, 384, 8192, 50
 
 
-def with_dense_products(x: Tensor, f: Tensor, w_dec: Tensor) -> tuple[Tensor, ...]:
+def with_dense_products(x: Tensor, f: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
     """Four dense products."""
-    error = (f @ w_dec - x) * (2 / len(x))
-    d_pre = (error @ w_dec.T) * (f > 0)
+    error = (f @ W_dec - x) * (2 / len(x))
+    d_pre = (error @ W_dec.T) * (f > 0)
     return f.T @ error, d_pre.T @ x
 
 
-def with_csr(x: Tensor, f: Tensor, w_dec: Tensor) -> tuple[Tensor, ...]:
+def with_csr(x: Tensor, f: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
     """torch.sparse on CSR, which is MKL's: products with dense matrices, and one sampled at the pairs."""
     code = f.to_sparse_csr()
-    error = (code @ w_dec - x) * (2 / len(x))
+    error = (code @ W_dec - x) * (2 / len(x))
     zero = torch.sparse_csr_tensor(code.crow_indices(), code.col_indices(), torch.zeros_like(code.values()), code.shape)
-    d_pre = torch.sparse.sampled_addmm(zero, error, w_dec.T)
+    d_pre = torch.sparse.sampled_addmm(zero, error, W_dec.T)
     return transposed(code) @ error, transposed(d_pre) @ x
 
 
@@ -45,14 +45,14 @@ def transposed(matrix: Tensor) -> Tensor:
     return matrix.t().to_sparse_csr()
 
 
-def with_embedding_bag(x: Tensor, f: Tensor, w_dec: Tensor) -> tuple[Tensor, ...]:
+def with_embedding_bag(x: Tensor, f: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
     """embedding_bag for the reconstruction, autograd through it for the decoder and the latents; gathers for the encoder."""
     rows, latents = f.nonzero(as_tuple=True)
     starts = torch.searchsorted(rows, torch.arange(len(x)))
-    values, weights = f[rows, latents].requires_grad_(), w_dec.detach().requires_grad_()
+    values, weights = f[rows, latents].requires_grad_(), W_dec.detach().requires_grad_()
     x_hat = embedding_bag(latents, weights, starts, mode="sum", per_sample_weights=values)
-    d_w_dec, d_f = torch.autograd.grad((x_hat - x).square().sum() / len(x), [weights, values])
-    return d_w_dec, torch.zeros_like(w_dec).index_add_(0, latents, d_f[:, None] * x[rows])
+    d_W_dec, d_f = torch.autograd.grad((x_hat - x).square().sum() / len(x), [weights, values])
+    return d_W_dec, torch.zeros_like(W_dec).index_add_(0, latents, d_f[:, None] * x[rows])
 
 
 def timed(work: Callable[[], object], rounds: int) -> float:
@@ -76,22 +76,22 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Sparse CSR")
     x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
     x /= x.square().sum(1).mean().sqrt()
-    config = SaeConfig(width=WIDTH, sparsity_coefficient=1e-3, recipe=gemma_scope())
+    config = SaeConfig(width=WIDTH, sparsity_coefficient=1e-3, preset=gemma_scope())
     sae = new_sae(config, D_IN)
-    pre = x @ sae.parameters["w_enc"]
+    pre = x @ sae.parameters["W_enc"]
     threshold = float(pre.flatten().topk(L0 * BATCH).values[-1])
     sae.parameters["threshold"].fill_(threshold)
-    f, w_dec = pre * (pre > threshold), sae.parameters["w_dec"]
+    f, W_dec = pre * (pre > threshold), sae.parameters["W_dec"]
     ways = {"dense products": with_dense_products, "CSR (MKL)": with_csr, "embedding_bag": with_embedding_bag}
-    want = with_dense_products(x, f, w_dec)
+    want = with_dense_products(x, f, W_dec)
     table = Table("way", "ms", title=f"batch {BATCH}, d_in {D_IN}, width {WIDTH}, L0 {L0}, {options.threads} threads")
     for name, way in ways.items():
-        for got, expected in zip(way(x, f, w_dec), want, strict=True):
+        for got, expected in zip(way(x, f, W_dec), want, strict=True):
             torch.testing.assert_close(got.to_dense() if got.layout != torch.strided else got, expected, rtol=1e-3, atol=1e-5)
-        table.add_row(f"sparse part by {name}", f"{timed(lambda way=way: way(x, f, w_dec), options.rounds):.1f}")
+        table.add_row(f"sparse part by {name}", f"{timed(lambda way=way: way(x, f, W_dec), options.rounds):.1f}")
     engine = engine_for("pairs", [sae], "cpu")
     table.add_row("whole step by pairs (numba)", f"{timed(lambda: engine.step(x, 10, 10**6), options.rounds):.1f}")
-    rounded = x.bfloat16(), sae.parameters["w_enc"].bfloat16()
+    rounded = x.bfloat16(), sae.parameters["W_enc"].bfloat16()
     table.add_row("  of which the product in bfloat16", f"{timed(lambda: rounded[0] @ rounded[1], options.rounds):.1f}")
     table.add_row("whole step dense, closed form", f"{timed(lambda: dense_update(sae, x, 10, 10**6), options.rounds):.1f}")
     try:

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from everyscope.sae.bf16_gpu import GpuBfloat16
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.functional import unit_rows, without_parallel_part
 from everyscope.sae.pairs_gpu import GpuPairs
 from everyscope.sae.trainable import TENSORS, TrainableSae, new_sae
 
 COEFFICIENT, SPREAD, MOST = 2e-3, 1.5, 0.3
 """Of sparsity; of the rates' logarithm; the highest rate."""
-RECIPE = SaeRecipe(learning_rate=1e-6, learning_rate_warmup_steps=0, sparsity_warmup_steps=0)
+RECIPE = SaePreset(learning_rate=1e-6, learning_rate_warmup_steps=0, sparsity_warmup_steps=0)
 STEPS = 10**6
 Way = TypeVar("Way", bound=Callable[[Tensor], None])
 
 
 def sae_with_l0(d_in: int, width: int, l0: float, device: str) -> TrainableSae:
     """An SAE whose latents fire on Gaussian rows of norm one, at rates that add up to `l0`."""
-    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=COEFFICIENT, recipe=RECIPE), d_in, device)
+    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=COEFFICIENT, preset=RECIPE), d_in, device)
     rates = (torch.randn(width, generator=torch.Generator().manual_seed(1)).double() * SPREAD).exp()
     rates = (rates * l0 / rates.sum()).clamp(1e-12, MOST)
     sae.parameters["threshold"].copy_(-torch.special.ndtri(rates) / d_in**0.5)
@@ -38,7 +38,7 @@ def rows_of(batch: int, d_in: int, device: str, seed: int) -> Tensor:
 def copy_of(sae: TrainableSae) -> TrainableSae:
     """The same SAE in memory of its own."""
     copies = [
-        {name: t.T.clone().T if name == "w_enc" else t.clone() for name, t in d.items()} for d in (sae.parameters, sae.squared)
+        {name: t.T.clone().T if name == "W_enc" else t.clone() for name, t in d.items()} for d in (sae.parameters, sae.squared)
     ]
     return replace(sae, parameters=copies[0], squared=copies[1], touched=sae.touched.clone(), last_fired=sae.last_fired.clone())
 
@@ -48,29 +48,29 @@ def dense_step(p: dict[str, Tensor], v: dict[str, Tensor], x: Tensor, correction
     half = RECIPE.bandwidth / 2
     with torch.autocast(x.device.type, torch.bfloat16):
         centred = x - p["b_dec"]
-        pre = centred @ p["w_enc"] + p["b_enc"]
+        pre = centred @ p["W_enc"] + p["b_enc"]
         active = (pre > p["threshold"]).to(pre.dtype)
         near = ((pre - p["threshold"]).abs() < half).to(pre.dtype)
         f = (pre * active).bfloat16()
-        error = f @ p["w_dec"] + p["b_dec"] - x
+        error = f @ p["W_dec"] + p["b_dec"] - x
         d_x_hat = error * (2 / len(x))
-        d_f = d_x_hat @ p["w_dec"].T
+        d_f = d_x_hat @ p["W_dec"].T
         d_pre = (d_f * active).bfloat16()
         d_b_enc = d_pre.sum(0, dtype=torch.float32)
         near_d_f = (d_f * near).sum(0, dtype=torch.float32)
         gradients = {
-            "w_enc": (d_pre.T @ centred).T.float(),
-            "w_dec": (f.T @ d_x_hat).float(),
+            "W_enc": (d_pre.T @ centred).T.float(),
+            "W_dec": (f.T @ d_x_hat).float(),
             "b_enc": d_b_enc,
-            "b_dec": d_x_hat.sum(0, dtype=torch.float32) - (p["w_enc"] @ d_b_enc).float(),
+            "b_dec": d_x_hat.sum(0, dtype=torch.float32) - (p["W_enc"] @ d_b_enc).float(),
             "threshold": (p["threshold"] * near_d_f + near.sum(0, dtype=torch.float32) * (COEFFICIENT / len(x)))
             / -RECIPE.bandwidth,
         }
-    gradients["w_dec"] = without_parallel_part(gradients["w_dec"], p["w_dec"])
+    gradients["W_dec"] = without_parallel_part(gradients["W_dec"], p["W_dec"])
     for name in TENSORS:
         v[name].mul_(RECIPE.beta2).addcmul_(gradients[name], gradients[name], value=1 - RECIPE.beta2)
         p[name].sub_(RECIPE.learning_rate * gradients[name] / ((v[name] * correction).sqrt() + RECIPE.epsilon))
-    p["w_dec"].copy_(unit_rows(p["w_dec"]))
+    p["W_dec"].copy_(unit_rows(p["W_dec"]))
     p["threshold"].clamp_(min=0)
     return error.square().sum() / len(x), active.sum(dtype=torch.float32) / len(x)
 
@@ -166,9 +166,9 @@ def built(make: Callable[[], Way], x: Tensor, on_cuda: bool) -> tuple[Way, int] 
 def bytes_of(way: Pairs, batch: int, d_in: int) -> float:
     """What a step by pairs must move: the screen's factor and its bits, rows of touched latents, and gathers at pairs.
 
-    A touched latent's rows: w_enc for pre-activations and for b_dec, w_dec for d_f, and in the update four tensors read and
-    written, w_dec once more for its norm, the rounded copy. Gathers, most from the second-level cache: x where the screen let a
-    pair through; w_dec, error, x and error again where it is one.
+    A touched latent's rows: W_enc for pre-activations and for b_dec, W_dec for d_f, and in the update four tensors read and
+    written, W_dec once more for its norm, the rounded copy. Gathers, most from the second-level cache: x where the screen let a
+    pair through; W_dec, error, x and error again where it is one.
     """
     width = way.sae.config.width
     touched = float((way.sae.touched == way.steps_done).sum())

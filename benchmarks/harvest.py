@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from training import device
 
-from everyscope.activations.shards.reader import Tokens
+from everyscope.activations.harvest.config import HarvestConfig
+from everyscope.activations.harvest.run import run as harvest
+from everyscope.activations.shards.reader import TokenBlocks
 from everyscope.base.files import make_folder, write_json
-from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.run import run as harvest
 from everyscope.run.find import find_recipe
 from everyscope.sites.model import load_language_model
 
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     whole: Any = load_language_model(config.model).model
     model = whole.get_decoder()
     time_harvest(config)
-    tokens = Tokens(config.out / "tokens")
+    tokens = TokenBlocks(config.out / "tokens")
     blocks = tokens.input_ids(0, tokens.num_blocks).long()
     num_bytes = sum(path.stat().st_size for path in config.out.rglob("*.safetensors"))
     for number in range(-1, options.rounds):

@@ -28,7 +28,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from everyscope.base.bundled import model_location
 from everyscope.base.files import read_json, write_json
 from everyscope.base.progress import say
-from everyscope.formats import circuit_tracer, dictionary_learning, gemma_scope_2, sparsify
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.run import run as export
 from everyscope.sae.conventions import to_convention
@@ -40,6 +39,7 @@ from everyscope.sites.inputs import tokenize
 from everyscope.sites.model import LanguageModel, load_language_model
 from everyscope.sites.names import Site
 from everyscope.sites.norms import mlp_norm_of
+from everyscope.suite.formats import circuit_tracer, dictionary_learning, gemma_scope_2, sparsify
 from everyscope.suite.reader import load_sae
 
 TOLERANCE = 1e-5
@@ -83,7 +83,7 @@ class Activations:
     @property
     def num_layers(self) -> int:
         """Of the model."""
-        return self.model.anatomy.num_layers
+        return self.model.adapter.num_layers
 
 
 def compare(suite: Path | None, work: Path, cache: Path) -> dict[str, Any]:
@@ -145,8 +145,8 @@ def small_llama(folder: Path) -> str:
 def captured(location: str) -> Activations:
     """The activations of some Python, and of the prompt."""
     model = load_language_model(ModelConfig(name=location))
-    sites = [Site(kind, layer) for layer in range(model.anatomy.num_layers) for kind in ("mlp_in", "mlp_out")]
-    context = model.anatomy.config.max_position_embeddings
+    sites = [Site(kind, layer) for layer in range(model.adapter.num_layers) for kind in ("mlp_in", "mlp_out")]
+    context = model.adapter.config.max_position_embeddings
     tokens = tokenize(model, [Path(module).read_text()[:4000] for module in (argparse.__file__, tempfile.__file__)])
     mask = tokens.attention_mask.clone()
     mask[:, 0] = False
@@ -174,9 +174,9 @@ def transcoder(activations: Activations, layer: int, skip: bool) -> Sae:
     """Random directions with thresholds at a quantile, and the least-squares decoder, bias and skip for them."""
     x, y = (activations.rows[Site(kind, layer)].double() for kind in ("mlp_in", "mlp_out"))
     generator = torch.Generator().manual_seed(layer)
-    w_enc = torch.randn(x.shape[1], WIDTH, generator=generator, dtype=torch.float64) / x.norm(dim=1).mean()
+    W_enc = torch.randn(x.shape[1], WIDTH, generator=generator, dtype=torch.float64) / x.norm(dim=1).mean()
     b_enc = 0.1 * torch.randn(WIDTH, generator=generator, dtype=torch.float64)
-    pre = x @ w_enc + b_enc
+    pre = x @ W_enc + b_enc
     threshold = pre.quantile(QUANTILE, dim=0).clamp(min=0.01)
     f = torch.where(pre > threshold, pre, 0)
     known = torch.cat([f, torch.ones(len(x), 1, dtype=x.dtype), *([x] if skip else [])], dim=1)
@@ -184,7 +184,7 @@ def transcoder(activations: Activations, layer: int, skip: bool) -> Sae:
     solution = torch.linalg.solve(
         known.T @ known + RIDGE * size / known.shape[1] * torch.eye(known.shape[1], dtype=x.dtype), known.T @ y
     )
-    tensors = {"W_enc": w_enc, "W_dec": solution[:WIDTH], "b_enc": b_enc, "b_dec": solution[WIDTH], "threshold": threshold}
+    tensors = {"W_enc": W_enc, "W_dec": solution[:WIDTH], "b_enc": b_enc, "b_dec": solution[WIDTH], "threshold": threshold}
     tensors |= {"W_skip": solution[WIDTH + 1 :]} if skip else {}
     known_by = SaeMetadata(Site("mlp_in", layer), "tiny", target=Site("mlp_out", layer), convention="mlp_input")
     return Sae(**{name: tensor.float().contiguous() for name, tensor in tensors.items()}, metadata=known_by)
@@ -193,7 +193,7 @@ def transcoder(activations: Activations, layer: int, skip: bool) -> Sae:
 def without_gain(model: LanguageModel, coder: Sae) -> Sae:
     """The transcoder for the MLP's input without the norm's gain, which is what circuit-tracer finds in Gemma 2."""
     assert coder.metadata.site is not None
-    norm = mlp_norm_of(model.anatomy, coder.metadata.site.layer)
+    norm = mlp_norm_of(model.adapter, coder.metadata.site.layer)
     return to_convention(coder, "normalised", norm.gain, norm.bias)
 
 
@@ -205,7 +205,7 @@ def ask_tracer(activations: Activations, coders: list[Sae], folder: Path, work: 
         x = of[Site("mlp_in", layer)]
         if coders[layer].metadata.convention == "mlp_input":
             return x
-        norm = mlp_norm_of(activations.model.anatomy, layer)
+        norm = mlp_norm_of(activations.model.adapter, layer)
         return (x - norm.bias) / norm.gain
 
     given = [inputs(activations.rows, layer)[:ROWS] for layer in range(len(coders))]

@@ -133,16 +133,16 @@ def compiled(launch: Launch, d_in: int) -> Compiled:
 def sae_of(d_in: int, width: int, is_fast: bool) -> TrainableSae:
     """An SAE whose numbers nobody reads."""
     config = (
-        SaeConfig(width=width, target_l0=4.0, recipe=fast(d_in))
+        SaeConfig(width=width, target_l0=4.0, preset=fast(d_in))
         if is_fast
-        else SaeConfig(width=width, sparsity_coefficient=1e-3, recipe=gemma_scope())
+        else SaeConfig(width=width, sparsity_coefficient=1e-3, preset=gemma_scope())
     )
-    shapes = {"w_enc": (width, d_in), "w_dec": (width, d_in), "b_enc": (width,), "b_dec": (d_in,), "threshold": (width,)}
+    shapes = {"W_enc": (width, d_in), "W_dec": (width, d_in), "b_enc": (width,), "b_dec": (d_in,), "threshold": (width,)}
     tensors = [{name: torch.ones(shape) for name, shape in shapes.items()} for _ in range(2)]
     for named in tensors:
-        named["w_enc"] = named["w_enc"].T
+        named["W_enc"] = named["W_enc"].T
     if is_fast:
-        tensors[1]["w_dec"] = torch.ones(width)
+        tensors[1]["W_dec"] = torch.ones(width)
     touched, last_fired = (torch.zeros(width, dtype=torch.int32) for _ in range(2))
     return TrainableSae(config, tensors[0], tensors[1], torch.ones(d_in), touched, last_fired)
 

@@ -47,26 +47,26 @@ def rounded_gradients(
     """`functional.loss_gradients` with the roundings of the bfloat16 step; of its dense way, which rounds two arrays more."""
     p, rows, half, prefixes = sae.parameters, len(x), sae.config.recipe.bandwidth / 2, sae.prefixes
     again = round_ if is_dense else lambda values: values
-    centred, w_enc, w_dec = round_(x - p["b_dec"]), round_(p["w_enc"]), round_(p["w_dec"])
-    pre = round_(centred @ w_enc) + p["b_enc"]
+    centred, W_enc, W_dec = round_(x - p["b_dec"]), round_(p["W_enc"]), round_(p["W_dec"])
+    pre = round_(centred @ W_enc) + p["b_enc"]
     active, near = (pre > p["threshold"]).to(x.dtype), ((pre - p["threshold"]).abs() < half).to(x.dtype)
     f, spans = again(pre * active), list(pairwise((0, *prefixes)))
     errors = [p["b_dec"] - x]
     for start, stop in spans:
-        errors.append(errors[-1] + f[:, start:stop] @ w_dec[start:stop])
-    total, d_f, d_w_dec = torch.zeros_like(x), torch.empty_like(f), torch.empty_like(w_dec)
+        errors.append(errors[-1] + f[:, start:stop] @ W_dec[start:stop])
+    total, d_f, d_W_dec = torch.zeros_like(x), torch.empty_like(f), torch.empty_like(W_dec)
     for (start, stop), error in reversed(list(zip(spans, errors[1:], strict=True))):
         total = total + error * (2 / (rows * len(spans)))
-        d_f[:, start:stop] = again(round_(total) @ w_dec[start:stop].T)
-        d_w_dec[start:stop] = f[:, start:stop].T @ round_(total)
+        d_f[:, start:stop] = again(round_(total) @ W_dec[start:stop].T)
+        d_W_dec[start:stop] = f[:, start:stop].T @ round_(total)
     d_pre, fired, num_pairs = d_f * active, active.sum(0), torch.maximum(active, near).sum() / rows
     d_b_enc = d_pre.sum(0)
     cost = penalty(sae.config, sparsity_weight(sae.config, step), fired / rows)
     return Gradients(
-        w_enc=(d_pre.T @ centred).T,
-        w_dec=d_w_dec,
+        W_enc=(d_pre.T @ centred).T,
+        W_dec=d_W_dec,
         b_enc=d_b_enc,
-        b_dec=total.sum(0) - p["w_enc"] @ d_b_enc,
+        b_dec=total.sum(0) - p["W_enc"] @ d_b_enc,
         threshold=-(p["threshold"] * (d_f * near).sum(0) + near.sum(0) * cost / rows) / sae.config.recipe.bandwidth,
         reconstruction_loss=errors[-1].square().sum() / rows,
         l0=fired.sum() / rows,
@@ -114,12 +114,12 @@ def trained(update: Update, config: SaeConfig, rows: np.ndarray, normalisation: 
 def measured(sae: TrainableSae, x: Tensor, l0: float) -> dict[str, float]:
     """FVU and the share of dead latents of normalised rows at this L0, and the L0 as trained."""
     p = sae.parameters
-    pre = (x - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
+    pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     excess = pre - p["threshold"]
     as_trained = float((excess > 0).sum()) / len(x)
     shift = float(excess.flatten().kthvalue(excess.numel() - round(l0 * len(x))).values)
     f = pre * (excess > shift)
-    error = f @ p["w_dec"] + p["b_dec"] - x
+    error = f @ p["W_dec"] + p["b_dec"] - x
     fvu = float(error.square().sum() / (x - x.mean(0)).square().sum())
     return {"fvu": fvu, "dead": float(((excess > shift).sum(0) == 0).float().mean()), "l0_as_trained": as_trained}
 
@@ -143,7 +143,7 @@ def main() -> None:
     results = []
     for seed in options.seeds:
         for precision, update in UPDATES.items():
-            config = SaeConfig(width=options.width, target_l0=options.l0, seed=seed, recipe=fast(rows.shape[1]))
+            config = SaeConfig(width=options.width, target_l0=options.l0, seed=seed, preset=fast(rows.shape[1]))
             start = time.process_time()
             sae = trained(update, config, rows, normalisation, options.batch)
             result = {"seed": seed, "precision": precision} | measured(sae, x, options.l0)

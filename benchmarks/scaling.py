@@ -1,10 +1,12 @@
-"""What more workers bring: harvest and banks with one process and with several, what ranks of one SAE sum, a simulated cluster.
+"""What more workers bring: harvest and training groups with one process and with several, what ranks of one SAE sum, a simulated
+cluster.
 
     python benchmarks/scaling.py                       1 and 2 workers, interleaved rounds; 2 and 4 ranks; curves to 1,024 devices
     python benchmarks/scaling.py --quick               small sizes, to see that it runs
     python benchmarks/scaling.py --only curve --json   one part; the results on standard output
 
-Measured are harvest (rows a second, partitions of one folder) and banks (rows times SAEs a second, each bank in one process), as
+Measured are harvest (rows a second, partitions of one folder) and training groups (rows times SAEs a second, each training group
+in one process), as
 `everyscope run` divides them among processes: each takes an equal share of the cores. All workers are warm, and start together.
 Beside them stands one worker with the threads that each of several has: `left` is what a worker does beside the others,
 as a share of what it does alone with as many threads. Machines whose cores share caches and memory leave less than 1.
@@ -34,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 from training import device
 
+from everyscope.activations.harvest.run import run as harvest
 from everyscope.base.files import make_folder, write_json
 from everyscope.base.progress import say
-from everyscope.harvest.run import run as harvest
 from everyscope.run.config import RunConfig
 from everyscope.run.cost.cluster import curve
 from everyscope.run.cost.cluster_report import curve_table
@@ -44,15 +46,15 @@ from everyscope.run.cost.devices import device_of
 from everyscope.run.cost.step import ASSUMED, Load, summed_bytes
 from everyscope.run.find import find_recipe
 from everyscope.run.pipeline import quiet_transformers
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.mesh import Mesh
 from everyscope.sae.normalisation import Normalisation
-from everyscope.train.bank import Bank
-from everyscope.train.launch import Seat, launch
-from everyscope.train.process_group import Group, file_store
+from everyscope.train.launch import RankInfo, launch
+from everyscope.train.process_group import ProcessGroup, file_store
 from everyscope.train.run import run as train
+from everyscope.train.training_group import TrainingGroup
 
-PARTS = ("harvest", "banks", "sums", "curve")
+PARTS = ("harvest", "groups", "sums", "curve")
 KINDS = ("h100", "h200")
 """Devices of the simulated curves."""
 MESHES = ((2, 1), (1, 2), (2, 2))
@@ -62,7 +64,7 @@ Work = Callable[[int, int], int]
 
 
 def recipe_for(options: argparse.Namespace) -> RunConfig:
-    """The laptop's recipe at the sizes asked for: some sites, one bank at each."""
+    """The laptop's recipe at the sizes asked for: some sites, one training group at each."""
     config = find_recipe("tiny")
     group = config.groups[0].model_copy(update={"layers": tuple(range(options.layers)), "num_tokens": options.tokens})
     harvest_settings = config.harvest.model_copy(update={"bucket_rows": options.bucket_rows})
@@ -78,12 +80,15 @@ def harvest_part(folder: Path, options: argparse.Namespace, index: int, count: i
 
 
 def train_part(folder: Path, shards: Path, options: argparse.Namespace, index: int, count: int) -> int:
-    """Train every `count`-th bank; rows times SAEs."""
-    banks = [bank.model_copy(update={"shards": shards / bank.site.folder}) for bank in recipe_for(options).train_configs(folder)]
-    mine = banks[index::count]
-    for bank in mine:
-        train(bank)
-    return sum(bank.steps * bank.settings.batch_rows * len(bank.saes) for bank in mine)
+    """Train every `count`-th training group; rows times SAEs."""
+    training_groups = [
+        training_group.model_copy(update={"shards": shards / training_group.site.folder})
+        for training_group in recipe_for(options).train_configs(folder)
+    ]
+    mine = training_groups[index::count]
+    for training_group in mine:
+        train(training_group)
+    return sum(training_group.steps * training_group.settings.batch_rows * len(training_group.saes) for training_group in mine)
 
 
 def worker(warm: Work, work: Work, place: tuple[int, int], threads: int, barrier: Any, results: Any) -> None:
@@ -152,7 +157,7 @@ def harvest_alone(folder: Path, options: argparse.Namespace, index: int, count: 
 
 
 def train_alone(folder: Path, shards: Path, options: argparse.Namespace, index: int, count: int) -> int:
-    """To warm up: banks of a worker's own."""
+    """To warm up: training groups of a worker's own."""
     return train_part(folder / str(index), shards, options, 0, 1)
 
 
@@ -173,25 +178,25 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def count_sums(config: dict[str, Any], seat: Seat, progress: Callable[[int], None]) -> None:
-    """A rank: some steps of a bank, with the bytes that it sums in each beside those of the planner's formulas."""
-    mesh = Mesh(config["shards"], config["replicas"], seat.rank)
-    group = Group(mesh, file_store(seat.meeting, seat.ranks))
-    recipe = SaeRecipe(initial_threshold=config["threshold"], learning_rate_warmup_steps=0)
-    sae = SaeConfig(width=config["width"], sparsity_coefficient=1e-3, recipe=recipe)
-    bank = Bank([sae], config["d_in"], Normalisation(1.0), 10**6, engine=config["engine"], collective=group)
+def count_sums(config: dict[str, Any], rank_info: RankInfo, progress: Callable[[int], None]) -> None:
+    """A rank: some steps of a training group, with the bytes that it sums in each beside those of the planner's formulas."""
+    mesh = Mesh(config["shards"], config["replicas"], rank_info.rank)
+    group = ProcessGroup(mesh, file_store(rank_info.rendezvous, rank_info.ranks))
+    preset = SaePreset(initial_threshold=config["threshold"], learning_rate_warmup_steps=0)
+    sae = SaeConfig(width=config["width"], sparsity_coefficient=1e-3, preset=preset)
+    training_group = TrainingGroup([sae], config["d_in"], Normalisation(1.0), 10**6, engine=config["engine"], collective=group)
     load = Load.of(config["d_in"], config["width"], 1.0, config["batch"], mesh.shards, mesh.replicas)
     noise, lines = torch.Generator().manual_seed(mesh.replica), []
     for step in range(config["steps"]):
         before = dict(group.bytes_reduced)
-        bank.step(torch.nn.functional.normalize(torch.randn(load.part.rows, load.part.d_in, generator=noise)))
-        moving = int((bank.saes[0].touched == step + 1).sum())
+        training_group.step(torch.nn.functional.normalize(torch.randn(load.part.rows, load.part.d_in, generator=noise)))
+        moving = int((training_group.saes[0].touched == step + 1).sum())
         way = "dense" if config["engine"] == "dense" else "pairs_cpu"
         counted = {axis: group.bytes_reduced[axis] - before[axis] for axis in group.bytes_reduced}
         over_shards, over_replicas = summed_bytes(load, mesh.shards, mesh.replicas, way, moving)
         formula = {"shards": over_shards, "replicas": over_replicas}
         lines.append({"step": step, "moving": moving, "counted": counted, "formula": formula})
-    write_json(Path(config["out"]) / f"rank_{seat.rank}.json", {"lines": lines})
+    write_json(Path(config["out"]) / f"rank_{rank_info.rank}.json", {"lines": lines})
 
 
 def measure_sums(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -243,7 +248,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2**16, help="rows of each site, and of each SAE's training")
     parser.add_argument("--bucket-rows", type=int, default=2**14, help="rows of a bucket, which one worker writes")
-    parser.add_argument("--layers", type=int, default=2, help="of the bundled model; three sites and banks in each")
+    parser.add_argument("--layers", type=int, default=2, help="of the bundled model; three sites and training groups in each")
     parser.add_argument("--d-in", type=int, default=128, help="of the SAE that ranks share")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=512)
@@ -272,7 +277,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     results: dict[str, Any] = {"device": device(), "command": shlex.join(sys.argv), "settings": settings}
     results["versions"] = {"torch": torch.__version__}
-    for part, unit in (("harvest", "rows"), ("banks", "rows x SAEs")):
+    for part, unit in (("harvest", "rows"), ("groups", "rows x SAEs")):
         if part in options.only:
             records = measure_workers(part, options)
             results[part] = {"unit": unit, "summary": summarise(records), "rounds": records}

@@ -5,8 +5,8 @@
 Rounds alternate between all ways, so that a device whose clock drifts slows all; ratios are taken round by round. Rows are
 Gaussian of norm about one; thresholds make latents fire at rates that differ as those of trained SAEs do (log-normal) and add up
 to the L0 asked for; the learning rate is so small that this stays so. Before anything is timed, one step of each way is compared
-with the dense formulas in float32. Last come three SAEs of 128 x 1,024 as a bank, whose steps are replayed as CUDA graphs, in
-steps a second.
+with the dense formulas in float32. Last come three SAEs of 128 x 1,024 as a training group, whose steps are replayed as CUDA
+graphs, in steps a second.
 
 `compiled` is plain PyTorch made fast: closed-form gradients instead of autograd, five products under bfloat16 autocast, Adam
 without a first moment, everything in one compiled function. Other trainers (benchmarks/gpu_peers.py) take part where they are
@@ -36,8 +36,8 @@ from everyscope.sae.config import SaeConfig
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import TENSORS, TrainableSae, dense_update
-from everyscope.train.bank import Bank
 from everyscope.train.replay import Replay
+from everyscope.train.training_group import TrainingGroup
 
 SIZES = ((2304, 1 << 14), (2304, 1 << 16), (3584, 1 << 17))
 """d_in and width of each measurement."""
@@ -152,18 +152,20 @@ def measure(d_in: int, width: int, options: argparse.Namespace, device: str) -> 
     }
 
 
-def bank_speed(device: str, calls: int, rows: int = 256, width: int = 1024) -> dict[str, float]:
-    """Steps a second of three SAEs of 128 x `width` with the preset `fast` as one bank, replayed and with each kernel started."""
-    configs = [SaeConfig(width=width, target_l0=width * share, recipe=fast(128)) for share in (0.012, 0.025, 0.05)]
+def group_speed(device: str, calls: int, rows: int = 256, width: int = 1024) -> dict[str, float]:
+    """Steps a second of three SAEs of 128 x `width` with the preset `fast` as one training group, replayed and with each kernel
+    started.
+    """
+    configs = [SaeConfig(width=width, target_l0=width * share, preset=fast(128)) for share in (0.012, 0.025, 0.05)]
     x = torch.randn(rows, 128, generator=torch.Generator(device).manual_seed(0), device=device)
     result = {}
-    for name, is_replayed in (("bank_replayed_steps_per_second", True), ("bank_steps_per_second", False)):
-        bank = Bank(configs, 128, Normalisation(128**0.5), 10**6, device, products="bfloat16")
+    for name, is_replayed in (("group_replayed_steps_per_second", True), ("group_steps_per_second", False)):
+        group = TrainingGroup(configs, 128, Normalisation(128**0.5), 10**6, device, products="bfloat16")
         if not is_replayed:
-            bank._replay = Replay(None)
+            group._replay = Replay(None)
         for _ in range(min(calls, 30)):  # to the way that the counts ask for, and to its recording
-            bank.step(x)
-        result[name] = 1 / seconds(lambda bank=bank: bank.step(x), calls, device == "cuda")
+            group.step(x)
+        result[name] = 1 / seconds(lambda group=group: group.step(x), calls, device == "cuda")
     return result
 
 
@@ -240,19 +242,22 @@ def main() -> None:
         results.append(measure(d_in, width, options, device))
         if device == "cuda":
             torch.cuda.empty_cache()
-    bank = bank_speed(device, 2, 8, 40) if options.interpret else bank_speed(device, 400)
+    group = group_speed(device, 2, 8, 40) if options.interpret else group_speed(device, 400)
     name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
     about = {"device": name, "torch": torch.__version__, "batch": options.batch, "rounds": options.rounds, "calls": options.calls}
     if options.json:
         print(
-            json.dumps({**about, "command": " ".join(sys.argv), "agreement": checks, "bank": bank, "results": results}, indent=2)
+            json.dumps(
+                {**about, "command": " ".join(sys.argv), "agreement": checks, "training group": group, "results": results},
+                indent=2,
+            )
         )
         return
     console = Console()
     console.print(
         table_of(results, f"{name}, torch {torch.__version__}, batch {options.batch}; medians of {options.rounds} rounds")
     )
-    for label, value in bank.items():
+    for label, value in group.items():
         console.print(f"three SAEs of 128 x 1,024: {label.replace('_', ' ')} {value:,.0f}")
     for d_in, worst in checks.items():
         differences = ", ".join(f"{way} {value:.1e}" for way, value in worst.items())

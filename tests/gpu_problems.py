@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.trainable import TrainableSae, new_sae
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -16,7 +16,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # Adam divides a gradient by its own size, so that rounding of a tiny one becomes a full step: a large epsilon lets parameters
 # show their gradients instead.
-RECIPE = SaeRecipe(
+RECIPE = SaePreset(
     learning_rate=0.05,
     threshold_learning_rate=0.02,
     learning_rate_warmup_steps=0,
@@ -32,24 +32,24 @@ NESTED = RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)})
 BY_ROW = RECIPE.model_copy(update={"direction_rate": 0.3, "encoder_follows": True, "warm_start": True, "largest_step": 1.5})
 
 
-def problem(rows: int, d_in: int, width: int, recipe: SaeRecipe = RECIPE, seed: int = 0) -> tuple[TrainableSae, torch.Tensor]:
+def problem(rows: int, d_in: int, width: int, preset: SaePreset = RECIPE, seed: int = 0) -> tuple[TrainableSae, torch.Tensor]:
     """An SAE with biases that matter and thresholds that differ, and a batch that some latents lie in."""
     generator = torch.Generator().manual_seed(seed)
-    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=0.05, recipe=recipe, seed=seed), d_in)
+    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=0.05, preset=preset, seed=seed), d_in)
     p = sae.parameters
     p["b_dec"].copy_(torch.randn(d_in, generator=generator) * 0.05)
     p["b_enc"].copy_(torch.randn(width, generator=generator) * 0.05)
     sae.coordinate_weights.copy_(torch.rand(d_in, generator=generator) + 0.5)
     p["threshold"].add_(torch.rand(width, generator=generator) * 0.2)
     weights = torch.rand(rows, width, generator=generator) * (torch.rand(rows, width, generator=generator) < 3 / width)
-    x = weights @ p["w_dec"] + p["b_dec"] + torch.randn(rows, d_in, generator=generator) * 0.2 / d_in**0.5
+    x = weights @ p["W_dec"] + p["b_dec"] + torch.randn(rows, d_in, generator=generator) * 0.2 / d_in**0.5
     return moved(sae, DEVICE, torch.float32), x.to(DEVICE)
 
 
 def moved(sae: TrainableSae, device: str, dtype: torch.dtype) -> TrainableSae:
     """A copy, in the layout that engines keep."""
     parameters, squared = (
-        {name: t.T.to(device, dtype, copy=True).contiguous().T if name == "w_enc" else t.to(device, dtype, copy=True)
+        {name: t.T.to(device, dtype, copy=True).contiguous().T if name == "W_enc" else t.to(device, dtype, copy=True)
          for name, t in tensors.items()}
         for tensors in (sae.parameters, sae.squared)
     )  # fmt: skip

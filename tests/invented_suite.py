@@ -12,7 +12,7 @@ from everyscope.base.files import sha256, write_json, write_sealed
 from everyscope.base.tables import write_table
 from everyscope.sites.names import Site
 from everyscope.suite.layout import CONFIG_FILE, EXPLANATIONS_FILE, LATENTS_FILE, sae_folder
-from everyscope.suite.records import Headline, Intervals, Measured, SaeRecord, SuiteIndex, write_index
+from everyscope.suite.records import Headline, Intervals, MeasuredOn, SaeRecord, SuiteIndex, write_index
 
 WORDS = ["<pad>", "<eos>", "<bos>", "def", " return", " self", "(", ")", ":", "\n    ", " the", " of", "é", "—"]
 HOSTILE = ["\0", "a\0b", "\\u0000", "\\\\u0000", "\ufffd", '"', "\\", "</script>", "\u2028", "\u202e", "x" * 10_000, ""]
@@ -71,7 +71,7 @@ def write_suite(folder: Path, shape: SuiteShape) -> Path:
     write_text(folder / "text", shape)
     records = [write_sae(folder, number, shape) for number in range(len(shape.saes))]
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted((folder / "text").iterdir())}
-    measured = Measured(
+    measured = MeasuredOn(
         data="invented text",
         mask="nothing",
         num_tokens=1000,

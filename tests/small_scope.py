@@ -70,9 +70,9 @@ def tiny_gemma(vocab_size: int = 4096) -> Gemma2ForCausalLM:
 
 def random_sae(d_in: int, width: int, threshold: float, mean: Tensor, seed: int) -> Sae:
     generator = torch.Generator().manual_seed(seed)
-    w_dec = torch.nn.functional.normalize(torch.randn(width, d_in, generator=generator), dim=1)
-    w_enc = w_dec.T.contiguous() * 0.5
-    return Sae(w_enc, w_dec, -mean @ w_enc, mean, torch.full((width,), threshold))
+    W_dec = torch.nn.functional.normalize(torch.randn(width, d_in, generator=generator), dim=1)
+    W_enc = W_dec.T.contiguous() * 0.5
+    return Sae(W_enc, W_dec, -mean @ W_enc, mean, torch.full((width,), threshold))
 
 
 def identity_sae(d_in: int) -> Sae:

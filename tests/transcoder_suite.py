@@ -11,9 +11,9 @@ from everyscope.base.files import sha256
 from everyscope.base.tables import write_table
 from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site
-from everyscope.suite.records import Measured, SuiteIndex, write_index
+from everyscope.suite.records import MeasuredOn, SuiteIndex, write_index
 
-MEASURED = Measured(
+MEASURED = MeasuredOn(
     data="invented text",
     mask="BOS, EOS, padding and prefix excluded",
     num_tokens=81_920,

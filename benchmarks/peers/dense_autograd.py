@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.schedules import learning_rate_share, sparsity_weight
 from everyscope.sae.trainable import new_sae
 from peers.worker import Rows, Settings, serve, threshold_for
@@ -24,13 +24,13 @@ RECIPE: dict[str, Any] = {
 
 
 def config_of(settings: Settings, d_in: int) -> SaeConfig:
-    """The SAE to train; every knob but `coefficient` is a field of SaeRecipe."""
+    """The SAE to train; every knob but `coefficient` is a field of SaePreset."""
     knobs: dict[str, Any] = dict(settings.knobs)
     coefficient = knobs.pop("coefficient", 1e-3)
     # 0.1 at a d_in of 128, and what as many first pre-activations pass at others: they have size 1 / sqrt(d_in).
     start: dict[str, Any] = {"initial_threshold": 0.1 * (128 / d_in) ** 0.5, "sparsity_warmup_steps": settings.steps // 4}
-    recipe = SaeRecipe(**start | RECIPE | knobs)
-    return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, seed=settings.seed, recipe=recipe)
+    preset = SaePreset(**start | RECIPE | knobs)
+    return SaeConfig(width=settings.width, sparsity_coefficient=coefficient, seed=settings.seed, preset=preset)
 
 
 class JumpRelu(torch.autograd.Function):
@@ -77,32 +77,32 @@ class DenseAutograd:
         self._config, self._steps, self._done = config_of(settings, rows.d_in), settings.steps, 0
         start = new_sae(self._config, rows.d_in).parameters
         self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-        recipe = self._config.recipe
+        preset = self._config.preset
         self._optimiser = torch.optim.Adam(
-            self.parameters.values(), lr=recipe.learning_rate, betas=(0.0, recipe.beta2), eps=recipe.epsilon
+            self.parameters.values(), lr=preset.learning_rate, betas=(0.0, preset.beta2), eps=preset.epsilon
         )
 
     def _pre(self, rows: Tensor) -> Tensor:
         p = self.parameters
-        return (rows - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
+        return (rows - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
 
     def step(self, rows: Tensor) -> None:
         """Loss, backward, projection of the decoder's gradient, Adam, unit decoder rows, thresholds not below zero."""
-        p, bandwidth = self.parameters, self._config.recipe.bandwidth
+        p, bandwidth = self.parameters, self._config.preset.bandwidth
         pre = self._pre(rows)
-        x_hat = JumpRelu.apply(pre, p["threshold"], bandwidth) @ p["w_dec"] + p["b_dec"]
+        x_hat = JumpRelu.apply(pre, p["threshold"], bandwidth) @ p["W_dec"] + p["b_dec"]
         l0 = Step.apply(pre, p["threshold"], bandwidth).sum(1).mean()
         loss = (rows - x_hat).square().sum(1).mean() + sparsity_weight(self._config, self._done) * l0
         self._optimiser.zero_grad()
         loss.backward()
         with torch.no_grad():
-            w_dec, gradient = p["w_dec"], p["w_dec"].grad
+            W_dec, gradient = p["W_dec"], p["W_dec"].grad
             assert gradient is not None
-            gradient -= (gradient * w_dec).sum(1, keepdim=True) * w_dec
-            share = learning_rate_share(self._config.recipe, self._done, self._steps)
-            self._optimiser.param_groups[0]["lr"] = self._config.recipe.learning_rate * share
+            gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
+            share = learning_rate_share(self._config.preset, self._done, self._steps)
+            self._optimiser.param_groups[0]["lr"] = self._config.preset.learning_rate * share
             self._optimiser.step()
-            w_dec /= w_dec.norm(dim=1, keepdim=True)
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
             p["threshold"].clamp_(min=0)
         self._done += 1
 
@@ -110,7 +110,7 @@ class DenseAutograd:
         """Without gradients."""
         p, pre = self.parameters, self._pre(rows)
         f = pre * (pre > p["threshold"])
-        return f @ p["w_dec"] + p["b_dec"], f
+        return f @ p["W_dec"] + p["b_dec"], f
 
     def set_l0(self, l0: float, rows: Tensor) -> None:
         """One threshold for all latents."""

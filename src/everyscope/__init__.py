@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from everyscope.run.config import RunConfig
     from everyscope.run.find import find_recipe
     from everyscope.run.pipeline import run_recipe
-    from everyscope.sae.config import SaeConfig, SaeRecipe
+    from everyscope.sae.config import SaeConfig, SaePreset
     from everyscope.sae.folded import Sae, save_sae
     from everyscope.sae.metadata import SaeMetadata
     from everyscope.sae.presets import fast, gemma_scope, gemma_scope_2
@@ -45,7 +45,7 @@ _HOMES = {
     "Sae": "everyscope.sae.folded",
     "SaeConfig": "everyscope.sae.config",
     "SaeMetadata": "everyscope.sae.metadata",
-    "SaeRecipe": "everyscope.sae.config",
+    "SaePreset": "everyscope.sae.config",
     "Site": "everyscope.sites.names",
     "Spliced": "everyscope.sites.splice",
     "Suite": "everyscope.suite.reader",

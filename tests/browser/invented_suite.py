@@ -16,7 +16,7 @@ from everyscope.base.files import sha256, write_sealed
 from everyscope.base.tables import write_table
 from everyscope.sites.names import Site
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE, sae_folder
-from everyscope.suite.records import Headline, Measured, SaeRecord, SuiteIndex, write_index
+from everyscope.suite.records import Headline, MeasuredOn, SaeRecord, SuiteIndex, write_index
 
 TEXT = """
 def return self import class if else for in not None True False print len range str int list dict open read write line
@@ -100,7 +100,7 @@ def write_invented_suite(folder: Path, shape: Shape = Shape(), seed: int = 0) ->
     for number in range(len(places)):
         records.append(write_sae(folder, number, places, shape, pieces, blocks, random))
     write_slices(folder, records, random)
-    measured = Measured(
+    measured = MeasuredOn(
         data="invented text <&>, held-out documents",
         mask="BOS, EOS, padding and prefix excluded",
         num_tokens=81_920,

@@ -67,11 +67,11 @@ SHAPES = [(37, 40, 67, RECIPE), (33, 24, 50, NESTED), (5, 2304, 9, RECIPE), (1, 
 
 
 @pytest.mark.parametrize("way", [PAIRS, DENSE])
-@pytest.mark.parametrize(("rows", "d_in", "width", "recipe"), SHAPES)
-def test_a_step_equals_its_slow_twin(rows, d_in, width, recipe, way):
-    sae, x = problem(rows, d_in, width, recipe)
+@pytest.mark.parametrize(("rows", "d_in", "width", "preset"), SHAPES)
+def test_a_step_equals_its_slow_twin(rows, d_in, width, preset, way):
+    sae, x = problem(rows, d_in, width, preset)
     ours = assert_step_equals_twin(sae, x, way)
-    norms = ours.parameters["w_dec"].norm(dim=1)
+    norms = ours.parameters["W_dec"].norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
 
 
@@ -83,8 +83,8 @@ def test_latents_of_many_segments_and_latents_that_rest(monkeypatch):
     sae.parameters["b_enc"][[0, 40]] = -9.0
     for way in (PAIRS, DENSE):
         ours = assert_step_equals_twin(sae, x, way)
-        for name in ("w_enc", "w_dec"):
-            rows = [each.parameters[name].T if name == "w_enc" else each.parameters[name] for each in (ours, sae)]
+        for name in ("W_enc", "W_dec"):
+            rows = [each.parameters[name].T if name == "W_enc" else each.parameters[name] for each in (ours, sae)]
             assert torch.equal(rows[0][[0, 40]], rows[1][[0, 40]])
         assert ours.touched[[0, 40]].tolist() == [0, 0]
 
@@ -117,11 +117,11 @@ def transposed(tensor: Bounded) -> Bounded:
 
 def bounded_gradients(sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: bool) -> dict[str, Bounded]:
     """Gradients in float64 at the pairs that `pre_seen` has, with the bounds that follow from where the engine rounds."""
-    p, (rows, half) = sae.parameters, (len(x), sae.config.recipe.bandwidth / 2)
+    p, (rows, half) = sae.parameters, (len(x), sae.config.preset.bandwidth / 2)
     exact = {name: Bounded(tensor, torch.zeros_like(tensor)) for name, tensor in p.items()}
     centred = rounded(Bounded(x - p["b_dec"], torch.zeros_like(x)))
-    w_enc, w_dec = rounded(exact["w_enc"]), rounded(exact["w_dec"])
-    product = rounded(times(centred, w_enc))
+    W_enc, W_dec = rounded(exact["W_enc"]), rounded(exact["W_dec"])
+    product = rounded(times(centred, W_enc))
     pre = Bounded(product.value + p["b_enc"], product.error)
     active, near = pre_seen > p["threshold"], (pre_seen - p["threshold"]).abs() < half
     distance = (pre.value - p["threshold"]).abs()
@@ -130,22 +130,22 @@ def bounded_gradients(sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: 
     assert ((near == (distance < half)) | ((distance - half).abs() <= pre.error + small)).all()
     again = rounded if is_dense else lambda tensor: tensor
     f = again(where(active, pre))
-    reconstruction = times(f, w_dec)
+    reconstruction = times(f, W_dec)
     error = Bounded((reconstruction.value + p["b_dec"] - x) * 2 / rows, reconstruction.error * 2 / rows)
     e = rounded(error)
-    d_f = again(times(e, transposed(w_dec)))
+    d_f = again(times(e, transposed(W_dec)))
     d_pre = where(active, d_f)
-    d_w_dec, d_b_enc = times(transposed(f), e), Bounded(d_pre.value.sum(0), d_pre.error.sum(0))
-    from_latents = times(exact["w_enc"], d_b_enc)
-    along = (d_w_dec.error * p["w_dec"].abs()).sum(1, keepdim=True) * p["w_dec"].abs()
-    near_d_f, bandwidth = where(near, d_f), sae.config.recipe.bandwidth
-    limit, coefficient = sae.config.recipe.frequency_limit, sae.config.sparsity_coefficient
+    d_W_dec, d_b_enc = times(transposed(f), e), Bounded(d_pre.value.sum(0), d_pre.error.sum(0))
+    from_latents = times(exact["W_enc"], d_b_enc)
+    along = (d_W_dec.error * p["W_dec"].abs()).sum(1, keepdim=True) * p["W_dec"].abs()
+    near_d_f, bandwidth = where(near, d_f), sae.config.preset.bandwidth
+    limit, coefficient = sae.config.preset.frequency_limit, sae.config.sparsity_coefficient
     assert limit is not None
     cost = coefficient + 0.2 / limit * (active.sum(0) / rows / limit - 1).clamp(min=0)
     d_threshold = (p["threshold"] * near_d_f.value.sum(0) + near.sum(0) * cost / rows) / -bandwidth
     return {
-        "w_enc": transposed(times(transposed(d_pre), centred)),
-        "w_dec": Bounded(without_parallel_part(d_w_dec.value, p["w_dec"]), d_w_dec.error + along),
+        "W_enc": transposed(times(transposed(d_pre), centred)),
+        "W_dec": Bounded(without_parallel_part(d_W_dec.value, p["W_dec"]), d_W_dec.error + along),
         "b_enc": d_b_enc,
         "b_dec": Bounded(error.value.sum(0) - from_latents.value, error.error.sum(0) + from_latents.error),
         "threshold": Bounded(d_threshold, p["threshold"] * near_d_f.error.sum(0) / bandwidth),
@@ -170,13 +170,13 @@ def test_gradients_are_within_the_bounds_of_their_roundings(rows, d_in, width, w
 
 def assert_copies_are_of_the_parameters(engine: "GpuBfloat16") -> None:
     for rounded_sae in engine._rounded:
-        assert torch.equal(rounded_sae.weights.enc, rounded_sae.sae.parameters["w_enc"].T.bfloat16())
-        assert torch.equal(rounded_sae.weights.dec, rounded_sae.sae.parameters["w_dec"].bfloat16())
+        assert torch.equal(rounded_sae.weights.enc, rounded_sae.sae.parameters["W_enc"].T.bfloat16())
+        assert torch.equal(rounded_sae.weights.dec, rounded_sae.sae.parameters["W_dec"].bfloat16())
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, BY_ROW])
-def test_lazy_decay_equals_dense_steps_of_the_twin_also_where_ways_change(recipe):
-    sae, _ = problem(1, 20, 45, recipe)
+@pytest.mark.parametrize("preset", [RECIPE, BY_ROW])
+def test_lazy_decay_equals_dense_steps_of_the_twin_also_where_ways_change(preset):
+    sae, _ = problem(1, 20, 45, preset)
     twin = moved(sae, DEVICE, torch.float64)
     engine = engine_of(sae, max_pairs=12 * 45)
     for step, x in enumerate(batches(sae, 6)):
@@ -214,7 +214,7 @@ def test_what_is_not_a_number_is_noticed(way):
 def test_two_runs_give_the_same_bits_also_from_a_checkpoint_and_with_many_saes():
     ends = []
     for broken in (False, True):
-        saes = [problem(1, 20, width, recipe)[0] for width, recipe in ((23, RECIPE), (15, NESTED), (23, BY_ROW))]
+        saes = [problem(1, 20, width, preset)[0] for width, preset in ((23, RECIPE), (15, NESTED), (23, BY_ROW))]
         engine = engine_of(*saes)
         for step, x in enumerate(batches(saes[0], 3)):
             engine.tensors()["uses_pairs"][1] = False

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
@@ -12,59 +12,59 @@ from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import SUBLAYERS, sites_of
 from everyscope.sites.splice import splice
-from everyscope.train.bank import Bank
 from everyscope.train.replay import Replay
+from everyscope.train.training_group import TrainingGroup
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RECIPE = SaeRecipe(
+RECIPE = SaePreset(
     learning_rate=1e-3, learning_rate_warmup_steps=0, sparsity_warmup_steps=0, bandwidth=0.1, initial_threshold=0.1
 )
 
 
-def trained(device: str, steps: int) -> Bank:
+def trained(device: str, steps: int) -> TrainingGroup:
     generator = torch.Generator().manual_seed(0)
-    bank = Bank([SaeConfig(width=96, sparsity_coefficient=1e-3, recipe=RECIPE)], 32, Normalisation(5.0), steps, device)
+    group = TrainingGroup([SaeConfig(width=96, sparsity_coefficient=1e-3, preset=RECIPE)], 32, Normalisation(5.0), steps, device)
     for _ in range(steps):
-        bank.step(torch.randn(128, 32, generator=generator))
-    return bank
+        group.step(torch.randn(128, 32, generator=generator))
+    return group
 
 
-def test_a_bank_trains_on_the_device_as_on_the_cpu():
+def test_a_group_trains_on_the_device_as_on_the_cpu():
     # Short, for Adam without momentum turns rounding of a small gradient into a full step.
     ours, theirs = trained(DEVICE, 3), trained("cpu", 3)
     for name, tensor in theirs.saes[0].parameters.items():
         difference = (ours.saes[0].parameters[name].cpu() - tensor).norm() / tensor.norm().clamp(min=1e-3)
         assert difference < 1e-3, name
-    assert fold(ours.saes[0], ours.normalisation).w_enc.device.type == "cpu"
+    assert fold(ours.saes[0], ours.normalisation).W_enc.device.type == "cpu"
 
 
-def test_a_bank_takes_up_its_state_on_the_device():
-    bank, again = trained(DEVICE, 4), trained(DEVICE, 0)
-    saved = {name: tensor.cpu() for name, tensor in bank.tensors().items()}
+def test_a_group_takes_up_its_state_on_the_device():
+    group, again = trained(DEVICE, 4), trained(DEVICE, 0)
+    saved = {name: tensor.cpu() for name, tensor in group.tensors().items()}
     again.restore(saved, lambda name, axis, held: saved[name], 4)
     assert again.num_steps_done == 4
-    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in bank.tensors().items())
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in group.tensors().items())
 
 
 @pytest.mark.skipif(
     DEVICE == "cpu", reason="there is no CUDA device; tests/unit/train/test_replay.py has the same law without one"
 )
-def test_a_replayed_bank_has_the_bits_of_one_that_is_not():
-    recipe = fast(32).model_copy(update={"driven_share": 0.5})
+def test_a_replayed_group_has_the_bits_of_one_that_is_not():
+    preset = fast(32).model_copy(update={"driven_share": 0.5})
     ends = []
     for is_replayed in (True, False):
         generator = torch.Generator().manual_seed(0)
-        configs = [SaeConfig(width=96, target_l0=l0, recipe=recipe) for l0 in (4, 8)]
-        bank = Bank(configs, 32, Normalisation(5.0), 40, DEVICE, products="bfloat16")
-        bank._engine.tensors()["crossover"].fill_(0.5)  # not measured, which would not be the same twice
+        configs = [SaeConfig(width=96, target_l0=l0, preset=preset) for l0 in (4, 8)]
+        group = TrainingGroup(configs, 32, Normalisation(5.0), 40, DEVICE, products="bfloat16")
+        group._engine.tensors()["crossover"].fill_(0.5)  # not measured, which would not be the same twice
         if not is_replayed:
-            bank._replay = Replay(None)
+            group._replay = Replay(None)
         for _ in range(40):
-            losses = bank.step(torch.randn(128, 32, generator=generator))
-        assert bool(bank._replay._recordings) == is_replayed
-        ends.append([*bank.tensors().values(), *(loss.l0 for loss in losses)])
-        assert bank.tensors()["engine.skipped"].sum() == 0
+            losses = group.step(torch.randn(128, 32, generator=generator))
+        assert bool(group._replay._recordings) == is_replayed
+        ends.append([*group.tensors().values(), *(loss.l0 for loss in losses)])
+        assert group.tensors()["engine.skipped"].sum() == 0
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 

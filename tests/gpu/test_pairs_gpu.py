@@ -45,16 +45,16 @@ def assert_step_equals_oracle(sae: TrainableSae, x: torch.Tensor) -> TrainableSa
 
 
 @pytest.mark.parametrize(
-    ("rows", "d_in", "width", "recipe"),
+    ("rows", "d_in", "width", "preset"),
     [
         *((37, 40, 67, RECIPE), (33, 24, 50, NESTED), (5, 2304, 9, RECIPE), (4, 3584, 7, NESTED), (1, 3, 2, RECIPE)),
         *((37, 40, 67, BY_ROW), (5, 2304, 9, BY_ROW)),
     ],
 )
-def test_a_step_equals_the_float64_oracle(rows, d_in, width, recipe):
-    sae, x = problem(rows, d_in, width, recipe)
+def test_a_step_equals_the_float64_oracle(rows, d_in, width, preset):
+    sae, x = problem(rows, d_in, width, preset)
     ours = assert_step_equals_oracle(sae, x)
-    norms = ours.parameters["w_dec"].norm(dim=1)
+    norms = ours.parameters["W_dec"].norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
 
 
@@ -69,8 +69,8 @@ def test_rows_without_pairs_and_latents_that_always_fire_or_never(monkeypatch):
     sae.parameters["b_enc"][[3, 17]] = 0.0
     x[4:9] = sae.parameters["b_dec"]
     ours = assert_step_equals_oracle(sae, x)
-    for name in ("w_enc", "w_dec"):
-        rows = [each.parameters[name].T if name == "w_enc" else each.parameters[name] for each in (ours, sae)]
+    for name in ("W_enc", "W_dec"):
+        rows = [each.parameters[name].T if name == "W_enc" else each.parameters[name] for each in (ours, sae)]
         assert torch.equal(rows[0][[0, 40]], rows[1][[0, 40]])
     assert ours.touched[[0, 40]].tolist() == [0, 0]
 
@@ -87,14 +87,14 @@ def test_no_pair_at_the_border_is_lost():
     sae.parameters["b_dec"].zero_()
     x[5] *= 1e3
     # The worst for bfloat16: every entry of this row and this latent is rounded down by nearly half of its last place.
-    x[0], sae.parameters["w_enc"][:, 0] = 2**-2 * (1 + 0.98 / 256), 2**-6 * (1 + 0.98 / 256)
+    x[0], sae.parameters["W_enc"][:, 0] = 2**-2 * (1 + 0.98 / 256), 2**-6 * (1 + 0.98 / 256)
     x[0, 0] = 2.171875  # makes the product of the rounded ones 9.03, which is rounded to 9
     p, half = {name: t.double() for name, t in sae.parameters.items()}, RECIPE.bandwidth / 2
-    pre = (x.double() - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
+    pre = (x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     rows = torch.arange(40, device=DEVICE) % 23
     at_border = pre[rows, torch.arange(40, device=DEVICE)]
     # Below the border by more than float32 can be wrong about it, far less than bfloat16 is.
-    room = 1e-6 * (x.double().norm(dim=1)[rows] * p["w_enc"].norm(dim=0) + 1)
+    room = 1e-6 * (x.double().norm(dim=1)[rows] * p["W_enc"].norm(dim=0) + 1)
     sae.parameters["threshold"].copy_((at_border + half - room).float())
     engine = by_pairs(sae, max_pairs=23 * 40)
     buffers = engine._buffers_for(23, 2304, (40,))
@@ -106,10 +106,10 @@ def test_no_pair_at_the_border_is_lost():
     assert inside[rows, torch.arange(40, device=DEVICE)].all()
     assert not (inside & ~listed).any()
     # What is let through without need is near: both roundings at their worst, once in the product and once in its margin.
-    worst = 0.02 * x.norm(dim=1, keepdim=True) * p["w_enc"].norm(dim=0)
+    worst = 0.02 * x.norm(dim=1, keepdim=True) * p["W_enc"].norm(dim=0)
     assert not (listed & (pre < sae.parameters["threshold"].double() - half - worst)).any()
     by_latent = pre.T[listed.T]  # in the lists' order: latents ascending, and rows within each
-    assert (buffers.lists.pre[:count] - by_latent).abs().max() < 1e-6 * x.norm(dim=1).max() * p["w_enc"].norm(dim=0).max()
+    assert (buffers.lists.pre[:count] - by_latent).abs().max() < 1e-6 * x.norm(dim=1).max() * p["W_enc"].norm(dim=0).max()
     assert torch.equal(buffers.latent[:count].long(), listed.nonzero()[:, 1])
     assert torch.equal(buffers.lists.row[:count].long(), listed.T.nonzero()[:, 1])
     assert_near(buffers.pre_by_row[:count], pre[listed], 1e-6)
@@ -125,9 +125,9 @@ def assert_screen_is_of_the_parameters(engine: "GpuPairs") -> None:
         assert torch.allclose(residuals, screened.residuals, rtol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, BY_ROW])
-def test_lazy_decay_equals_dense_steps(recipe):
-    sae, _ = problem(1, 20, 45, recipe)
+@pytest.mark.parametrize("preset", [RECIPE, BY_ROW])
+def test_lazy_decay_equals_dense_steps(preset):
+    sae, _ = problem(1, 20, 45, preset)
     oracle = moved(sae, DEVICE, torch.float64)
     engine = by_pairs(sae, max_pairs=12 * 45)
     for step, x in enumerate(batches(sae, 5)):
@@ -165,7 +165,7 @@ def test_what_is_not_a_number_is_noticed():
 def test_two_runs_give_the_same_bits_also_from_a_checkpoint_and_with_many_saes():
     ends = []
     for broken in (False, True):
-        saes = [problem(1, 20, width, recipe)[0] for width, recipe in ((23, RECIPE), (15, NESTED), (23, BY_ROW))]
+        saes = [problem(1, 20, width, preset)[0] for width, preset in ((23, RECIPE), (15, NESTED), (23, BY_ROW))]
         engine = by_pairs(*saes)
         for step, x in enumerate(batches(saes[0], 3)):
             if broken and step == 2:

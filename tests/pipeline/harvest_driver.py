@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from everyscope.activations.harvest.config import HarvestConfig
+from everyscope.activations.harvest.model_handle import model_identity, open_handle
+from everyscope.activations.harvest.run import harvest, run
 from everyscope.activations.shards.writer import ActivationWriter
 from everyscope.base.progress import console
-from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.run import harvest, run
-from everyscope.harvest.subject import model_identity, subject_of
 
 
 def dies_at(moment: int) -> None:
@@ -49,9 +49,9 @@ def dies_at(moment: int) -> None:
 
 def preloaded(config: HarvestConfig) -> Callable[[HarvestConfig], object]:
     """`run`, but for a model that is in memory already."""
-    subject, identity = subject_of(config), model_identity(config.model)
-    capture = subject.open()
-    ready = replace(subject, open=lambda: capture)
+    handle, identity = open_handle(config), model_identity(config.model)
+    capture = handle.open()
+    ready = replace(handle, open=lambda: capture)
     return lambda config: harvest(config, identity, lambda config: ready)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from harvest_driver import dies_at, preloaded
 
+from everyscope.activations.harvest.config import HarvestConfig
 from everyscope.base.errors import EveryscopeError
 from everyscope.base.progress import console
-from everyscope.harvest.config import HarvestConfig
 
 
 def begin(run: Callable[[HarvestConfig], object], config: HarvestConfig, moment: int | None) -> tuple[int, int]:

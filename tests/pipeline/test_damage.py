@@ -31,15 +31,15 @@ from everyscope.publish import pages
 from everyscope.publish import run as publish
 from everyscope.publish.config import PublishConfig
 from everyscope.publish.slices import publish_slices, read_cost
-from everyscope.publish.sources import find_sources
+from everyscope.publish.targets import find_targets
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.files import read_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.normalisation import Normalisation
 from everyscope.suite.reader import load_sae, load_suite
 from everyscope.suite.verify import verify_suite
-from everyscope.train.bank import Bank
 from everyscope.train.checkpoint import load_checkpoint, save_checkpoint
+from everyscope.train.training_group import TrainingGroup
 
 SAMPLE, ALL = 6, 110
 """Mutations of each kind of file in every run, and at night: two thousand in all."""
@@ -61,8 +61,8 @@ def tensors_of(sae: Sae) -> list[bytes]:
     return [tensor.numpy().tobytes() for tensor in sae.tensors().values()]
 
 
-def new_bank() -> Bank:
-    return Bank(SAES, 6, Normalisation(2.0, None), 20)
+def new_group() -> TrainingGroup:
+    return TrainingGroup(SAES, 6, Normalisation(2.0, None), 20)
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +90,20 @@ def kinds(scope: PublishConfig, tmp_path_factory: pytest.TempPathFactory) -> dic
     site, suite = SITES[-1].folder, load_suite(scope.out)
     folder, home = scope.trained / site / "w16_0.5", suite.find()[0].folder
     loose = Path(shutil.copytree(home, root / "loose"))
-    save_checkpoint(root / "bank.safetensors", new_bank(), "run", log_bytes=11)
-    write_tensors(root / "progress.safetensors", new_bank().tensors(), {"progress": "{}"}, is_sealed=True)
+    save_checkpoint(root / "group.safetensors", new_group(), "run", log_bytes=11)
+    write_tensors(root / "progress.safetensors", new_group().tensors(), {"progress": "{}"}, is_sealed=True)
 
     def checkpoint() -> Any:
-        bank = new_bank()
-        place = load_checkpoint(root / "bank.safetensors", bank, "run")
-        return place, [tensor.numpy().tobytes() for tensor in bank.tensors().values()]
+        group = new_group()
+        place = load_checkpoint(root / "group.safetensors", group, "run")
+        return place, [tensor.numpy().tobytes() for tensor in group.tensors().values()]
 
     def progress() -> Any:
         with opened_tensors(root / "progress.safetensors") as file:
             return [(name, file.get_tensor(name).numpy().tobytes()) for name in sorted(file.keys())], file.metadata()
 
     def sources() -> Any:
-        return [(source.metrics, source.headline, source.target_l0) for source in find_sources(scope)]
+        return [(source.metrics, source.headline, source.target_l0) for source in find_targets(scope)]
 
     def slices() -> Any:
         return publish_slices(scope.scores, root / "slices", {f"{site}/w{w}_0.5": str(w) for w in (16, 32)})
@@ -118,7 +118,7 @@ def kinds(scope: PublishConfig, tmp_path_factory: pytest.TempPathFactory) -> dic
 
     scores = scope.scores / site / "w16_0.5"
     found = {
-        "checkpoint": Kind(root / "bank.safetensors", checkpoint),
+        "checkpoint": Kind(root / "group.safetensors", checkpoint),
         "progress": Kind(root / "progress.safetensors", progress),
         "sae.safetensors": Kind(folder / "sae.safetensors", trained),
         "sae.json": Kind(folder / "sae.json", trained),

@@ -40,7 +40,7 @@ def recipe():
             ),
         ),
         harvest=HarvestSettings(bucket_rows=512, num_tokens=3072, dtype="bfloat16", batch_blocks=4),
-        train=BankSettings(batch_rows=64, checkpoint_steps=64, log_steps=64),
+        train=TrainSettings(batch_rows=64, checkpoint_steps=64, log_steps=64),
         evaluate=EvaluateSettings(
             num_sequences=24, batch_blocks=4, checkpoint_batches=1, pca_rows=512, uniformity_sequences=4, baseline_sequences=4
         ),
@@ -191,7 +191,7 @@ def test_a_worker_killed_in_every_stage_changes_nothing_but_the_time(recipe, fin
 
 
 def test_the_head_is_lost_and_started_again_and_the_same_command_goes_on(recipe, finished, tmp_path):
-    """Every process of the cluster is killed while banks train from a server of it; a new one comes up in its place."""
+    """Every process of the cluster is killed while training groups train from a server of it; a new one comes up in its place."""
     out = tmp_path / "run"
     main(["harvest", str(recipe), "--out", str(out)])
     cluster = LocalCluster(3, 0)
@@ -229,7 +229,7 @@ def test_interrupted_jobs_save_their_state_and_nothing_is_left_running(recipe, t
     _, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM
     assert "run the same command to resume" in errors
-    assert list(out.glob("train/*/*/bank_*.safetensors"))
+    assert list(out.glob("train/*/*/group_*.safetensors"))
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
 
 

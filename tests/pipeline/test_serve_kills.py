@@ -23,11 +23,11 @@ from everyscope.activations.stream.flight import FlightSource
 from everyscope.activations.stream.local import LocalSource
 from everyscope.activations.stream.sliced import SlicedSource
 from everyscope.activations.stream.source import Source
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import fold
-from everyscope.train.bank import Bank
 from everyscope.train.run import fit
+from everyscope.train.training_group import TrainingGroup
 
 SITE = "resid_post/layer_0"
 ROWS = 30
@@ -225,14 +225,14 @@ def test_memory_stays_bounded_while_a_client_stalls(tmp_path, ending):
 
 
 def trained(source: Source) -> list[torch.Tensor]:
-    """Folded SAEs of a small bank after some steps, as tensors."""
-    recipe = SaeRecipe(
+    """Folded SAEs of a small training group after some steps, as tensors."""
+    preset = SaePreset(
         learning_rate=5e-3, learning_rate_warmup_steps=5, sparsity_warmup_steps=10, bandwidth=0.1, initial_threshold=0.1
     )
-    configs = [SaeConfig(width=width, sparsity_coefficient=1e-2, recipe=recipe) for width in (16, 24)]
-    bank = Bank(configs, source.d_in, Normalisation(source.statistics.scale), steps=60)
-    fit(bank, source, 48, [])
-    return [tensor for sae in bank.saes for tensor in fold(sae, bank.normalisation).tensors().values()]
+    configs = [SaeConfig(width=width, sparsity_coefficient=1e-2, preset=preset) for width in (16, 24)]
+    group = TrainingGroup(configs, source.d_in, Normalisation(source.statistics.scale), steps=60)
+    fit(group, source, 48, [])
+    return [tensor for sae in group.saes for tensor in fold(sae, group.normalisation).tensors().values()]
 
 
 @pytest.mark.parametrize("site", SITES)

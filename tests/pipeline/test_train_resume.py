@@ -17,16 +17,16 @@ from everyscope.activations.shards.writer import new_activation_shard
 from everyscope.activations.stream.local import LocalSource
 from everyscope.base.errors import ConfigError, DamagedData, DataError, StorageError
 from everyscope.base.files import read_json
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.files import read_sae
 from everyscope.sites.names import Site
 from everyscope.train import checkpoint
-from everyscope.train.bank import Bank, normalisation_for
-from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.config import TrainConfig, TrainSettings
 from everyscope.train.run import checkpoint_path, is_finished, run
+from everyscope.train.training_group import TrainingGroup, normalisation_for
 
 ROWS, D_IN, BATCH, STEPS = 600, 12, 32, 400
-RARE_CHECKPOINTS = BankSettings(batch_rows=BATCH, checkpoint_steps=10**6, log_steps=10)
+RARE_CHECKPOINTS = TrainSettings(batch_rows=BATCH, checkpoint_steps=10**6, log_steps=10)
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
@@ -49,12 +49,12 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
-def bank(shards: Path, out: Path, **changes) -> TrainConfig:
-    recipe = SaeRecipe(
+def group(shards: Path, out: Path, **changes) -> TrainConfig:
+    preset = SaePreset(
         learning_rate=5e-3, learning_rate_warmup_steps=10, sparsity_warmup_steps=50, bandwidth=0.1, initial_threshold=0.1
     )
-    saes = tuple(SaeConfig(width=width, sparsity_coefficient=c, recipe=recipe) for width, c in ((32, 1e-3), (48, 1e-2)))
-    settings = BankSettings(batch_rows=BATCH, checkpoint_steps=30, log_steps=10)
+    saes = tuple(SaeConfig(width=width, sparsity_coefficient=c, preset=preset) for width, c in ((32, 1e-3), (48, 1e-2)))
+    settings = TrainSettings(batch_rows=BATCH, checkpoint_steps=30, log_steps=10)
     fields = {
         "site": Site("mlp_out", 1),
         "shards": shards,
@@ -79,9 +79,10 @@ def start(config: TrainConfig) -> subprocess.Popen[bytes]:
 
 
 def kill_after_lines(config: TrainConfig, lines: int, sent: signal.Signals = signal.SIGKILL) -> int:
-    """Run the bank in a process of its own, send it a signal once its metrics have so many lines; what it exits with."""
+    """Run the training group in a process of its own, send it a signal once its metrics have so many lines; what it exits
+    with."""
     child = start(config)
-    log = config.out / f"bank_{config.bank_id}.metrics.jsonl"
+    log = config.out / f"group_{config.group_id}.metrics.jsonl"
     while child.poll() is None:
         if log.exists() and log.read_bytes().count(b"\n") >= lines:
             child.send_signal(sent)
@@ -92,7 +93,7 @@ def kill_after_lines(config: TrainConfig, lines: int, sent: signal.Signals = sig
 
 def test_killed_training_ends_in_the_same_bytes(shards, tmp_path):
     torch.set_num_threads(1)
-    undisturbed, killed = bank(shards, tmp_path / "undisturbed"), bank(shards, tmp_path / "killed")
+    undisturbed, killed = group(shards, tmp_path / "undisturbed"), group(shards, tmp_path / "killed")
     run(undisturbed)
     for lines in (1, 14, 15, 40, 78):
         kill_after_lines(killed, lines)
@@ -105,7 +106,7 @@ def test_killed_training_ends_in_the_same_bytes(shards, tmp_path):
 
 def test_sigterm_keeps_every_step_done(shards, tmp_path):
     torch.set_num_threads(1)
-    undisturbed, ended = bank(shards, tmp_path / "undisturbed"), bank(shards, tmp_path / "ended", settings=RARE_CHECKPOINTS)
+    undisturbed, ended = group(shards, tmp_path / "undisturbed"), group(shards, tmp_path / "ended", settings=RARE_CHECKPOINTS)
     run(undisturbed)
     assert kill_after_lines(ended, 20, signal.SIGTERM) == 128 + signal.SIGTERM
     with safe_open(checkpoint_path(ended), "pt") as file:
@@ -120,7 +121,7 @@ def test_sigterm_keeps_every_step_done(shards, tmp_path):
 @pytest.mark.parametrize("step", [STEPS - 1, STEPS])
 def test_a_signal_at_the_last_steps_is_heard(shards, tmp_path, step):
     """Sent behind the question that the step asks, so that only the one behind the last step can hear it."""
-    undisturbed, ended = bank(shards, tmp_path / "undisturbed"), bank(shards, tmp_path / "ended", settings=RARE_CHECKPOINTS)
+    undisturbed, ended = group(shards, tmp_path / "undisturbed"), group(shards, tmp_path / "ended", settings=RARE_CHECKPOINTS)
     run(undisturbed)
     done = 0
 
@@ -150,7 +151,7 @@ def hears_ctrl_c():
 
 @pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_saves_a_checkpoint_after_the_step_and_says_so_at_once(shards, tmp_path, capfd):
-    config, done = bank(shards, tmp_path, settings=RARE_CHECKPOINTS), 0
+    config, done = group(shards, tmp_path, settings=RARE_CHECKPOINTS), 0
 
     def progress(steps: int) -> None:
         nonlocal done
@@ -177,11 +178,11 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(shards, tmp_path):
         pytest.fail("the second one came through")
 
     with pytest.raises(KeyboardInterrupt):
-        run(bank(shards, tmp_path), progress)
+        run(group(shards, tmp_path), progress)
 
 
 def test_a_flipped_bit_of_a_checkpoint_or_a_finished_sae_is_refused_by_name(shards, tmp_path):
-    config = bank(shards, tmp_path / "stopped", settings=RARE_CHECKPOINTS)
+    config = group(shards, tmp_path / "stopped", settings=RARE_CHECKPOINTS)
     assert kill_after_lines(config, 20, signal.SIGTERM) == 128 + signal.SIGTERM
     path = checkpoint_path(config)
     good = path.read_bytes()
@@ -207,11 +208,11 @@ def test_a_flipped_bit_of_a_checkpoint_or_a_finished_sae_is_refused_by_name(shar
 
 
 def test_a_checkpoint_is_of_its_own_step_though_training_goes_on_while_it_is_written(shards, tmp_path, monkeypatch):
-    config, moments = bank(shards, tmp_path), []
+    config, moments = group(shards, tmp_path), []
     write = checkpoint.write_tensors
 
     def slow(path, tensors, metadata=None, **more):
-        time.sleep(0.05)  # many steps of this bank
+        time.sleep(0.05)  # many steps of this training group
         if metadata and "num_steps_done" in metadata:
             moments.append((int(metadata["num_steps_done"]), {name: tensor.clone() for name, tensor in tensors.items()}))
         write(path, tensors, metadata, **more)
@@ -221,7 +222,7 @@ def test_a_checkpoint_is_of_its_own_step_though_training_goes_on_while_it_is_wri
     assert [step for step, _ in moments] == list(range(30, STEPS, 30))
     for step, tensors in moments[:3]:
         source = LocalSource(shards)
-        alone = Bank(config.saes, D_IN, normalisation_for(config.saes, source.statistics, config.max_norm), STEPS)
+        alone = TrainingGroup(config.saes, D_IN, normalisation_for(config.saes, source.statistics, config.max_norm), STEPS)
         for number in range(step):
             alone.step(source.batch(number, BATCH))
         assert all(torch.equal(tensors[name], tensor) for name, tensor in alone.tensors().items())
@@ -233,11 +234,11 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_training(shards, tmp_pa
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(StorageError, match="full"):
-        run(bank(shards, tmp_path))
+        run(group(shards, tmp_path))
 
 
-def test_a_finished_bank_is_not_trained_again(shards, tmp_path):
-    config = bank(shards, tmp_path)
+def test_a_finished_group_is_not_trained_again(shards, tmp_path):
+    config = group(shards, tmp_path)
     heard: list[int] = []
     run(config)
     before = tree(tmp_path)
@@ -247,7 +248,7 @@ def test_a_finished_bank_is_not_trained_again(shards, tmp_path):
 
 
 def test_a_checkpoint_left_by_a_kill_behind_the_last_sae_is_taken_away(shards, tmp_path):
-    config = bank(shards, tmp_path)
+    config = group(shards, tmp_path)
     run(config)
     assert is_finished(config)
     before = tree(tmp_path)
@@ -258,7 +259,7 @@ def test_a_checkpoint_left_by_a_kill_behind_the_last_sae_is_taken_away(shards, t
 
 
 def test_the_records_hold_what_is_needed_to_make_the_sae_again(shards, tmp_path):
-    config = bank(shards, tmp_path)
+    config = group(shards, tmp_path)
     run(config)
     record = read_json(tmp_path / "width_32_sparsity_0.001_seed_0/sae.json")
     assert (record["site"], record["layer"], record["d_in"], record["width"], record["steps"]) == ("mlp_out", 1, D_IN, 32, STEPS)
@@ -266,10 +267,10 @@ def test_the_records_hold_what_is_needed_to_make_the_sae_again(shards, tmp_path)
 
 
 def test_saes_of_another_recipe_are_not_taken_for_ours(shards, tmp_path):
-    run(bank(shards, tmp_path))
-    other = SaeConfig(width=32, sparsity_coefficient=1e-3, recipe=SaeRecipe(learning_rate=1e-4))
+    run(group(shards, tmp_path))
+    other = SaeConfig(width=32, sparsity_coefficient=1e-3, preset=SaePreset(learning_rate=1e-4))
     with pytest.raises(ConfigError, match="other settings"):
-        run(bank(shards, tmp_path, saes=(other,)))
+        run(group(shards, tmp_path, saes=(other,)))
 
 
 def test_a_flipped_byte_in_a_shard_is_refused_by_name(shards, tmp_path):
@@ -282,10 +283,10 @@ def test_a_flipped_byte_in_a_shard_is_refused_by_name(shards, tmp_path):
     damaged[5000] ^= 1
     shard.write_bytes(bytes(damaged))
     with pytest.raises(DamagedData, match=shard.name):
-        run(bank(copy, tmp_path / "out"))
+        run(group(copy, tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("sae.json"))
 
 
 def test_shards_that_are_not_there_are_one_clear_error(tmp_path):
     with pytest.raises(DataError, match="did the stage before it finish"):
-        run(bank(tmp_path / "nowhere", tmp_path / "out"))
+        run(group(tmp_path / "nowhere", tmp_path / "out"))

@@ -41,7 +41,7 @@ def recipe():
             ),
         ),
         harvest=HarvestSettings(bucket_rows=1024, dtype="bfloat16", batch_blocks=8),
-        train=BankSettings(batch_rows=64, checkpoint_steps=8, log_steps=4),
+        train=TrainSettings(batch_rows=64, checkpoint_steps=8, log_steps=4),
         evaluate=EvaluateSettings(
             num_sequences=24, batch_blocks=4, checkpoint_batches=1, pca_rows=1024, uniformity_sequences=4, baseline_sequences=4
         ),
@@ -106,13 +106,13 @@ def finished(recipe, tmp_path_factory) -> Path:
 
 FEW = {
     "shards/*/*/shard_00002.safetensors": signal.SIGKILL,
-    "train/*/*/bank_*.safetensors": signal.SIGTERM,
+    "train/*/*/group_*.safetensors": signal.SIGTERM,
     "scores/*progress*": signal.SIGKILL,
     "descriptions/codes*/*": signal.SIGKILL,
 }
 ALL = {
     "shards/*/*/shard_00002.safetensors": signal.SIGKILL,
-    "train/*/*/bank_*.safetensors": signal.SIGTERM,
+    "train/*/*/group_*.safetensors": signal.SIGTERM,
     "train/*/*/*/sae.json": signal.SIGKILL,
     "scores/*progress*": signal.SIGKILL,
     "scores/slices/*.json": signal.SIGKILL,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from jumprelu_oracles import OracleJumpRelu, OracleStep, flat
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.functional import Gradients, jumprelu, loss_gradients
 from everyscope.sae.objective import penalty
 from everyscope.sae.trainable import TENSORS
@@ -19,8 +19,8 @@ def problem(rows, d_in, d_sae, seed):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     p = {
-        "w_enc": draw(d_in, d_sae),
-        "w_dec": draw(d_sae, d_in),
+        "W_enc": draw(d_in, d_sae),
+        "W_dec": draw(d_sae, d_in),
         "b_enc": draw(d_sae),
         "b_dec": draw(d_in),
         "threshold": draw(d_sae).abs(),
@@ -30,12 +30,12 @@ def problem(rows, d_in, d_sae, seed):
 
 def oracle(x, p, sparsity_coefficient, bandwidth, prefixes=None, sparsity=None) -> dict[str, torch.Tensor]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
-    pre = (x - leaves["b_dec"]) @ leaves["w_enc"] + leaves["b_enc"]
+    pre = (x - leaves["b_dec"]) @ leaves["W_enc"] + leaves["b_enc"]
     f = OracleJumpRelu.apply(pre, leaves["threshold"], bandwidth)
     fires = OracleStep.apply(pre, leaves["threshold"], bandwidth)
     l0 = fires.sum(1)
     prefixes = prefixes or [len(p["threshold"])]
-    squares = [(x - f[:, :m] @ leaves["w_dec"][:m] - leaves["b_dec"]).square().sum(1).mean() for m in prefixes]
+    squares = [(x - f[:, :m] @ leaves["W_dec"][:m] - leaves["b_dec"]).square().sum(1).mean() for m in prefixes]
     loss = sum(squares) / len(prefixes) + (sparsity(fires.mean(0)) if sparsity else sparsity_coefficient * l0.mean())
     gradients = torch.autograd.grad(loss, [leaves[name] for name in TENSORS])
     return dict(zip(TENSORS, gradients, strict=True)) | {"loss": loss.detach(), "l0": l0.mean().detach()}
@@ -63,9 +63,9 @@ def test_prefixes_reconstruct_each_by_itself(prefixes):
 @pytest.mark.parametrize(("target", "limit"), [(None, None), (3.0, None), (None, 0.3), (3.0, 0.3)])
 def test_penalties_are_the_derivatives_of_the_costs_they_name(target, limit):
     x, p = problem(200, 6, 12, seed=12)
-    recipe = SaeRecipe(frequency_limit=limit, frequency_coefficient=0.7)
+    preset = SaePreset(frequency_limit=limit, frequency_coefficient=0.7)
     sparsity = {"sparsity_coefficient": 0.4} if target is None else {"target_l0": target, "target_weight": 0.4}
-    config = SaeConfig(width=12, recipe=recipe, **sparsity)
+    config = SaeConfig(width=12, preset=preset, **sparsity)
 
     def cost(rates):
         l0 = rates.sum()
@@ -81,14 +81,14 @@ def test_threshold_gradient_is_the_closed_form_of_the_spec():
     """dL/dtheta_i = 1/(N eps) sum_a [2 theta_i d_i.(x_a - x_hat_a) - lambda] K((pi_i - theta_i)/eps), summed in plain Python."""
     x, p = problem(rows=20, d_in=4, d_sae=6, seed=3)
     bandwidth, coefficient = 0.8, 0.3
-    pre = (x - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
-    x_hat = (pre * (pre > p["threshold"])) @ p["w_dec"] + p["b_dec"]
+    pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    x_hat = (pre * (pre > p["threshold"])) @ p["W_dec"] + p["b_dec"]
     got = loss_gradients(x, **p, penalty=flat(coefficient), bandwidth=bandwidth).threshold
     for i in range(6):
         total = 0.0
         for a in range(20):
             if abs((pre[a, i] - p["threshold"][i]) / bandwidth) < 0.5:
-                total += 2 * p["threshold"][i] * (p["w_dec"][i] @ (x[a] - x_hat[a])) - coefficient
+                total += 2 * p["threshold"][i] * (p["W_dec"][i] @ (x[a] - x_hat[a])) - coefficient
         assert float(got[i]) == pytest.approx(float(total) / (20 * bandwidth), rel=1e-12, abs=1e-12)
 
 

@@ -17,8 +17,8 @@ def problem(rows, d_in, d_sae, d_out, seed, *, has_skip):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     p = {
-        "w_enc": draw(d_in, d_sae),
-        "w_dec": draw(d_sae, d_out),
+        "W_enc": draw(d_in, d_sae),
+        "W_dec": draw(d_sae, d_out),
         "b_enc": draw(d_sae),
         "b_dec": draw(d_out),
         "threshold": draw(d_sae).abs(),
@@ -29,11 +29,11 @@ def problem(rows, d_in, d_sae, d_out, seed, *, has_skip):
 def oracle(x, y, p, coefficient, bandwidth, prefixes):
     """The loss as issue and paper write it: the encoder sees x as it is, every prefix has bias and skip."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
-    pre = x @ leaves["w_enc"] + leaves["b_enc"]
+    pre = x @ leaves["W_enc"] + leaves["b_enc"]
     f = OracleJumpRelu.apply(pre, leaves["threshold"], bandwidth)
     l0 = OracleStep.apply(pre, leaves["threshold"], bandwidth).sum(1)
     shared = leaves["b_dec"] + (x @ leaves["w_skip"] if "w_skip" in leaves else 0)
-    squares = [(y - f[:, :m] @ leaves["w_dec"][:m] - shared).square().sum(1).mean() for m in prefixes]
+    squares = [(y - f[:, :m] @ leaves["W_dec"][:m] - shared).square().sum(1).mean() for m in prefixes]
     loss = sum(squares) / len(prefixes) + coefficient * l0.mean()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return dict(zip(leaves, gradients, strict=True)), squares[-1].detach(), l0.mean().detach()

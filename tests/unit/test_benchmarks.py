@@ -65,7 +65,7 @@ def test_the_baseline_takes_the_same_steps_as_everyscope(settings, monkeypatch):
     for step in range(3):
         ours.step(rows.batch(step, settings.batch))
         baseline.step(rows.batch(step, settings.batch))
-    for name, parameter in ours.bank.saes[0].parameters.items():
+    for name, parameter in ours.group.saes[0].parameters.items():
         # Adam without momentum turns a gradient near 0 into a step of up to the whole rate, so rounding shows where it is small.
         torch.testing.assert_close(parameter, baseline.parameters[name].detach(), rtol=1e-3, atol=2e-4)
 

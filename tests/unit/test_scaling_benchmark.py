@@ -24,7 +24,7 @@ def test_what_is_left_of_a_worker_is_measured_against_one_with_as_many_threads()
     assert two["ratio_range"] == [1.0, 1.2]
 
 
-def test_partitions_and_banks_of_all_workers_are_the_whole(monkeypatch, tmp_path):
+def test_partitions_and_groups_of_all_workers_are_the_whole(monkeypatch, tmp_path):
     options = scaling.parse(["--quick", "--out", str(tmp_path)])
     monkeypatch.setattr(scaling, "harvest", lambda config: None)
     trained = []
@@ -34,7 +34,7 @@ def test_partitions_and_banks_of_all_workers_are_the_whole(monkeypatch, tmp_path
     assert sum(scaling.harvest_part(tmp_path, options, index, 2) for index in range(2)) == whole
     units = sum(scaling.train_part(tmp_path, tmp_path, options, index, 2) for index in range(2))
     assert units == 3 * 6 * options.tokens
-    assert len({bank.site for bank in trained}) == len(trained) == 3
+    assert len({group.site for group in trained}) == len(trained) == 3
 
 
 def test_flags_that_mean_nothing_are_refused(capsys):

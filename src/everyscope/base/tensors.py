@@ -67,11 +67,11 @@ def write_tensors(
         return name, str(tensors[name].dtype).removeprefix("torch."), tuple(tensors[name].shape)
 
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    said, digest = dict(metadata or {}), xxhash.xxh3_128()
+    fields, digest = dict(metadata or {}), xxhash.xxh3_128()
     if is_sealed:
-        said[CHECKSUM] = UNSEALED
+        fields[CHECKSUM] = UNSEALED
     with whole_file(path) as partial, partial.open("wb") as file:
-        header = tensors_header(map(described, order), said)
+        header = tensors_header(map(described, order), fields)
         digest.update(header)
         file.write(header)
         for name in order:

@@ -169,5 +169,5 @@ def pushed(
         latents = list(strengths)
         f = sae.encode(x)[..., latents]
         moved = (f + torch.tensor([strengths[latent] for latent in latents])).clamp(min=0) - f
-        total = total + (moved @ sae.w_dec[latents]).to(x)
+        total = total + (moved @ sae.W_dec[latents]).to(x)
     return total

@@ -23,7 +23,7 @@ from everyscope.circuits.targets import LogitTargets, logit_targets, require_act
 from everyscope.sae.folded import Sae
 from everyscope.sites.inputs import Inputs, read_inputs, tokenizer_of
 from everyscope.sites.model import LanguageModel, bare
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 from everyscope.sites.splice import special_ids
 from everyscope.suite.reader import Suite, SuiteEntry
 
@@ -54,7 +54,7 @@ def attribute(
     input_ids, _ = read_inputs(language_model, inputs, tokenizer=tokenizer)
     tokenizer = tokenizer or known_tokenizer(language_model)
     names, coders = by_layer(transcoders)
-    frozen = FrozenModel(model, anatomy_of(model), input_ids)
+    frozen = FrozenModel(model, adapter_of(model), input_ids)
     is_exact = all(coder.is_transcoder for coder in coders.values())
     tracer = (LocalReplacement if is_exact else GradientTracer)(frozen, coders, counted_tokens(model, input_ids[0]))
     targets = logit_targets(frozen, target, config, tokenizer)

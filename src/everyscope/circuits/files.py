@@ -52,13 +52,13 @@ def read_facts(path: Path) -> GraphFacts:
 def read_graph(path: Path) -> Graph:
     """The graph in a file; DamagedData, in one line, for one that was changed or holds no graph."""
     with opened_tensors(path, "np", remedy=REMEDY) as file:
-        said: dict[str, Any] = file.metadata() or {}
-        if said.get("format_of_graph") != FORMAT:
+        metadata: dict[str, Any] = file.metadata() or {}
+        if metadata.get("format_of_graph") != FORMAT:
             raise DamagedData(f"{path}: is no graph of format {FORMAT}; {REMEDY}")
         columns = {name: file.get_tensor(name) for name in COLUMNS}
         source, target, weight = (file.get_tensor(name) for name in ("source", "target", "weight"))
     try:
-        facts = GraphFacts.model_validate_json(said["facts"])
+        facts = GraphFacts.model_validate_json(metadata["facts"])
     except (ValidationError, KeyError) as error:
         reason = one_line(error) if isinstance(error, ValidationError) else "it says nothing"
         raise DamagedData(f"{path}: what it says of itself is wrong ({reason[:200]}); {REMEDY}") from error

@@ -23,7 +23,7 @@ from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
 from everyscope.sites.names import Site
 from everyscope.sites.norms import Affine, affine_of
-from everyscope.sites.registry import Anatomy, Place
+from everyscope.sites.registry import HookPoint, ModelAdapter
 from everyscope.sites.splice import forward_replaced
 
 INTERFACE = "everyscope_circuits"
@@ -141,14 +141,14 @@ class FrozenBlock:
 class FrozenModel:
     """The frozen blocks of a model on one prompt, and its clean logits at the last position."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, input_ids: Int[Tensor, "1 ctx"]) -> None:
+    def __init__(self, model: nn.Module, adapter: ModelAdapter, input_ids: Int[Tensor, "1 ctx"]) -> None:
         """Make the clean pass; the model is left as it was. ConfigError for more than one sequence."""
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise ConfigError(f"input_ids have shape {tuple(input_ids.shape)}; a graph is of one prompt: give [1, ctx]")
-        self.model, self.anatomy = model, anatomy
+        self.model, self.adapter = model, adapter
         self.input_ids = input_ids.to(next(model.parameters()).device)
-        self.blocks = [FrozenBlock(block, anatomy.attention(layer).module) for layer, block in enumerate(anatomy.blocks)]
-        self._final_module = final_norm(model, anatomy)
+        self.blocks = [FrozenBlock(block, adapter.attention(layer).module) for layer, block in enumerate(adapter.blocks)]
+        self._final_module = final_norm(model, adapter)
         self.embed, self.final, behind = self._clean_pass()
         self.logits: Float[Tensor, " vocab"] = self.capped(self.raw_logits(behind[0, -1]))
 
@@ -181,7 +181,7 @@ class FrozenModel:
 
     def capped(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
         """Logits as the model gives them."""
-        cap = getattr(self.anatomy.config, "final_logit_softcapping", None)
+        cap = getattr(self.adapter.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
@@ -189,9 +189,9 @@ class FrozenModel:
         """Fill the blocks; the embedding as it enters the first one, the final norm, and what it gave."""
         found: dict[str, Any] = {}
         with ExitStack() as stack:
-            known = known_norm(self._final_module, self.anatomy.d_model)
+            known = known_norm(self._final_module, self.adapter.d_model)
             for layer, frozen in enumerate(self.blocks):
-                _record(stack, frozen, self.anatomy.place(Site("mlp_out", layer)))
+                _record(stack, frozen, self.adapter.hook_point(Site("mlp_out", layer)))
 
             def enter(x: Tensor) -> None:
                 found["embed"] = x.clone()
@@ -199,13 +199,13 @@ class FrozenModel:
             def keep(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
                 found["final"], found["behind"] = known.frozen(args[0], output), output
 
-            stack.enter_context(visiting([(Place(self.blocks[0].block, "input"), enter)]))
+            stack.enter_context(visiting([(HookPoint(self.blocks[0].block, "input"), enter)]))
             stack.callback(self._final_module.register_forward_hook(keep).remove)
             self.model(input_ids=self.input_ids, use_cache=False)
         return found["embed"], found["final"], found["behind"]
 
     def run_block(
-        self, layer: int, resid: Float[Tensor, "1 ctx d_model"], write: Write, read: Place
+        self, layer: int, resid: Float[Tensor, "1 ctx d_model"], write: Write, read: HookPoint
     ) -> tuple[Float[Tensor, "1 ctx d_model"], Float[Tensor, "1 ctx d_model"]]:
         """The frozen block of `layer` on a stream: what is found at the place `read`, and the stream behind the block.
 
@@ -220,14 +220,14 @@ class FrozenModel:
             stack.enter_context(attending(frozen.attention, frozen.attend))
             for norm, still in frozen.norms.items():
                 stack.enter_context(forward_replaced(norm, still))
-            stack.enter_context(forward_replaced(self.anatomy.mlp_parts(layer)[0], torch.zeros_like))
-            added = self.anatomy.place(Site("mlp_out", layer))
+            stack.enter_context(forward_replaced(self.adapter.mlp_parts(layer)[0], torch.zeros_like))
+            added = self.adapter.hook_point(Site("mlp_out", layer))
             stack.enter_context(visiting([(read, see), (added, lambda _: write(seen["read"]))]))
             out = frozen.call(resid)
         return seen["read"], out
 
 
-def _record(stack: ExitStack, frozen: FrozenBlock, added: Place) -> None:
+def _record(stack: ExitStack, frozen: FrozenBlock, added: HookPoint) -> None:
     """Let the next pass fill `frozen`; hooks come off with the stack."""
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

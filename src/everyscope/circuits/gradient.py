@@ -21,7 +21,7 @@ from everyscope.sae.functional import pre_activations
 from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
 from everyscope.sites.names import Site
-from everyscope.sites.registry import Place
+from everyscope.sites.registry import HookPoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class GradientTracer:
     def __init__(self, frozen: FrozenModel, saes: Mapping[int, Sae], counted: Bool[Tensor, " ctx"]) -> None:
         """Make the pass. ConfigError where an SAE is not of the residual stream behind its layer."""
         for layer, sae in saes.items():
-            if sae.is_transcoder or sae.metadata.site != Site("resid_post", layer) or sae.d_in != frozen.anatomy.d_model:
+            if sae.is_transcoder or sae.metadata.site != Site("resid_post", layer) or sae.d_in != frozen.adapter.d_model:
                 raise ConfigError(f"{sae!r}: gradients are traced through SAEs of the residual stream (resid_post) of one model")
         self.frozen, self.counted = frozen, counted.to(frozen.embed.device)
         self.coders = {layer: sae.with_tensors().to(frozen.embed) for layer, sae in saes.items()}
@@ -68,7 +68,7 @@ class GradientTracer:
     @property
     def row_bytes(self) -> int:
         """Of the gradients that one row takes: attention's patterns count most [bytes]."""
-        heads = self.frozen.anatomy.config.num_attention_heads
+        heads = self.frozen.adapter.config.num_attention_heads
         return self.frozen.embed.nbytes + heads * self.frozen.context**2 * self.frozen.embed.element_size()
 
     @property
@@ -82,7 +82,7 @@ class GradientTracer:
 
     def _pass(self) -> tuple[Tensor, Tensor]:
         """The embedding, and what the final norm gives at the last position, with the way back."""
-        anatomy, found = self.frozen.anatomy, dict[str, Tensor]()
+        adapter, found = self.frozen.adapter, dict[str, Tensor]()
 
         def enter(x: Tensor) -> Tensor:
             found["embed"] = x.detach().clone().requires_grad_()
@@ -97,9 +97,9 @@ class GradientTracer:
             found["last"] = output[0, -1]
 
         self._reads: dict[int, Tensor] = {}
-        places = [(anatomy.place(Site("resid_post", layer)), lambda x, layer=layer: cut(layer, x)) for layer in self.coders]
-        with torch.enable_grad(), visiting([(Place(anatomy.block(0), "input"), enter), *places]):
-            hook = final_norm(self.frozen.model, anatomy).register_forward_hook(keep)
+        places = [(adapter.hook_point(Site("resid_post", layer)), lambda x, layer=layer: cut(layer, x)) for layer in self.coders]
+        with torch.enable_grad(), visiting([(HookPoint(adapter.block(0), "input"), enter), *places]):
+            hook = final_norm(self.frozen.model, adapter).register_forward_hook(keep)
             try:
                 self.frozen.model(input_ids=self.frozen.input_ids, use_cache=False)
             finally:

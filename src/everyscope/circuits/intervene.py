@@ -27,7 +27,7 @@ from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
 from everyscope.sites.model import LanguageModel, bare
 from everyscope.sites.names import Site
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 
 BATCH = 16
 """Variants of the prompt that run at once [variants]."""
@@ -104,12 +104,12 @@ class Intervention:
         """Make the clean pass."""
         self.model: Any = bare(model)
         self.graph, self.freezes_attention = graph, freezes_attention
-        self.anatomy = anatomy_of(self.model)
-        if graph.facts.method != "replacement" or graph.facts.num_layers != self.anatomy.num_layers:
+        self.adapter = adapter_of(self.model)
+        if graph.facts.method != "replacement" or graph.facts.num_layers != self.adapter.num_layers:
             raise ConfigError(f"the graph is of {graph.facts.model} with {graph.facts.num_layers} layers; give its own model")
-        self.frozen = FrozenModel(self.model, self.anatomy, torch.tensor([graph.facts.token_ids]))
+        self.frozen = FrozenModel(self.model, self.adapter, torch.tensor([graph.facts.token_ids]))
         self.coders: dict[int, Sae] = {
-            layer: fitting(coder, self.anatomy, layer).to(self.frozen.embed) for layer, coder in by_layer(transcoders)[1].items()
+            layer: fitting(coder, self.adapter, layer).to(self.frozen.embed) for layer, coder in by_layer(transcoders)[1].items()
         }
         rows = self.frozen.unembedding.to(self.frozen.embed)
         mean = rows.mean(0)
@@ -146,7 +146,7 @@ class Intervention:
             def keep(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
                 behind["last"] = output[:, -1]
 
-            stack.callback(final_norm(self.model, self.anatomy).register_forward_hook(keep).remove)
+            stack.callback(final_norm(self.model, self.adapter).register_forward_hook(keep).remove)
             self.model(input_ids=self.frozen.input_ids.repeat(len(variants), 1), use_cache=False)
         for layer, read in reads.items():
             here = np.flatnonzero((self.graph.kind == LATENT) & (self.graph.layer == layer))
@@ -176,5 +176,5 @@ class Intervention:
             moved = ((factor - 1) * f + value)[:, None] * coder.W_dec[latent]
             return y.index_put((which, position), moved.to(y), accumulate=True)
 
-        added = self.anatomy.place(Site("mlp_out", layer))
-        return [(reading(self.anatomy, coder, layer), see), (added, edited)]
+        added = self.adapter.hook_point(Site("mlp_out", layer))
+        return [(reading(self.adapter, coder, layer), see), (added, edited)]

@@ -22,7 +22,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sae.functional import pre_activations
 from everyscope.sites.names import Site
 from everyscope.sites.norms import mlp_norm_of
-from everyscope.sites.registry import Anatomy, Place
+from everyscope.sites.registry import HookPoint, ModelAdapter
 
 GATHERED_BYTES = 1 << 26
 """Decoder rows that are gathered at once [bytes]."""
@@ -79,8 +79,8 @@ class LocalReplacement:
         ConfigError where a coder is no transcoder of its layer's MLP.
         """
         self.frozen, self.counted = frozen, counted.to(frozen.embed.device)
-        self.coders = {layer: fitting(coder, frozen.anatomy, layer).to(frozen.embed) for layer, coder in coders.items()}
-        self.reads = [reading(frozen.anatomy, self.coders.get(layer), layer) for layer in range(frozen.num_layers)]
+        self.coders = {layer: fitting(coder, frozen.adapter, layer).to(frozen.embed) for layer, coder in coders.items()}
+        self.reads = [reading(frozen.adapter, self.coders.get(layer), layer) for layer in range(frozen.num_layers)]
         self.layers: list[LayerLatents] = []
         self.errors: list[Float[Tensor, "ctx d_model"]] = []
         with torch.no_grad():
@@ -167,7 +167,7 @@ class LocalReplacement:
     def rows(self, latents: Int[Tensor, " some"], directions: list[Direction]) -> Rows:
         """What all sources send to these latents, by their numbers, and then to these directions."""
         final, count, latents = self.frozen.final, len(latents), latents.to(self.frozen.embed.device)
-        g = self.frozen.embed.new_zeros(count + len(directions), self.frozen.context, self.frozen.anatomy.d_model)
+        g = self.frozen.embed.new_zeros(count + len(directions), self.frozen.context, self.frozen.adapter.d_model)
         weight = g.new_zeros(len(g), self.num_sources)
         if directions:
             g[count:, -1] = final.pulled_back(torch.stack([direction.vector for direction in directions]), -1)
@@ -190,7 +190,7 @@ class LocalReplacement:
     def _read_here(self, layer: int, rows: Tensor, chosen: Tensor, g: Tensor) -> Float[Tensor, "rows ctx d_in"]:
         """The gradient at what the transcoder of `layer` reads: the encoder columns of the targets that sit here."""
         coder, found = self.coders.get(layer), self.layers[layer]
-        onto = g.new_zeros(*g.shape[:2], self.frozen.anatomy.d_model if coder is None else coder.d_in)
+        onto = g.new_zeros(*g.shape[:2], self.frozen.adapter.d_model if coder is None else coder.d_in)
         if coder is not None and len(rows):
             onto[rows, found.position[chosen]] = coder.W_enc[:, found.latent[chosen]].T
         return onto
@@ -221,24 +221,24 @@ class LocalReplacement:
         return pulled[:, 0]
 
 
-def fitting(coder: Sae, anatomy: Anatomy, layer: int) -> Sae:
+def fitting(coder: Sae, adapter: ModelAdapter, layer: int) -> Sae:
     """The transcoder in a form that a model's sites give; ConfigError where it is none of this layer's MLP."""
     reads, writes = coder.metadata.site, coder.metadata.target
     wanted = (Site("mlp_in", layer), Site("resid_mid", layer))
     if reads not in wanted or writes != Site("mlp_out", layer):
         raise ConfigError(f"{coder!r} reads {reads} and writes {writes}; expected a transcoder of layer {layer}'s MLP")
-    if (coder.d_in, coder.d_out) != (anatomy.d_model, anatomy.d_model):
-        raise ConfigError(f"{coder!r} is not of this model, whose d_model is {anatomy.d_model}")
+    if (coder.d_in, coder.d_out) != (adapter.d_model, adapter.d_model):
+        raise ConfigError(f"{coder!r} is not of this model, whose d_model is {adapter.d_model}")
     if coder.metadata.convention == "normalised":
-        norm = mlp_norm_of(anatomy, layer)
+        norm = mlp_norm_of(adapter, layer)
         return to_convention(coder, "mlp_input", norm.gain, norm.bias)
     return coder.with_tensors()
 
 
-def reading(anatomy: Anatomy, coder: Sae | None, layer: int) -> Place:
+def reading(adapter: ModelAdapter, coder: Sae | None, layer: int) -> HookPoint:
     """The place that a layer's transcoder reads."""
     known = None if coder is None else coder.metadata.site
-    return anatomy.place(Site("mlp_in", layer) if known is None else known)
+    return adapter.hook_point(Site("mlp_in", layer) if known is None else known)
 
 
 def _chunks(position: Tensor, latent: Tensor, row_bytes: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

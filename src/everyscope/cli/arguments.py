@@ -116,7 +116,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--json", action="store_true", help="print results as JSON; with --engine ray, events of jobs before them")
     add("--device", help="of the model and of training: cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     if name in ("run", "plan", "init"):
-        add_wishes(parser)
+        add_choices(parser)
     if name == "run":
         add("--dry-run", action="store_true", help="check everything and show every stage, then stop")
     if name in JOB_COMMANDS:
@@ -127,7 +127,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--order", choices=["fixed", "any"], default="fixed", help=order)
     if name == "harvest":
         add("--partition", metavar="I/N", help="write every N-th bucket from I on; other processes write the rest")
-        add("--heal", action="store_true", help="verify all shards first and rewrite damaged ones")
+        add("--repair", action="store_true", help="verify all shards first and rewrite damaged ones")
     if name == "plan":
         add_plan_arguments(parser)
     if name == "evaluate":
@@ -135,7 +135,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--text", help="for a folder of SAEs: a built-in source, a file or folder, or a dataset on the hub")
 
 
-def add_wishes(parser: argparse.ArgumentParser) -> None:
+def add_choices(parser: argparse.ArgumentParser) -> None:
     """What may be said of a run of a model."""
     add = parser.add_argument_group("for a MODEL (a Hugging Face id or a local folder)").add_argument
     add("--sites", nargs="+", choices=SITE_KINDS, help="kinds of sites (default: resid_post)")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from everyscope.activations.harvest.config import ImportConfig
 from everyscope.activations.serve.config import ServeConfig
 from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError
@@ -18,17 +19,16 @@ from everyscope.cli.arguments import (
     wants_cluster,
 )
 from everyscope.cli.circuit import circuit_command
-from everyscope.cli.flags import Config, divided, parse_fields
-from everyscope.cli.recipe import is_model, new_config, rates_for, resolve, wishes_of
+from everyscope.cli.flags import Config, parse_fields, split_flags
+from everyscope.cli.recipe import choices_of, is_model, new_config, rates_for, resolve
 from everyscope.cli.stages import show_stages, show_suite
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.harvest.config import ImportConfig
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES
 from everyscope.run.jobs.config import EngineConfig
-from everyscope.run.stages import RECIPE_FILE, Servers, stages_of
+from everyscope.run.stages import RECIPE_FILE, ActivationSource, stages_of
 from everyscope.sites.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
     from everyscope.run.checks import check, found_devices
 
     source = getattr(options, "source", None)
-    servers = None if source is None else Servers(source, options.order, options.tls_roots)
+    servers = None if source is None else ActivationSource(source, options.order, options.tls_roots)
     devices = found_devices(settings) if options.command == "train" else None
     stages = stages_of(config, out, devices, servers=servers, harvests=options.command == "harvest")
     check(stages, settings, (options.command,))
@@ -88,7 +88,7 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
             return
         with pipeline.opened_engine(settings, out, watches(options)) as engine:
             if options.command == "harvest":
-                pipeline.run_harvest(stages, engine, partition, options.heal)
+                pipeline.run_harvest(stages, engine, partition, options.repair)
             else:
                 spent = runs[options.command](stages, engine)
                 if options.json and options.command == "train":
@@ -169,8 +169,8 @@ def init_command(options: argparse.Namespace, fields: list[str]) -> None:
         raise ConfigError(f"{options.recipe}: expected a model, as a Hugging Face id or a local folder")
     from everyscope.run.automatic import recipe_text
 
-    wishes = wishes_of(options)
-    print(recipe_text(new_config(options.recipe, wishes), wishes), end="")
+    choices = choices_of(options)
+    print(recipe_text(new_config(options.recipe, choices), choices), end="")
 
 
 def devices_here(config: RunConfig) -> "Devices | None":
@@ -191,7 +191,7 @@ def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
     if not path.exists():
         raise ConfigError(f"{path}: no such folder; give a run's folder, its shards/ or its suite/")
     checks = {path / "shards": verify_shards, path / "suite": verify_suite}
-    checks |= dict.fromkeys(sorted(path.glob("companions/*/shards")), verify_shards)
+    checks |= dict.fromkeys(sorted(path.glob("controls/*/shards")), verify_shards)
     found = {folder: check for folder, check in checks.items() if folder.is_dir()}
     if not found:
         found = {path: verify_suite if (path / "suite.json").exists() else verify_shards}
@@ -203,7 +203,7 @@ def verify_command(options: argparse.Namespace, fields: list[str]) -> None:
 def import_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Activations from elsewhere to a folder of shards."""
     config = configured(ImportConfig, options, "source", fields)
-    from everyscope.harvest.foreign import import_array
+    from everyscope.activations.harvest.foreign import import_array
 
     result = import_array(config)
     print(f"{config.out}: {result.num_rows} rows of {config.site}; train on it with everyscope.LocalSource")
@@ -234,7 +234,7 @@ def serve_command(options: argparse.Namespace, fields: list[str]) -> None:
 
 def serve_live_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Serve what the recipe's harvest would write, as the model makes it. Flags are the server's fields and the recipe's."""
-    own, theirs = divided(fields, {*ServeConfig.model_fields, "help"} - {"shards"})
+    own, theirs = split_flags(fields, {*ServeConfig.model_fields, "help"} - {"shards"})
     options.recipe = str(options.path)
     recipe, out = resolve(options, theirs)
     about = "Fields of the server; those of the recipe, as `everyscope run RECIPE --help` lists them, are flags too."

@@ -17,7 +17,7 @@ from everyscope.base.schema import Schema, one_line
 Config = TypeVar("Config", bound=Schema)
 
 
-def divided(words: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+def split_flags(words: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
     """The flags of `names` (fields, with underscores) with their values, and all others: two configs share a command line.
 
     A flag is --name, --no-name, --name=value or --name.part; words that follow it go with it.

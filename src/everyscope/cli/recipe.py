@@ -12,17 +12,17 @@ from typing import Any
 from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import read_json
-from everyscope.cli.flags import divided, parse_fields
-from everyscope.run.automatic import Machine, Wishes, automatic, context_of, slug, text_of
+from everyscope.cli.flags import parse_fields, split_flags
+from everyscope.run.automatic import Machine, UserChoices, automatic, context_of, slug, text_of
 from everyscope.run.config import RunConfig
 from everyscope.run.cost.prices import SUSTAINED, Rates, stage_prices
 from everyscope.run.find import RECIPES, find_recipe, is_path, nearest_recipe
 from everyscope.run.settings import ModelShape
 from everyscope.run.stages import RECIPE_FILE, stages_of
 from everyscope.sites.config import ModelConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
-WISHES = ("sites", "layers", "widths", "l0", "tokens", "passes", "text", "hours")
+CHOICES = ("sites", "layers", "widths", "l0", "tokens", "passes", "text", "hours")
 """Flags that are for a model, not for a recipe, which says all of it."""
 
 
@@ -42,18 +42,18 @@ def resolve(options: argparse.Namespace, fields: list[str]) -> tuple[RunConfig, 
     out = options.out or Path("runs") / default.name
     default = placed_on(default, getattr(options, "device", None) or device_of(default, out))
     if not is_model(first) and hasattr(options, "hours"):
-        given = next((name for name in WISHES if getattr(options, name) is not None), None)
+        given = next((name for name in CHOICES if getattr(options, name) is not None), None)
         if given is not None:
             raise ConfigError(
                 f"--{given} is for a MODEL, and {first} is a recipe; its fields are flags too: "
                 f"`everyscope {options.command} {first} --help-all` lists them"
             )
     prog = f"everyscope {options.command} {first}"
-    of_shape, fields = divided(fields, {"shape"})  # by itself: tyro has no flags for the fields of what may be None
+    of_shape, fields = split_flags(fields, {"shape"})  # by itself: tyro has no flags for the fields of what may be None
     if of_shape and default.shape is not None:
         words = [re.sub(r"^--shape\.", "--", word) for word in of_shape]
         default = default.model_copy(update={"shape": parse_fields(ModelShape, prog, words, default=default.shape)})
-    others = options.flags if is_model(first) else options.flags - {f"--{name}" for name in WISHES}
+    others = options.flags if is_model(first) else options.flags - {f"--{name}" for name in CHOICES}
     config = parse_fields(RunConfig, prog, fields, f"Fields of the recipe {default.name!r}.", default, others)
     if config.shape is None:
         from everyscope.run.model import with_shape
@@ -82,12 +82,12 @@ def placed_on(config: RunConfig, device: str | None) -> RunConfig:
     if device is None:
         return config
     changes: dict[str, Any] = {
-        name: companion.model_copy(update={"model": companion.model.model_copy(update={"device": device})})
+        name: control.model_copy(update={"model": control.model.model_copy(update={"device": device})})
         for name in ("instruction_tuned", "random_weights")
-        if (companion := getattr(config, name)) is not None
+        if (control := getattr(config, name)) is not None
     }
     changes["model"] = config.model.model_copy(update={"device": device})
-    changes["train"] = BankSettings.model_validate(config.train.model_dump() | {"device": device})
+    changes["train"] = TrainSettings.model_validate(config.train.model_dump() | {"device": device})
     return config.model_copy(update=changes)
 
 
@@ -104,37 +104,37 @@ def config_of_model(options: argparse.Namespace) -> RunConfig:
         return config
     if not hasattr(options, "hours"):
         return find_recipe(options.recipe)  # which says that there is none: only run, plan and init choose defaults
-    return new_config(options.recipe, wishes_of(options))
+    return new_config(options.recipe, choices_of(options))
 
 
 def asked_again(options: argparse.Namespace, config: RunConfig) -> dict[str, tuple[object, object]]:
     """What the command line says of a run that has begun, by flag, each beside what the run began with, as text."""
-    wishes, group, text = wishes_of(options), config.groups[0], config.text
+    choices, group, text = choices_of(options), config.groups[0], config.text
     corpus = text if options.text is None else text_of(options.text, text.context)
     pairs = {
-        "sites": (wishes.sites, group.sites),
-        "layers": (wishes.layers, group.layers),
-        "widths": (wishes.widths, group.widths),
-        "l0": (wishes.l0s, group.target_l0s),
-        "tokens": (wishes.tokens, config.harvest.num_tokens),
-        "passes": (wishes.passes, group.num_tokens // (config.harvest.num_tokens or group.num_tokens)),
+        "sites": (choices.sites, group.sites),
+        "layers": (choices.layers, group.layers),
+        "widths": (choices.widths, group.widths),
+        "l0": (choices.l0s, group.target_l0s),
+        "tokens": (choices.tokens, config.harvest.num_tokens),
+        "passes": (choices.passes, group.num_tokens // (config.harvest.num_tokens or group.num_tokens)),
         "text": tuple(one.origin for one in (corpus, text)),
-        "hours": (wishes.hours, config.sized_for_hours),
+        "hours": (choices.hours, config.sized_for_hours),
     }
     return {name: pair for name, pair in pairs.items() if getattr(options, name, None) is not None}
 
 
-def wishes_of(options: argparse.Namespace) -> Wishes:
+def choices_of(options: argparse.Namespace) -> UserChoices:
     """What the command line says of a run of a model."""
     given = {name: getattr(options, name) for name in ("sites", "layers", "widths", "tokens", "passes", "text", "hours")}
     given["l0s"] = options.l0
     found: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
-    return Wishes(**found)
+    return UserChoices(**found)
 
 
-def new_config(model: str, wishes: Wishes) -> RunConfig:
+def new_config(model: str, choices: UserChoices) -> RunConfig:
     """A run of a model, with defaults that fit it, this machine and the hours. Raises what `shape_of` and `automatic` do."""
     from everyscope.run.checks import found_devices
     from everyscope.run.model import measure_products, shape_of
@@ -151,7 +151,7 @@ def new_config(model: str, wishes: Wishes) -> RunConfig:
     def seconds_of(config: RunConfig) -> dict[str, float]:
         return {stage.name: stage.seconds for stage in stage_prices(stages_of(config, Path(), devices), rates)}
 
-    return automatic(model, shape, machine, wishes, text_of(wishes.text, context_of(shape, machine)), seconds_of)
+    return automatic(model, shape, machine, choices, text_of(choices.text, context_of(shape, machine)), seconds_of)
 
 
 def rates_of(products: dict[str, float], dtype: str) -> Rates:

@@ -21,7 +21,7 @@ from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.kernels import append_latents
 from everyscope.describe.sequences import Sequences
-from everyscope.describe.targets import Target
+from everyscope.describe.targets import DescribeTarget
 from everyscope.sae.folded import Sae
 from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
@@ -37,7 +37,7 @@ REMEDY = "delete it and run `everyscope describe` again"
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class LatentCodes:
     """The firings of one SAE, latent after latent, and each latent's in order of place."""
 
     starts: Int64[np.ndarray, " d_sae_plus_1"]
@@ -58,7 +58,7 @@ class Codes:
         return np.diff(self.starts)
 
 
-def joined(parts: Sequence[Codes]) -> Codes:
+def joined(parts: Sequence[LatentCodes]) -> LatentCodes:
     """The codes of one SAE from those of consecutive stretches of places."""
     counts = np.sum([part.firings for part in parts], axis=0)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -66,25 +66,25 @@ def joined(parts: Sequence[Codes]) -> Codes:
     filled = starts[:-1].copy()
     for part in parts:
         append_latents(part.starts, part.places, part.values, filled, places, values)
-    return Codes(starts, places, values)
+    return LatentCodes(starts, places, values)
 
 
 @torch.no_grad()
-def encoded(sae: Sae, rows: Float[Tensor, "n d_in"], places: Int64[np.ndarray, " n"]) -> Codes:
+def encode_rows(sae: Sae, rows: Float[Tensor, "n d_in"], places: Int64[np.ndarray, " n"]) -> LatentCodes:
     """The codes of some rows that stand at `places`, which ascend; NonFinite where an activation is NaN or infinite."""
     chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
     parts = []
     for start in range(0, len(rows), chunk):
-        f = sae.encode(rows[start : start + chunk].to(sae.w_enc.device))
+        f = sae.encode(rows[start : start + chunk].to(sae.W_enc.device))
         latent, row = f.T.contiguous().nonzero(as_tuple=True)  # by latent, then row; NaN is not zero either
         values = f[row, latent].float()
         if not torch.isfinite(values).all():
             raise NonFinite(f"NaN or infinity among the latents of {len(f)} rows; is the model in a format too short for it?")
         counts = torch.bincount(latent, minlength=sae.d_sae).cpu().numpy()
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        parts.append(Codes(starts, places[start + row.cpu().numpy()].astype(np.int32), values.cpu().numpy()))
+        parts.append(LatentCodes(starts, places[start + row.cpu().numpy()].astype(np.int32), values.cpu().numpy()))
     if not parts:
-        return Codes(np.zeros(sae.d_sae + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+        return LatentCodes(np.zeros(sae.d_sae + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
     return parts[0] if len(parts) == 1 else joined(parts)
 
 
@@ -112,9 +112,9 @@ class CodesFolder:
         """Take the codes away; they are described, or of no use."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def read(self, identity: str) -> Codes:
+    def read(self, identity: str) -> LatentCodes:
         """All codes of one SAE, in memory; DamagedData where a file is not what was written."""
-        return joined([Codes(*fields) for fields in self._tensors(identity, "starts", "places", "values")])
+        return joined([LatentCodes(*fields) for fields in self._tensors(identity, "starts", "places", "values")])
 
     def massive(self, identity: str) -> Int32[np.ndarray, " tokens"]:
         """The places whose activation is massive at the SAE's site, ascending; raises as `read`."""
@@ -141,7 +141,7 @@ def collect(
     config: DescribeConfig,
     model: Any,
     sequences: Sequences,
-    saes: Sequence[tuple[Target, Sae]],
+    saes: Sequence[tuple[DescribeTarget, Sae]],
     folder: CodesFolder,
     passed: Callable[[int, bool], None],
 ) -> None:
@@ -153,13 +153,13 @@ def collect(
         if folder.portion(number).exists():
             passed(num_tokens, True)
             continue
-        parts: list[list[Codes]] = [[] for _ in saes]
+        parts: list[list[LatentCodes]] = [[] for _ in saes]
         massive: list[list[np.ndarray]] = [[] for _ in saes]
         for rows in _batches(config, model, sequences, blocks, [target for target, _ in saes]):
             for part, places, (target, sae) in zip(parts, massive, saes, strict=True):
                 activations, is_large = rows.activations[target.site.inputs[0].folder], _is_large(rows, target)
                 usual = ~is_large.cpu().numpy()
-                part.append(encoded(sae, activations[~is_large], rows.places[usual]))
+                part.append(encode_rows(sae, activations[~is_large], rows.places[usual]))
                 places.append(rows.places[~usual].astype(np.int32))
             passed(len(rows.places), False)
         tensors = {}
@@ -170,7 +170,7 @@ def collect(
         write_tensors(folder.portion(number), tensors, is_sealed=True)
 
 
-def _is_large(rows: "_Rows", target: Target) -> Bool[Tensor, " n"]:
+def _is_large(rows: "_Rows", target: DescribeTarget) -> Bool[Tensor, " n"]:
     """Which rows are massive for an SAE; for a transcoder, in what it reads or in what it predicts."""
     reads, writes = target.site.inputs[0], target.site.outputs[0]
     is_large = is_massive(rows.activations[writes.folder], target.norm_limit)
@@ -184,7 +184,7 @@ class _Rows:
 
 
 def _batches(
-    config: DescribeConfig, model: Any, sequences: Sequences, blocks: range, targets: Sequence[Target]
+    config: DescribeConfig, model: Any, sequences: Sequences, blocks: range, targets: Sequence[DescribeTarget]
 ) -> Iterator[_Rows]:
     """The unmasked rows of each place that SAEs of some blocks read or write, a batch at a time."""
     sites = sorted(places_of(target.site for target in targets))

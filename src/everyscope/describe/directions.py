@@ -22,7 +22,7 @@ TOP_LOGITS = 10
 
 @torch.no_grad()
 def logit_columns(
-    path: LogitPath, lens: Lens, w_dec: Float[Tensor, "latents d_in"], *, has_raw: bool
+    path: LogitPath, lens: Lens, W_dec: Float[Tensor, "latents d_in"], *, has_raw: bool
 ) -> dict[str, pyarrow.Array]:
     """The strongest and weakest tokens of each direction, with the norms' gains and, where `has_raw`, without them.
 
@@ -31,10 +31,10 @@ def logit_columns(
     found = {}
     for prefix, of_directions in (("", path.through_norms), ("raw_", path.raw if has_raw else None)):
         if of_directions is not None:
-            ends = lens.ends(of_directions(w_dec), TOP_LOGITS)
+            ends = lens.ends(of_directions(W_dec), TOP_LOGITS)
             tokens, values = ends.tokens, columns.rounded(ends.values)
         else:
-            tokens, values = np.empty((len(w_dec), 2, 0), np.int32), np.empty((len(w_dec), 2, 0), np.float32)
+            tokens, values = np.empty((len(W_dec), 2, 0), np.int32), np.empty((len(W_dec), 2, 0), np.float32)
         for end, name in enumerate((f"{prefix}top_logits", f"{prefix}bottom_logits")):
             found[name] = columns.ranked(name, tokens[:, end], value=values[:, end])
     return found
@@ -42,21 +42,21 @@ def logit_columns(
 
 @torch.no_grad()
 def neighbour_column(
-    w_dec: Float[Tensor, "latents d_in"], first: int, relatives: Sequence[tuple[int, int]], others: Mapping[int, Sae], count: int
+    W_dec: Float[Tensor, "latents d_in"], first: int, relatives: Sequence[tuple[int, int]], others: Mapping[int, Sae], count: int
 ) -> pyarrow.Array:
     """For latents from `first` on, the `count` of each relative (relation, number) whose decoder rows are nearest by cosine.
 
     In the same SAE a latent is not its own neighbour. Nearest first; a latent without direction has cosine 0 with all.
     """
-    parts = [_nearest(w_dec, others[number].w_dec, count, first if relation == SAME else None) for relation, number in relatives]
+    parts = [_nearest(W_dec, others[number].W_dec, count, first if relation == SAME else None) for relation, number in relatives]
     latents = np.concatenate([latent for latent, _ in parts], axis=1)
     widths = [latent.shape[1] for latent, _ in parts]
     relation = np.repeat([relation for relation, _ in relatives], widths)
     number = np.repeat([number for _, number in relatives], widths)
-    counts = np.full(len(w_dec), latents.shape[1])
+    counts = np.full(len(W_dec), latents.shape[1])
     fields = {
-        "relation": np.tile(relation, len(w_dec)).astype(np.int8),
-        "sae": np.tile(number, len(w_dec)).astype(np.int32),
+        "relation": np.tile(relation, len(W_dec)).astype(np.int8),
+        "sae": np.tile(number, len(W_dec)).astype(np.int32),
         "latent": latents.ravel(),
         "cosine": columns.rounded(np.concatenate([cosine for _, cosine in parts], axis=1).ravel()),
     }

@@ -80,7 +80,7 @@ def measure_activations(
 
 
 @compiled
-def scattered(seed: int, latent: int, place: int) -> np.uint64:
+def random_number_of(seed: int, latent: int, place: int) -> np.uint64:
     """A number that looks random and depends on its arguments alone (two rounds of splitmix64)."""
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(latent)
     for _ in range(2):
@@ -108,8 +108,8 @@ def choose_examples(
     """Places of examples into `chosen` [latents, num_top + NUM_GROUPS * per_group], EMPTY where there are no more.
 
     First the strongest, at most one from a block and `per_document` from a document; then for each fifth of the firings by
-    strength, at most one from a block, those whose `scattered` number is least: a fair sample of the fifth's blocks. `order` is
-    as `strongest_first` gives it.
+    strength, at most one from a block, those whose `random_number_of` number is least: a fair sample of the fifth's blocks.
+    `order` is as `strongest_first` gives it.
     """
     chosen[:] = EMPTY
     hashes = np.empty(per_group, np.uint64)
@@ -123,7 +123,7 @@ def choose_examples(
             kept = row[num_top + group * per_group : num_top + (group + 1) * per_group]
             for rank in range(low, high):
                 place = int(places[begin + ranked[rank]])
-                keep_least(kept, hashes, place, scattered(seed, latent, place), context)
+                keep_least(kept, hashes, place, random_number_of(seed, latent, place), context)
 
 
 @compiled

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
-from everyscope.describe.lens_kernels import ENDS, Factors, Found, rescore, screen_tile
+from everyscope.describe.lens_kernels import ENDS, Factors, ScreenedChunk, rescore, screen_tile
 from everyscope.sae.kernels.cpu import round_rows
 from everyscope.sae.pairs_cpu import Threads
 
@@ -53,10 +53,10 @@ class Lens:
         screen, factors = _factors(directions, self._dtype)
         ends = Ends(*(np.empty((len(directions), ENDS, count), kind) for kind in (np.int32, np.float32)))
         chunk = max(1, min(CHUNK_LATENTS, -(-len(directions) // self._threads.count)))
-        misfits = self._threads.map(
+        overflow = self._threads.map(
             lambda start: self._chunk(screen, factors, start, chunk, ends), range(0, len(directions), chunk)
         )
-        for latent in np.concatenate(misfits).tolist() if misfits else []:
+        for latent in np.concatenate(overflow).tolist() if overflow else []:
             whole = _ends_by_tiles(directions[latent : latent + 1], self._rows, count)
             ends.tokens[latent], ends.values[latent] = whole.tokens[0], whole.values[0]
         return ends
@@ -66,7 +66,7 @@ class Lens:
         rounded = screen[start : start + chunk]
         shape = (len(rounded), ENDS, ends.tokens.shape[2])
         hits = np.zeros(-(-TILE_TOKENS // 8) * 8, np.int8)
-        found = Found(
+        found = ScreenedChunk(
             bounds=np.full(shape, -np.inf, np.float32),
             tokens=np.empty((*shape[:2], shape[2] * ROOM_SHARE), np.int32),
             reach=np.empty((*shape[:2], shape[2] * ROOM_SHARE), np.float32),

@@ -31,7 +31,7 @@ class Factors(NamedTuple):
     """float32 [rows]; 0 where the product is of the exact factors"""
 
 
-class Found(NamedTuple):
+class ScreenedChunk(NamedTuple):
     """What the screen has let through so far of one chunk of directions."""
 
     bounds: np.ndarray

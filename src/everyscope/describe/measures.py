@@ -7,7 +7,7 @@ import pyarrow
 from jaxtyping import Float, Int, Int8, Int32, Int64
 
 from everyscope.describe import columns
-from everyscope.describe.codes import Codes
+from everyscope.describe.codes import LatentCodes
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.kernels import (
     EMPTY,
@@ -51,7 +51,7 @@ class TextFacts:
     """What a window around each place may show, ends excluded."""
 
 
-def facts_of(sequences: Sequences, vocab_size: int, seed: int) -> TextFacts:
+def text_facts(sequences: Sequences, vocab_size: int, seed: int) -> TextFacts:
     """The facts of all blocks. `vocab_size` bounds the token ids."""
     token, mask = sequences.input_ids.ravel(), sequences.mask.ravel()
     half = sequences.halves(seed)
@@ -73,7 +73,7 @@ def facts_of(sequences: Sequences, vocab_size: int, seed: int) -> TextFacts:
 class Measures:
     """The measurements of one SAE, a range of latents at a time."""
 
-    def __init__(self, config: DescribeConfig, codes: Codes, facts: TextFacts) -> None:
+    def __init__(self, config: DescribeConfig, codes: LatentCodes, facts: TextFacts) -> None:
         """`codes` of the whole SAE over all blocks."""
         self._config, self._codes, self._facts = config, codes, facts
         self._begins, self._by_place = latents_by_place(codes.starts, codes.places, len(facts.token))

@@ -26,10 +26,10 @@ from everyscope.describe.codes import FIRING_BYTES, CodesFolder, collect, unfini
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.directions import logit_columns, neighbour_column
 from everyscope.describe.lens import Lens
-from everyscope.describe.measures import QUANTILES, Measures, TextFacts, facts_of, group_words, histogram_edges
+from everyscope.describe.measures import QUANTILES, Measures, TextFacts, group_words, histogram_edges, text_facts
 from everyscope.describe.sequences import Sequences, read_sequences, write_sequences
 from everyscope.describe.table import held_out_columns, measured_before, write_latents
-from everyscope.describe.targets import Target, find_targets, read_facts, text_identity
+from everyscope.describe.targets import DescribeTarget, described_text_identity, find_targets, read_facts
 from everyscope.describe.vocabulary import write_vocabulary
 from everyscope.sae.files import read_sae
 from everyscope.sae.folded import Sae
@@ -84,12 +84,12 @@ def run(config: DescribeConfig) -> DescribeResult:
 
 def _has_text(config: DescribeConfig) -> bool:
     folder = config.out / TEXT_FOLDER
-    is_ours = read_facts(folder / SEQUENCES_FILE).get("identity") == text_identity(config)
+    is_ours = read_facts(folder / SEQUENCES_FILE).get("identity") == described_text_identity(config)
     return is_ours and (folder / VOCABULARY_FILE).exists() and (folder / MODEL_FILE).exists()
 
 
 @dataclass(frozen=True, eq=False)
-class _Subject:
+class _Described:
     """What stays the same over all SAEs."""
 
     model: LanguageModel
@@ -105,7 +105,7 @@ class _Subject:
         return Lens(head.get_output_embeddings().weight, self.num_known)
 
 
-def _describe(config: DescribeConfig, targets: Sequence[Target], pending: Sequence[Target]) -> None:
+def _describe(config: DescribeConfig, targets: Sequence[DescribeTarget], pending: Sequence[DescribeTarget]) -> None:
     """Write the text, then describe the pending SAEs, group by group."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     model = load_language_model(config.model)
@@ -114,8 +114,8 @@ def _describe(config: DescribeConfig, targets: Sequence[Target], pending: Sequen
         _write_text(config, model, tokenizer, sequences)
     if not pending:
         return
-    vocab_size = max(model.anatomy.config.vocab_size, len(tokenizer))
-    subject = _Subject(model, sequences, facts_of(sequences, vocab_size, config.seed), len(tokenizer))
+    vocab_size = max(model.adapter.config.vocab_size, len(tokenizer))
+    described = _Described(model, sequences, text_facts(sequences, vocab_size, config.seed), len(tokenizer))
     folder = config.out / CODES_FOLDER
     groups = list(_groups(config, targets, pending, sequences.num_tokens, unfinished_group(folder)))
     total = sequences.num_tokens * sum(len(group) for group in groups)
@@ -123,22 +123,26 @@ def _describe(config: DescribeConfig, targets: Sequence[Target], pending: Sequen
         codes = CodesFolder(
             folder, tuple(target.identity for target in group), ceil(len(sequences.input_ids) / config.portion_blocks)
         )
-        _collect(config, subject, group, codes, total)
+        _collect(config, described, group, codes, total)
         waiting = [target for target in group if not target.is_measured]
-        _describe_saes(config, subject, waiting, targets, codes)
+        _describe_saes(config, described, waiting, targets, codes)
         codes.delete()
 
 
 def _describe_saes(
-    config: DescribeConfig, subject: _Subject, waiting: Sequence[Target], targets: Sequence[Target], codes: CodesFolder
+    config: DescribeConfig,
+    described: _Described,
+    waiting: Sequence[DescribeTarget],
+    targets: Sequence[DescribeTarget],
+    codes: CodesFolder,
 ) -> None:
     """SAE by SAE, a few at a time in threads: most of the work is compiled and lets other threads run."""
-    assert subject.lens, "made here, once, and not by every thread"
+    assert described.lens, "made here, once, and not by every thread"
     with (
         meter("latents", sum(target.width for target in waiting), "latents") as progress,
         single_threaded_pool(min(MOST_AT_ONCE, os.cpu_count() or 1)) as pool,
     ):
-        running = {pool.submit(_describe_sae, config, subject, target, targets, codes): target for target in waiting}
+        running = {pool.submit(_describe_sae, config, described, target, targets, codes): target for target in waiting}
         try:
             for future in as_completed(running):
                 future.result()
@@ -149,8 +153,12 @@ def _describe_saes(
 
 
 def _groups(
-    config: DescribeConfig, targets: Sequence[Target], pending: Sequence[Target], num_tokens: int, unfinished: tuple[str, ...]
-) -> Iterator[tuple[Target, ...]]:
+    config: DescribeConfig,
+    targets: Sequence[DescribeTarget],
+    pending: Sequence[DescribeTarget],
+    num_tokens: int,
+    unfinished: tuple[str, ...],
+) -> Iterator[tuple[DescribeTarget, ...]]:
     """The SAEs that one pass of the model serves: first those of a killed run whose codes are there, then as many as fit."""
     known = {target.identity: target for target in targets}
     waiting = list(pending)
@@ -169,52 +177,54 @@ def _groups(
         yield tuple(group)
 
 
-def _collect(config: DescribeConfig, subject: _Subject, group: Sequence[Target], codes: CodesFolder, total: int) -> None:
+def _collect(
+    config: DescribeConfig, described: _Described, group: Sequence[DescribeTarget], codes: CodesFolder, total: int
+) -> None:
     """One pass of the model for a group, unless its codes are all there."""
     device = torch.device(config.model.device)
-    needs = sum(target.l0 for target in group) * subject.sequences.num_tokens * FIRING_BYTES * SPARE_ROOM
+    needs = sum(target.l0 for target in group) * described.sequences.num_tokens * FIRING_BYTES * SPARE_ROOM
     codes.open()
     missing = [number for number in range(codes.num_portions) if not codes.portion(number).exists()]
     require_free_space(config.out, int(needs * len(missing) / codes.num_portions), "keeping the firings until they are described")
-    saes = [(target, _checked(subject.model, target).to(device)) for target in group] if missing else []
-    with meter("describe", subject.sequences.num_tokens * len(group), "tokens x SAEs") as progress:
+    saes = [(target, _checked(described.model, target).to(device)) for target in group] if missing else []
+    with meter("describe", described.sequences.num_tokens * len(group), "tokens x SAEs") as progress:
 
         def passed(num_tokens: int, is_resumed: bool) -> None:
             progress.advance(num_tokens * len(group), is_resumed=is_resumed)
 
-        collect(config, subject.model.model, subject.sequences, saes, codes, passed)
+        collect(config, described.model.model, described.sequences, saes, codes, passed)
 
 
-def _checked(model: LanguageModel, target: Target) -> Sae:
+def _checked(model: LanguageModel, target: DescribeTarget) -> Sae:
     """The SAE; ShapeMismatch where it is of another model."""
     sae, _ = read_sae(target.folder)
-    if sae.d_in != (width := model.anatomy.width(target.site)):
+    if sae.d_in != (width := model.adapter.width(target.site)):
         raise ShapeMismatch(f"{target.folder}: the SAE has d_in={sae.d_in}, {target.site} of the model {width}; train it again")
     return sae
 
 
 def _describe_sae(
-    config: DescribeConfig, subject: _Subject, target: Target, targets: Sequence[Target], codes: CodesFolder
+    config: DescribeConfig, described: _Described, target: DescribeTarget, targets: Sequence[DescribeTarget], codes: CodesFolder
 ) -> None:
     """Everything about one SAE, from its codes and its decoder."""
     massive = codes.massive(target.identity)
-    facts = subject.facts
+    facts = described.facts
     if len(massive):
-        facts = facts_of(subject.sequences.without(massive), facts.occurrences.shape[1], config.seed)
+        facts = text_facts(described.sequences.without(massive), facts.occurrences.shape[1], config.seed)
     measures = Measures(config, codes.read(target.identity), facts)
-    path = logit_path(subject.model.model, target.site)
-    w_dec = read_sae(target.folder)[0].w_dec
+    path = logit_path(described.model.model, target.site)
+    W_dec = read_sae(target.folder)[0].W_dec
     surroundings = _surroundings(config, target, targets)
 
     def columns(first: int, last: int) -> dict[str, pyarrow.Array]:
-        logits = logit_columns(path, subject.lens, w_dec[first:last], has_raw=config.raw_logits)
+        logits = logit_columns(path, described.lens, W_dec[first:last], has_raw=config.raw_logits)
         return {**measures.columns(first, last), **logits, **surroundings(first, last)}
 
     about = {**_facts(config, facts.sequences, path, target), "num_massive_tokens": len(massive)}
     write_latents(target.out, target.width, about, columns)
 
 
-def _facts(config: DescribeConfig, sequences: Sequences, path: LogitPath, target: Target) -> dict[str, Any]:
+def _facts(config: DescribeConfig, sequences: Sequences, path: LogitPath, target: DescribeTarget) -> dict[str, Any]:
     """What latents.parquet says of itself."""
     return {
         "format": FORMAT,
@@ -233,21 +243,21 @@ def _facts(config: DescribeConfig, sequences: Sequences, path: LogitPath, target
     }
 
 
-def _surroundings(config: DescribeConfig, target: Target, targets: Sequence[Target]) -> Any:
+def _surroundings(config: DescribeConfig, target: DescribeTarget, targets: Sequence[DescribeTarget]) -> Any:
     """The columns that the evaluation and other SAEs decide, by range."""
     held_out = held_out_columns(target)
     device = torch.device(config.model.device)
     others = {number: read_sae(targets[number].folder)[0].to(device) for _, number in target.relatives}
-    w_dec = others[target.number].w_dec
+    W_dec = others[target.number].W_dec
 
     def columns(first: int, last: int) -> dict[str, pyarrow.Array]:
-        near = neighbour_column(w_dec[first:last], first, target.relatives, others, config.neighbours)
+        near = neighbour_column(W_dec[first:last], first, target.relatives, others, config.neighbours)
         return {**held_out(first, last), "neighbours": near}
 
     return columns
 
 
-def _renew(config: DescribeConfig, target: Target, targets: Sequence[Target]) -> None:
+def _renew(config: DescribeConfig, target: DescribeTarget, targets: Sequence[DescribeTarget]) -> None:
     """Write the surroundings of an SAE anew and keep what was measured of it."""
     measured, surroundings = measured_before(target.out), _surroundings(config, target, targets)
     facts = {**read_facts(target.out), "surroundings": target.surroundings}
@@ -258,20 +268,20 @@ def _write_text(config: DescribeConfig, model: LanguageModel, tokenizer: Any, se
     """Model, vocabulary and, last, the blocks: text/ with our sequences is whole."""
     folder = config.out / TEXT_FOLDER
     head: Any = model.model
-    norm = final_norm(model.model, model.anatomy)
-    kind = "LayerNorm" if gain_of(norm, model.anatomy.d_model).is_centring else "RMSNorm"
+    norm = final_norm(model.model, model.adapter)
+    kind = "LayerNorm" if gain_of(norm, model.adapter.d_model).is_centring else "RMSNorm"
     write_sealed(
         folder / MODEL_FILE,
         {
             "model": public_name(config.model.name),
             "revision": config.model.revision,
             "tokenizer": type(tokenizer).__name__,
-            "num_layers": model.anatomy.num_layers,
-            "d_model": model.anatomy.d_model,
+            "num_layers": model.adapter.num_layers,
+            "d_model": model.adapter.d_model,
             "vocab_size": head.get_output_embeddings().weight.shape[0],
             "norm": kind,
-            "logit_softcap": getattr(model.anatomy.config, "final_logit_softcapping", None),
+            "logit_softcap": getattr(model.adapter.config, "final_logit_softcapping", None),
         },
     )
     write_vocabulary(folder / VOCABULARY_FILE, tokenizer)
-    write_sequences(folder / SEQUENCES_FILE, sequences, text_identity(config))
+    write_sequences(folder / SEQUENCES_FILE, sequences, described_text_identity(config))

@@ -12,7 +12,7 @@ import pyarrow.parquet
 from everyscope.base.errors import DataError, first_line
 from everyscope.base.tables import check_table, new_table
 from everyscope.describe.columns import SURROUNDING_COLUMNS
-from everyscope.describe.targets import METADATA_KEY, Target
+from everyscope.describe.targets import METADATA_KEY, DescribeTarget
 from everyscope.suite.latents import SCHEMA
 
 ROW_GROUP = 256
@@ -85,7 +85,7 @@ def measured_before(path: Path) -> Ranges:
     return columns
 
 
-def held_out_columns(target: Target) -> Ranges:
+def held_out_columns(target: DescribeTarget) -> Ranges:
     """How often each latent fires on held-out text, by its evaluation; DataError where that is of another width or form."""
     try:
         check_table(target.scores, "delete its folder and run `everyscope evaluate` again")

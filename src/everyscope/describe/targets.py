@@ -46,7 +46,7 @@ SAME, WIDER, NARROWER, PREVIOUS_LAYER, NEXT_LAYER = range(5)
 
 
 @dataclass(frozen=True)
-class Target:
+class DescribeTarget:
     """One trained SAE and the place of its description."""
 
     site: Site
@@ -98,12 +98,12 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def text_identity(config: DescribeConfig) -> str:
+def described_text_identity(config: DescribeConfig) -> str:
     """Hash of all that decides which text is read."""
     return content_id({"version": VERSION, **config.model_dump(mode="json", include=TEXT_FIELDS)})
 
 
-def find_targets(config: DescribeConfig) -> tuple[Target, ...]:
+def find_targets(config: DescribeConfig) -> tuple[DescribeTarget, ...]:
     """All finished SAEs below `config.trained`, by site, width, L0 and name; DataError where there is none, or no scores."""
     folders = trained_folders(config.trained)
     if not folders:
@@ -119,7 +119,7 @@ def find_targets(config: DescribeConfig) -> tuple[Target, ...]:
         surroundings = content_id({"saes": seen, "count": config.neighbours, "scores": sha256(its.scores)})
         out = config.out / its.site.folder / its.name / LATENTS_FILE
         targets.append(
-            Target(
+            DescribeTarget(
                 its.site,
                 its.name,
                 its.folder,

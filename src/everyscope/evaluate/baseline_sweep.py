@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everyscope.base.ids import content_id
 from everyscope.evaluate.baselines import Baseline, Edit, edit_of
-from everyscope.evaluate.calibration import Calibration, source_of
+from everyscope.evaluate.calibration import Calibration, calibration_identity
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.evaluate.groups import Tables
@@ -93,7 +93,7 @@ class BaselineSums:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredBaselines:
     """All baselines that an evaluation asked for."""
 
     sites: dict[Site, SiteBaselines]
@@ -135,7 +135,7 @@ def measure_baselines(
     wanted: dict[Site, set[Baseline]],
     linear: dict[Site, LinearMap],
     work: Counter,
-) -> Measured:
+) -> MeasuredBaselines:
     """All baselines of `wanted`, and the ablations of its sites: from their files, else measured now. Resumable as SAEs are.
 
     `calibrations` are of places, `linear` of the sites that read one place and write another.
@@ -152,7 +152,7 @@ def measure_baselines(
     sources = _sources(config, held_out, [*wanted], [*parts])
     missing = [name for name, part in parts.items() if not restore_part(_file(config, name), part, sources[name])]
     if not missing:
-        return Measured(sites, sizes)
+        return MeasuredBaselines(sites, sizes)
     pending = {key: part for key, part in sizes.items() if _name(*key) in missing}
     sweep = _Sweep(
         model,
@@ -171,7 +171,7 @@ def measure_baselines(
     for name in missing:
         save_part(_file(config, name), parts[name], sources[name])
     (config.out / PROGRESS_FILE).unlink(missing_ok=True)
-    return Measured(sites, sizes)
+    return MeasuredBaselines(sites, sizes)
 
 
 def _name(site: Site, baseline: Baseline | None = None) -> str:
@@ -187,7 +187,7 @@ def _sources(config: EvaluateConfig, held_out: HeldOut, sites: list[Site], names
     """What each part is made from, by name: a part on disk that was made from something else is made anew."""
     decides = config.model_dump(mode="json", include={"model", "batch_blocks", "seed"})
     decides |= {"text": held_out.identity, "version": BASELINE_VERSION, "head": config.baseline_blocks}
-    calibrations = {site.folder: source_of(config, site) for site in sites}
+    calibrations = {site.folder: calibration_identity(config, site) for site in sites}
     folder = {name: name.partition(f"/{BASELINE_FOLDER}/")[0] for name in names}
     return {name: content_id(decides | {"name": name, "calibration": calibrations[folder[name]]}) for name in names}
 

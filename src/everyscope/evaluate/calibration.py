@@ -141,12 +141,12 @@ def limit_of(rows: Sequence[Float[Tensor, "rows d_in"]], max_norm: float | None)
     return sums.statistics().norm_limit(max_norm)
 
 
-def source_of(config: EvaluateConfig, site: Site) -> str:
+def calibration_identity(config: EvaluateConfig, site: Site) -> str:
     """What the calibration of `site` is made from: the shards' identity and rows, or model, text and blocks; and which are left
     out. Of a transcoder's site, of both its places.
     """
     if site.inputs != site.outputs:
-        return " ".join(source_of(config, place) for place in places_of([site]))
+        return " ".join(calibration_identity(config, place) for place in places_of([site]))
     version = f"version {CALIBRATION_VERSION} max_norm {config.max_norm}"
     if config.shards is not None:
         return f"shards {Shards(config.shards / site.folder).identity} {config.pca_rows} {version}"
@@ -173,12 +173,12 @@ def calibrate(
         made, passes = _of_text(config, missing, language, advance) if missing else ({}, 0)
         if passes:
             cost = Cost(calibration=passes, seconds=time.monotonic() - began)
-            keep_cost(config.out, f"calibration {content_id([source_of(config, site) for site in sites])}", cost)
+            keep_cost(config.out, f"calibration {content_id([calibration_identity(config, site) for site in sites])}", cost)
         for site, calibration in made.items():
             _keep(config, site, calibration)
         found |= made
     for site, calibration in found.items():
-        if (want := language.anatomy.width(site)) != (got := len(calibration.mean)):
+        if (want := language.adapter.width(site)) != (got := len(calibration.mean)):
             raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; are they of another model?")
     return found
 
@@ -189,7 +189,7 @@ def _path(config: EvaluateConfig, site: Site) -> Path:
 
 def _keep(config: EvaluateConfig, site: Site, calibration: Calibration) -> None:
     tensors = {field.name: getattr(calibration, field.name) for field in fields(calibration)}
-    write_tensors(_path(config, site), tensors, {"source": source_of(config, site)}, is_sealed=True)
+    write_tensors(_path(config, site), tensors, {"source": calibration_identity(config, site)}, is_sealed=True)
 
 
 def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
@@ -199,7 +199,7 @@ def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
         return None
     try:
         with opened_tensors(path) as file:
-            if (file.metadata() or {}).get("source") != source_of(config, site):
+            if (file.metadata() or {}).get("source") != calibration_identity(config, site):
                 return None
             return Calibration(**{field.name: file.get_tensor(field.name) for field in fields(Calibration)})
     except DataError:

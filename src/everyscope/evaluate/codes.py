@@ -13,7 +13,7 @@ from everyscope.evaluate.held_out import ranges_of, read_held_out
 from everyscope.evaluate.layouts import of_mlp_inputs
 from everyscope.evaluate.passes import CHUNK_ACTIVATIONS, rows_at
 from everyscope.evaluate.rounding import rounded
-from everyscope.evaluate.targets import Target
+from everyscope.evaluate.targets import EvaluateTarget
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.model import load_language_model
@@ -21,7 +21,7 @@ from everyscope.sites.names import places_of
 
 
 @dataclass(frozen=True)
-class Codes:
+class RowCodes:
     """The firings of one SAE on the rows of one batch, by row and then latent; on the CPU."""
 
     num_rows: int
@@ -34,7 +34,7 @@ class Codes:
     """Its activation in raw units, > 0, float32."""
 
 
-def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: int) -> Iterator[dict[str, Codes]]:
+def codes_of(config: EvaluateConfig, targets: Sequence[EvaluateTarget], num_sequences: int) -> Iterator[dict[str, RowCodes]]:
     """The codes of `targets`, by identity, on the first `num_sequences` held-out blocks, a batch at a time.
 
     Rows come in the same order for every SAE of a site, so that codes of two can be joined; massive ones are left out. One batch
@@ -45,7 +45,7 @@ def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: i
     language = load_language_model(config.model)
     model = language.model
     saes = {
-        target.identity: rounded(of_mlp_inputs(target.sae(), language.anatomy, target.site.layer).to(device), config.sae_dtype)
+        target.identity: rounded(of_mlp_inputs(target.sae(), language.adapter, target.site.layer).to(device), config.sae_dtype)
         for target in targets
     }
     sites = sorted({target.site for target in targets})
@@ -59,7 +59,7 @@ def codes_of(config: EvaluateConfig, targets: Sequence[Target], num_sequences: i
 
 
 @torch.no_grad()
-def sparse_codes(sae: Sae, rows: Float[Tensor, "n d_in"]) -> Codes:
+def sparse_codes(sae: Sae, rows: Float[Tensor, "n d_in"]) -> RowCodes:
     """Where the latents of `sae` fire on `rows`, a chunk of rows at a time."""
     chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
     parts = []
@@ -69,4 +69,4 @@ def sparse_codes(sae: Sae, rows: Float[Tensor, "n d_in"]) -> Codes:
         parts.append((row.cpu() + start, latent.cpu(), f[row, latent].float().cpu()))
     empty = torch.zeros(0, dtype=torch.int64)
     row, latent, value = (torch.cat(column) for column in zip(*parts, strict=True)) if parts else (empty, empty, torch.zeros(0))
-    return Codes(len(rows), row, latent, value)
+    return RowCodes(len(rows), row, latent, value)

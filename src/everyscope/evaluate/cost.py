@@ -54,9 +54,9 @@ def read_costs(scores: Path) -> dict[str, Cost]:
     """What each piece of work has cost, by its key; DamagedData where cost.json was changed."""
     if not (scores / COST_FILE).exists():
         return {}
-    said = read_sealed(scores / COST_FILE, REMEDY)
+    costs = read_sealed(scores / COST_FILE, REMEDY)
     try:
-        return {key: Cost(**its) for key, its in said[ENTRIES].items()}
+        return {key: Cost(**its) for key, its in costs[ENTRIES].items()}
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{scores / COST_FILE}: is of another version; {REMEDY}") from error
 

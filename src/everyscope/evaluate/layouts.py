@@ -14,14 +14,14 @@ from torch import nn
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import sha256
-from everyscope.formats.known import coders_below
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.files import TENSOR_FILE, trained_folders, weights_digest
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site, SiteKind, parse_folder
 from everyscope.sites.norms import mlp_norm_of
-from everyscope.sites.registry import Anatomy
+from everyscope.sites.registry import ModelAdapter
+from everyscope.suite.formats.known import coders_below
 
 RELEASE_KINDS: dict[str, SiteKind] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "embedding": "embed"}
 """The last word of a Gemma Scope repository's name, or a folder's name in it, and the site it stands for."""
@@ -68,10 +68,10 @@ def saes_of_release(trained: Path, site_kind: SiteKind | None) -> Iterator[Found
     for one, weights in coders_below(root):
         folder = one.folder(weights)
         above, inside = root.parent.parts, (root.name, *folder.relative_to(root).parts)
-        said = one.known(weights).seat
-        site = said or _of_path(weights, above, inside, site_kind)
+        known_site = one.known(weights).coder_site
+        site = known_site or _of_path(weights, above, inside, site_kind)
         embeds = [part for part in (*above, *inside) if part in ("embed", UNSCALED)]
-        is_unscaled = said is None and site.kind == "embed" and embeds[-1:] == [UNSCALED]
+        is_unscaled = known_site is None and site.kind == "embed" and embeds[-1:] == [UNSCALED]
         name = "/".join(inside[1:]) if one.is_set else _name(inside)
         yield FoundSae(site, name or "sae", weights if one.is_set else folder, weights, sha256(weights), is_unscaled)
 
@@ -105,7 +105,7 @@ def _kind(parts: Sequence[str]) -> SiteKind | None:
     return None
 
 
-def of_mlp_inputs(coder: Sae, anatomy: Anatomy, layer: int) -> Sae:
+def of_mlp_inputs(coder: Sae, adapter: ModelAdapter, layer: int) -> Sae:
     """A transcoder as one of what `mlp_in` captures: the gain of the model's norm is taken into one that reads without it.
 
     SAEs stay as they are. ConfigError for a transcoder of the residual stream before the norm, which does not convert.
@@ -117,7 +117,7 @@ def of_mlp_inputs(coder: Sae, anatomy: Anatomy, layer: int) -> Sae:
         )
     if convention != "normalised":
         return coder
-    norm = mlp_norm_of(anatomy, layer)
+    norm = mlp_norm_of(adapter, layer)
     return to_convention(coder, "mlp_input", norm.gain, norm.bias)
 
 

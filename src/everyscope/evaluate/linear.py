@@ -19,7 +19,7 @@ from everyscope.activations.stream.aligned import REMEDY
 from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.base.tensors import opened_tensors, write_tensors
-from everyscope.evaluate.calibration import CHUNK_ROWS, Calibration, source_of
+from everyscope.evaluate.calibration import CHUNK_ROWS, Calibration, calibration_identity
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
 from everyscope.sae.normalisation import is_massive
@@ -158,7 +158,7 @@ def _rows_of_text(config: EvaluateConfig, sites: list[Site], language: LanguageM
 
 
 def _source(config: EvaluateConfig, site: Site) -> str:
-    return f"{source_of(config, site)} linear {LINEAR_VERSION}"
+    return f"{calibration_identity(config, site)} linear {LINEAR_VERSION}"
 
 
 def _path(config: EvaluateConfig, site: Site) -> Path:

@@ -15,7 +15,7 @@ from everyscope.evaluate.held_out import Batch
 from everyscope.evaluate.linear import usual_pairs
 from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
 from everyscope.evaluate.sums import SaeState, SaeSums
-from everyscope.evaluate.targets import Target
+from everyscope.evaluate.targets import EvaluateTarget
 from everyscope.evaluate.uniformity import centred_logits
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import RowMeasures
@@ -23,7 +23,7 @@ from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import Activations, capturing
 from everyscope.sites.hooks import visiting
 from everyscope.sites.names import Site, places_of
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 from everyscope.sites.splice import resuming, splice
 
 CHUNK_ACTIVATIONS = 1 << 26
@@ -36,7 +36,7 @@ class Evaluated:
 
     model: Any
     """A Hugging Face causal language model in eval mode."""
-    targets: tuple[Target, ...]
+    targets: tuple[EvaluateTarget, ...]
     saes: dict[str, Sae]
     """By the identity of their scores, rounded as the config says, on the model's device."""
     calibrations: dict[Site, Calibration]
@@ -83,7 +83,7 @@ def clean_pass(model: Any, sites: list[Site], batch: Batch, with_gradients: bool
 
     with torch.set_grad_enabled(with_gradients), ExitStack() as stack:
         if with_gradients:
-            stack.enter_context(visiting([(anatomy_of(model).place(Site("embed", 0)), leaf)]))
+            stack.enter_context(visiting([(adapter_of(model).hook_point(Site("embed", 0)), leaf)]))
         activations = stack.enter_context(capturing(model, captured(sites)))
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
         gradients: Activations = {}
@@ -187,7 +187,7 @@ def reconstruct(
         measures = sums.reconstruction.update(rows[some], x_hat, f)
         sums.rows.add(part(groups, some), _columns(measures))
         if gradient is not None:
-            sums.uniformity.update(f, gradient[some], sae.w_dec)
+            sums.uniformity.update(f, gradient[some], sae.W_dec)
         reconstructions.append(x_hat)
     return torch.cat(reconstructions) if reconstructions else rows.float()
 

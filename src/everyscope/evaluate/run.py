@@ -17,7 +17,7 @@ from everyscope.base.files import PARTIAL
 from everyscope.base.ids import content_id
 from everyscope.base.progress import say
 from everyscope.evaluate import baseline_sweep
-from everyscope.evaluate.baseline_sweep import Measured, measure_baselines
+from everyscope.evaluate.baseline_sweep import MeasuredBaselines, measure_baselines
 from everyscope.evaluate.baselines import Baseline, baselines_of
 from everyscope.evaluate.bootstrap import Resampler
 from everyscope.evaluate.calibration import Calibration, calibrate
@@ -32,14 +32,14 @@ from everyscope.evaluate.passes import Evaluated, measure_batch
 from everyscope.evaluate.rounding import rounded
 from everyscope.evaluate.scores import Findings, metrics_of, write_scores
 from everyscope.evaluate.sums import SaeState, SaeSums, State
-from everyscope.evaluate.targets import Target, load_targets
+from everyscope.evaluate.targets import EvaluateTarget, load_targets
 from everyscope.evaluate.uniformity import UniformitySums
 from everyscope.evaluate.work import Counter, Work, counted, planned_blocks
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site, places_of
-from everyscope.sites.registry import Anatomy
+from everyscope.sites.registry import ModelAdapter
 
 PROGRESS_FILE = "progress.safetensors"
 """The saved sums of an unfinished evaluation, in the scores folder."""
@@ -87,7 +87,7 @@ def run(config: EvaluateConfig, progress: Counter | None = None) -> EvaluateResu
 class _Group:
     """SAEs that are measured in one sweep."""
 
-    pending: tuple[Target, ...]
+    pending: tuple[EvaluateTarget, ...]
     """Those without scores."""
     identity: str
     """Of all of them, scored or not."""
@@ -99,7 +99,7 @@ def blocks_left(config: EvaluateConfig) -> int:
     return planned_blocks(config, pending)
 
 
-def _pending(config: EvaluateConfig, targets: list[Target]) -> list[_Group]:
+def _pending(config: EvaluateConfig, targets: list[EvaluateTarget]) -> list[_Group]:
     """Every group, with its SAEs that have no scores yet."""
     return [
         _Group(tuple(target for target in group if not target.is_scored), content_id([target.identity for target in group]))
@@ -107,7 +107,7 @@ def _pending(config: EvaluateConfig, targets: list[Target]) -> list[_Group]:
     ]
 
 
-def _groups(targets: list[Target], size: int | None) -> Iterator[list[Target]]:
+def _groups(targets: list[EvaluateTarget], size: int | None) -> Iterator[list[EvaluateTarget]]:
     """`targets`, which come by site, so many at a time; the same groups whether or not some are scored already."""
     size = size or len(targets)
     return (targets[start : start + size] for start in range(0, len(targets), size))
@@ -124,7 +124,7 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], w
     has_unscaled = any(target.is_of_unscaled_embeddings for target in pending)
     scale = embedding_scale(language.model) if has_unscaled else 1.0
     for group in groups:
-        saes = {target.identity: _load(target, calibrations, config, language.anatomy, device, scale) for target in group.pending}
+        saes = {target.identity: _load(target, calibrations, config, language.adapter, device, scale) for target in group.pending}
         evaluated = Evaluated(language.model, group.pending, saes, calibrations, config.baseline_blocks)
         state, cost = _measure(config, held_out, evaluated, work)
         keep_cost(config.out, f"saes {group.identity}", cost)
@@ -135,10 +135,10 @@ def _evaluate(config: EvaluateConfig, held_out: HeldOut, groups: list[_Group], w
 
 
 def _load(
-    target: Target,
+    target: EvaluateTarget,
     calibrations: dict[Site, Calibration],
     config: EvaluateConfig,
-    anatomy: Anatomy,
+    adapter: ModelAdapter,
     device: torch.device,
     scale: float,
 ) -> Sae:
@@ -153,7 +153,7 @@ def _load(
                 f"{target.folder}: the SAE has {name}={got}, {place} of {config.model.name} gives {want}; "
                 "is it an SAE of another model or site?"
             )
-    return rounded(of_mlp_inputs(sae, anatomy, target.site.layer).to(device), config.sae_dtype)
+    return rounded(of_mlp_inputs(sae, adapter, target.site.layer).to(device), config.sae_dtype)
 
 
 def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
@@ -165,7 +165,7 @@ def _start(held_out: HeldOut, evaluated: Evaluated) -> SaeState:
     def moments_of(sizes: Mapping[str, int]) -> dict[Site, Tables]:
         return {site: Tables.start(sizes, 2 + len(evaluated.calibration(site).mean), device) for site in evaluated.sites}
 
-    def sums_of(target: Target) -> SaeSums:
+    def sums_of(target: EvaluateTarget) -> SaeSums:
         mean, d_sae = evaluated.calibration(target.site).mean, evaluated.saes[target.identity].d_sae
         return SaeSums(
             ReconstructionSums.start(mean, d_sae),
@@ -211,7 +211,7 @@ def _measure(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, wo
     return state, sweep.cost
 
 
-def _wanted(group: tuple[Target, ...], state: SaeState) -> dict[Site, set[Baseline]]:
+def _wanted(group: tuple[EvaluateTarget, ...], state: SaeState) -> dict[Site, set[Baseline]]:
     """The baselines at the L0s that the SAEs turned out to have."""
     wanted: dict[Site, set[Baseline]] = {}
     for target in group:
@@ -222,7 +222,9 @@ def _wanted(group: tuple[Target, ...], state: SaeState) -> dict[Site, set[Baseli
     return wanted
 
 
-def _write(config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, state: SaeState, baselines: Measured) -> None:
+def _write(
+    config: EvaluateConfig, held_out: HeldOut, evaluated: Evaluated, state: SaeState, baselines: MeasuredBaselines
+) -> None:
     """The scores of every SAE of a group."""
     resampler = Resampler(held_out.sizes["document"], config.resamples, config.interval_level, config.seed)
     for site in evaluated.sites:

@@ -13,7 +13,7 @@ from everyscope.base.bundled import public_name
 from everyscope.base.errors import DataError
 from everyscope.base.files import write_sealed
 from everyscope.base.tables import write_table
-from everyscope.evaluate.baseline_sweep import Measured, SiteBaselines
+from everyscope.evaluate.baseline_sweep import MeasuredBaselines, SiteBaselines
 from everyscope.evaluate.baselines import baselines_of
 from everyscope.evaluate.breakdowns import by_position, by_segment, firing, massive, ratio
 from everyscope.evaluate.calibration import Calibration
@@ -23,7 +23,7 @@ from everyscope.evaluate.held_out import HeldOut
 from everyscope.evaluate.intervals import SiteResamples, intervals_of, segment_intervals
 from everyscope.evaluate.segments import SEGMENTS
 from everyscope.evaluate.sums import SaeState, SaeSums
-from everyscope.evaluate.targets import Target
+from everyscope.evaluate.targets import EvaluateTarget
 from everyscope.sae.files import WEIGHTS
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
@@ -39,14 +39,14 @@ class Findings:
     state: SaeState
     calibration: Calibration
     """Of the SAE's site."""
-    baselines: Measured
+    baselines: MeasuredBaselines
     resamples: SiteResamples
     """Of the SAE's site."""
     input_limit: float | None = None
     """Of transcoders, the norm above which what they read is massive."""
 
 
-def metrics_of(target: Target, found: Findings) -> dict[str, Any]:
+def metrics_of(target: EvaluateTarget, found: Findings) -> dict[str, Any]:
     """Everything metrics.json says about one SAE. Losses in nats/token; fractions in [1]; null where a ratio is undefined."""
     config, held_out = found.config, found.held_out
     sae, moments = found.state.saes[target.identity], found.state.sites[target.site]
@@ -145,7 +145,7 @@ def _ablations(sae: SaeSums, state: SaeState, site: SiteBaselines, intervals: di
     return found
 
 
-def _baselines(target: Target, found: Findings, ablations: dict[str, Any]) -> dict[str, Any]:
+def _baselines(target: EvaluateTarget, found: Findings, ablations: dict[str, Any]) -> dict[str, Any]:
     """FVU, L0 and delta loss of everything that an SAE must beat."""
     sae, site = found.state.saes[target.identity], found.baselines.sites[target.site]
     usual, whole = sae.reconstruction, sae.reconstruction.merged(sae.massive)

@@ -6,12 +6,12 @@ from typing import Any
 
 from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
-from everyscope.evaluate.calibration import source_of
+from everyscope.evaluate.calibration import calibration_identity
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.layouts import FoundSae, saes_of_release, saes_of_training
-from everyscope.formats.known import EXPECTED
 from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site
+from everyscope.suite.formats.known import EXPECTED
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
 from everyscope.suite.reader import load_sae
 from everyscope.suite.scores import read_metrics
@@ -37,7 +37,7 @@ SCORE_VERSION = 3
 
 
 @dataclass(frozen=True)
-class Target:
+class EvaluateTarget:
     """One SAE and the place of its scores."""
 
     site: Site
@@ -72,7 +72,7 @@ class Target:
         return load_sae(self.folder)
 
 
-def load_targets(config: EvaluateConfig) -> list[Target]:
+def load_targets(config: EvaluateConfig) -> list[EvaluateTarget]:
     """The SAEs below `config.trained` that the config asks for, by site and name.
 
     DataError where there is none, or where one that is asked for is missing; ConfigError where a path does not tell the site.
@@ -95,11 +95,11 @@ def load_targets(config: EvaluateConfig) -> list[Target]:
     if not chosen:
         have = ", ".join(str(site) for site in sorted({sae.site for sae in found}))
         raise DataError(f"{config.trained}: has no SAE of the sites asked for; it has SAEs of {have}; mend sites")
-    sources = {site: source_of(config, site) for site in sorted({sae.site for sae in chosen})}
+    sources = {site: calibration_identity(config, site) for site in sorted({sae.site for sae in chosen})}
     return sorted((_target(config, sae, sources[sae.site]) for sae in chosen), key=lambda target: (target.site, target.name))
 
 
-def _target(config: EvaluateConfig, sae: FoundSae, source: str) -> Target:
+def _target(config: EvaluateConfig, sae: FoundSae, source: str) -> EvaluateTarget:
     decides: dict[str, Any] = config.model_dump(mode="json", include=DECIDING_FIELDS)
     decides |= {
         "version": SCORE_VERSION,
@@ -109,6 +109,6 @@ def _target(config: EvaluateConfig, sae: FoundSae, source: str) -> Target:
         "sae": sae.digest,
     }
     scores = config.out / sae.site.folder / sae.name
-    return Target(
+    return EvaluateTarget(
         sae.site, sae.name, sae.folder, sae.weights, scores, sae.digest, content_id(decides), sae.is_of_unscaled_embeddings
     )

@@ -26,10 +26,10 @@ def centred_logits(
 
 
 def attributions(
-    f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], w_dec: Float[Tensor, "d_sae d_in"]
+    f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "batch d_sae"]:
     """Y = f * (W_dec grad_x L)."""
-    return f.float() * (gradient.float() @ w_dec.float().T)
+    return f.float() * (gradient.float() @ W_dec.float().T)
 
 
 def attribution_entropy(y: Float[Tensor, " firings"], firing: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -61,12 +61,12 @@ class UniformitySums:
         return cls(*(torch.zeros((), dtype=torch.float64) for _ in fields(cls)))
 
     def update(
-        self, f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], w_dec: Float[Tensor, "d_sae d_in"]
+        self, f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_sae d_in"]
     ) -> None:
         """Add unmasked rows. Those without any attribution, as the last of a block, which predicts nothing, are left out."""
         fires = f > 0
         firing = fires.sum(1)
-        entropy = attribution_entropy(attributions(f, gradient, w_dec)[fires], firing)
+        entropy = attribution_entropy(attributions(f, gradient, W_dec)[fires], firing)
         is_used = ~entropy.isnan()
         entropy, firing = entropy[is_used], firing[is_used]
         self.count += len(entropy)

@@ -7,12 +7,12 @@ from pathlib import Path
 from everyscope.base.errors import DataError
 from everyscope.base.files import PARTIAL, read_sealed, sha256, storage_errors, whole_file
 from everyscope.base.tables import check_table
-from everyscope.publish.sources import Source
+from everyscope.publish.targets import PublishTarget
 from everyscope.suite.descriptions import ORDER_FILE, read_order
 from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, TEXT_FOLDER
 
 
-def described_files(descriptions: Path | None, sources: Sequence[Source]) -> dict[str, dict[str, Path]]:
+def described_files(descriptions: Path | None, sources: Sequence[PublishTarget]) -> dict[str, dict[str, Path]]:
     """By name of each SAE: its table of latents (the one of its scores, where nothing is described) and its labels, if any.
 
     DataError where descriptions number other SAEs than these, or lack one of them.

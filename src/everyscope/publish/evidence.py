@@ -7,7 +7,7 @@ from typing import Any
 
 from everyscope.base.progress import human_count
 from everyscope.publish.drawing.palette import layer_colours, width_markers
-from everyscope.publish.drawing.pictures import Key
+from everyscope.publish.drawing.pictures import LegendKey
 from everyscope.sites.names import SITE_KINDS, Site, SiteKind, parse_folder
 from everyscope.suite.layout import width_label
 from everyscope.suite.records import SaeRecord, SuiteIndex
@@ -73,17 +73,17 @@ class Evidence:
         return width_markers(sae.width for sae in self.index.saes)
 
     @cached_property
-    def layer_keys(self) -> list[Key]:
+    def layer_keys(self) -> list[LegendKey]:
         """The layers' lines in a legend."""
         layers = list(self.layers)
         if len(layers) > MAX_KEYS:
             layers = sorted({layers[round(place * (len(layers) - 1) / (MAX_KEYS - 1))] for place in range(MAX_KEYS)})
-        return [Key(f"layer {layer}", self.layers[layer], line="solid") for layer in layers]
+        return [LegendKey(f"layer {layer}", self.layers[layer], line="solid") for layer in layers]
 
     @cached_property
-    def width_keys(self) -> list[Key]:
+    def width_keys(self) -> list[LegendKey]:
         """The widths' markers in a legend."""
-        return [Key(f"width {width_label(width)}", marker=marker) for width, marker in self.widths.items()]
+        return [LegendKey(f"width {width_label(width)}", marker=marker) for width, marker in self.widths.items()]
 
     def at(self, kind: SiteKind) -> list[SaeRecord]:
         """All SAEs at one kind of site."""

@@ -21,13 +21,13 @@ WITHOUT = ("by_position", "evaluation", IDENTITY, WEIGHTS)
 """Keys whose values are no numbers of the SAE as a whole."""
 
 
-def write_table(suite: Path, records: Iterable[SaeRecord], metrics: dict[str, dict[str, Any]]) -> None:
+def write_flat_table(suite: Path, records: Iterable[SaeRecord], metrics: dict[str, dict[str, Any]]) -> None:
     """Write the table; `metrics` are by folder. Equal metrics give equal bytes."""
     rows = [flat_row(record, metrics[record.folder]) for record in records]
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
     with whole_file(suite / TABLE_FILE) as partial:
-        pyarrow.parquet.write_table(pyarrow.table(columns), partial, compression="zstd")
+        pyarrow.parquet.write_flat_table(pyarrow.table(columns), partial, compression="zstd")
 
 
 def flat_row(record: SaeRecord, metrics: dict[str, Any]) -> dict[str, Any]:

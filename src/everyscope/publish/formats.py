@@ -14,10 +14,10 @@ KEPT_METRICS = ("l0", "fvu", "fvu_usual", "fvu_pca", "delta_loss", "loss_recover
 
 def write_saelens(folder: Path, sae: Sae, site: Site, model: str, record: dict[str, Any], metrics: dict[str, Any]) -> None:
     """cfg.json and sae_weights.safetensors, which SAELens loads unchanged (its version 6 format)."""
-    saelens.write_saelens(folder, sae.tensors(), saelens_config(sae, site, model, record, metrics))
+    saelens.write_saelens(folder, sae.tensors(), published_saelens_config(sae, site, model, record, metrics))
 
 
-def saelens_config(sae: Sae, site: Site, model: str, record: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def published_saelens_config(sae: Sae, site: Site, model: str, record: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     """What SAELens wants to know of a folded SAE; under `metadata` also how it was trained and what it scored."""
     known = replace(
         sae.metadata,

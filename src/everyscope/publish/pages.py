@@ -11,7 +11,7 @@ from everyscope.base.progress import human_count, meter
 from everyscope.publish.drawing.pictures import FORMATS, key_svg, panel_svg, write_picture
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.report import sections_of
-from everyscope.publish.sections.section import Cell, Section, Table
+from everyscope.publish.sections.section import ReportCell, ReportTable, Section
 from everyscope.publish.table import columns_of, row_keys, row_texts, ties_of, warnings_of
 from everyscope.suite.layout import CARD_FILE, REPORT_FILE, SAEBENCH_FOLDER, TABLE_FILE, width_label
 from everyscope.suite.records import SuiteIndex
@@ -110,7 +110,9 @@ def suite_section(evidence: Evidence) -> Section:
         soft = {"FVU": tied.fvu, "delta loss": tied.delta_loss}
         texts, keys, link = row_texts(sae, tied), row_keys(sae), f"../{sae.folder}/"
         rows.append(
-            tuple(Cell(texts[name], keys[name], link if name == "site" else None, soft.get(name, False)) for name in columns)
+            tuple(
+                ReportCell(texts[name], keys[name], link if name == "site" else None, soft.get(name, False)) for name in columns
+            )
         )
     return Section(
         anchor="saes",
@@ -122,5 +124,5 @@ def suite_section(evidence: Evidence) -> Section:
             "than a tenth. n/a: what the mean in the activations’ place costs is within its noise.",
             *(f"{warning[0].upper()}{warning[1:]}" for warning in warnings_of(evidence.index)),
         ),
-        table=Table(columns, tuple(rows)),
+        table=ReportTable(columns, tuple(rows)),
     )

@@ -14,17 +14,17 @@ from everyscope.base.errors import DataError
 from everyscope.base.files import PARTIAL, make_folder, require_free_space, sha256, storage_errors, whole_file
 from everyscope.base.ids import content_id
 from everyscope.base.progress import meter, say
-from everyscope.formats import gemma_scope
 from everyscope.publish.config import PublishConfig
 from everyscope.publish.descriptions import check_descriptions, described_files, description_checksums, publish_text
 from everyscope.publish.evidence import Evidence
-from everyscope.publish.flat import write_table
+from everyscope.publish.flat import write_flat_table
 from everyscope.publish.formats import write_saelens
 from everyscope.publish.pages import TEMPLATES, write_card, write_report
 from everyscope.publish.saebench import write_saebench
 from everyscope.publish.slices import publish_cost, publish_slices, published_slices, read_cost, slice_checksums
-from everyscope.publish.sources import Source, find_sources
+from everyscope.publish.targets import PublishTarget, find_targets
 from everyscope.sae.files import TENSOR_FILE, read_sae
+from everyscope.suite.formats import gemma_scope
 from everyscope.suite.layout import (
     CARD_FILE,
     CONFIG_FILE,
@@ -38,7 +38,7 @@ from everyscope.suite.layout import (
     WEIGHTS_FILE,
     sae_folders,
 )
-from everyscope.suite.records import Measured, SaeRecord, SuiteIndex, read_index, write_index
+from everyscope.suite.records import MeasuredOn, SaeRecord, SuiteIndex, read_index, write_index
 from everyscope.suite.verify import checksums, counts_identity, verify_cost, verify_file, verify_suite
 
 
@@ -61,7 +61,7 @@ def run(config: PublishConfig, *, by_bytes: bool = True) -> PublishResult:
     about something else; StorageError where the disk is too small.
     """
     result = PublishResult(config.out, config.out / REPORT_FILE)
-    sources = find_sources(config)
+    sources = find_targets(config)
     described = described_files(config.descriptions, sources)
     inputs = _inputs(config, sources, described)
     if _is_published(config.out, inputs, by_bytes):
@@ -85,7 +85,7 @@ def run(config: PublishConfig, *, by_bytes: bool = True) -> PublishResult:
         version=version("everyscope"),
         title=config.title,
         model=config.model,
-        measured=Measured(**{name: metrics[name] for name in Measured.model_fields}),
+        measured=MeasuredOn(**{name: metrics[name] for name in MeasuredOn.model_fields}),
         inputs=inputs,
         saes=tuple(records),
         files={},
@@ -97,7 +97,7 @@ def run(config: PublishConfig, *, by_bytes: bool = True) -> PublishResult:
     return result
 
 
-def _inputs(config: PublishConfig, sources: Iterable[Source], described: dict[str, dict[str, Path]]) -> str:
+def _inputs(config: PublishConfig, sources: Iterable[PublishTarget], described: dict[str, dict[str, Path]]) -> str:
     """Hash of everything that the suite follows from."""
     return content_id(
         {
@@ -153,7 +153,7 @@ def _remove_results(suite: Path, names: set[str]) -> None:
             path.unlink()
 
 
-def _publish_sae(config: PublishConfig, source: Source, described: dict[str, Path]) -> tuple[SaeRecord, str]:
+def _publish_sae(config: PublishConfig, source: PublishTarget, described: dict[str, Path]) -> tuple[SaeRecord, str]:
     """Write the folder of one SAE and its SAEBench results; its record and their path."""
     folder, metrics = config.out / source.folder, source.metrics
     sae, record = read_sae(source.trained)
@@ -180,12 +180,12 @@ def _publish_sae(config: PublishConfig, source: Source, described: dict[str, Pat
     return published, result_file
 
 
-def _publish_whole(config: PublishConfig, sources: Iterable[Source], index: SuiteIndex) -> list[str]:
+def _publish_whole(config: PublishConfig, sources: Iterable[PublishTarget], index: SuiteIndex) -> list[str]:
     """Write what belongs to no one SAE: slices, table, report and card; the paths of all with a checksum."""
     metrics = {source.folder: source.metrics for source in sources}
     slices = publish_slices(config.scores, config.out, {source.name: source.folder for source in sources})
     evidence = Evidence(index, metrics, slices, publish_cost(config.scores, config.out))
-    write_table(config.out, index.saes, metrics)
+    write_flat_table(config.out, index.saes, metrics)
     report = write_report(config.out, evidence)
     write_card(config.out, index, config.license)
     return [CARD_FILE, TABLE_FILE, *report, *published_slices(config.out)]

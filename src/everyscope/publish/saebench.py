@@ -18,8 +18,8 @@ from torch import Tensor
 
 from everyscope.base.files import write_json
 from everyscope.base.tables import read_table
-from everyscope.publish.formats import saelens_config
-from everyscope.publish.sources import Source
+from everyscope.publish.formats import published_saelens_config
+from everyscope.publish.targets import PublishTarget
 from everyscope.sae.folded import Sae
 from everyscope.suite.layout import LATENTS_FILE, SAEBENCH_FOLDER
 
@@ -36,12 +36,12 @@ def result_file(release: str, folder: str) -> str:
     return f"{SAEBENCH_FOLDER}/{f'{release}_{folder}_eval_results.json'.replace('/', '_').replace(' ', '_')}"
 
 
-def write_saebench(suite: Path, release: str, version: str, source: Source, sae: Sae, record: dict[str, Any]) -> str:
+def write_saebench(suite: Path, release: str, version: str, source: PublishTarget, sae: Sae, record: dict[str, Any]) -> str:
     """Write the results of one SAE and return their path below the suite."""
     metrics = source.metrics
     categories = {**_of_metrics(metrics), **_of_latents(source.scores / LATENTS_FILE, sae, metrics["num_usual_tokens"])}
     absent = [f"{name}.{key}" for name, its in categories.items() for key, value in its.items() if value is None]
-    config = saelens_config(sae, source.site, metrics["model"], record, metrics)
+    config = published_saelens_config(sae, source.site, metrics["model"], record, metrics)
     name = result_file(release, source.folder)
     result = {
         "eval_type_id": "core",
@@ -131,8 +131,8 @@ def _of_latents(path: Path, sae: Sae, num_tokens: int) -> dict[str, dict[str, An
             "freq_over_10_percent": float((frequencies > 0.1).mean()),
             "normalized_freq_over_1_percent": float(firings[frequencies > 0.01].sum() / total) if total else 0.0,
             "normalized_freq_over_10_percent": float(firings[frequencies > 0.1].sum() / total) if total else 0.0,
-            "average_max_encoder_cosine_sim": mean_nearest_cosine(sae.w_enc.T) if is_small else None,
-            "average_max_decoder_cosine_sim": mean_nearest_cosine(sae.w_dec) if is_small else None,
+            "average_max_encoder_cosine_sim": mean_nearest_cosine(sae.W_enc.T) if is_small else None,
+            "average_max_decoder_cosine_sim": mean_nearest_cosine(sae.W_dec) if is_small else None,
             "frac_alive": float((firings > 0).mean()),
         },
     }

@@ -1,9 +1,9 @@
-"""Banks that read their activations from a server, which is a job itself: started beside them, and found by them.
+"""Training groups that read their activations from a server, which is a job itself: started beside them, and found by them.
 
-For shards on storage that many readers share slowly: the server reads a chunk once, and every bank of the site takes it from
-its memory. It listens at its host's own address in the cluster, which it writes into a file of the run; a bank reads that file
-when it begins. A server that is lost is started anew, maybe elsewhere; a bank that misses it for too long is lost too, and
-finds the new one at its next attempt. What is trained does not depend on any of this.
+For shards on storage that many readers share slowly: the server reads a chunk once, and every training group of the site takes it
+from its memory. It listens at its host's own address in the cluster, which it writes into a file of the run; a training group
+reads that file when it begins. A server that is lost is started anew, maybe elsewhere; a training group that misses it for too
+long is lost too, and finds the new one at its next attempt. What is trained does not depend on any of this.
 """
 
 import os
@@ -25,10 +25,10 @@ from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.jobs.job import Job, Progress, Resources
 from everyscope.run.jobs.ray_task import ADDRESS_VARIABLE
 from everyscope.train.config import TrainConfig
-from everyscope.train.run import run_counting_rows as train_bank
+from everyscope.train.run import run_counting_rows as train_group
 
 FIND_SECONDS, POLL_SECONDS, CONNECT_SECONDS = 120.0, 0.2, 5.0
-"""How long a bank waits for its server to come up, how often it looks, and how long a connection may take [s]."""
+"""How long a training group waits for its server to come up, how often it looks, and how long a connection may take [s]."""
 
 
 class FoundServer(Schema):
@@ -40,11 +40,11 @@ class FoundServer(Schema):
     """The file that it writes its address into."""
 
 
-class ServedBank(Schema):
-    """A bank and where its server is to be found."""
+class ServedGroup(Schema):
+    """A training group and where its server is to be found."""
 
-    bank: TrainConfig
-    """The bank; its source is what the file says."""
+    group: TrainConfig
+    """The training group; its source is what the file says."""
     address: Path
     """The file with the server's address."""
     tls_roots: Path | None = None
@@ -52,7 +52,9 @@ class ServedBank(Schema):
 
 
 def served(jobs: Sequence[Job], engine: EngineConfig, folder: Path) -> list[Job]:
-    """The jobs of banks, reading from servers, and those servers: one for each folder of shards. Addresses go into `folder`."""
+    """The jobs of training groups, reading from servers, and those servers: one for each folder of shards. Addresses go into
+    `folder`.
+    """
     if not jobs:
         return []
     roots = sorted({_root(job.config) for job in jobs})
@@ -77,7 +79,7 @@ def served(jobs: Sequence[Job], engine: EngineConfig, folder: Path) -> list[Job]
             replace(
                 job,
                 work=train_served,
-                config=ServedBank(bank=job.config, address=files[_root(job.config)], tls_roots=engine.tls_roots),
+                config=ServedGroup(group=job.config, address=files[_root(job.config)], tls_roots=engine.tls_roots),
             )
             for job in jobs
         ),
@@ -96,17 +98,17 @@ def serve_shards(config: FoundServer) -> None:
     raise SystemExit(EXIT_CODE)
 
 
-def train_served(config: ServedBank, progress: Progress) -> None:
+def train_served(config: ServedGroup, progress: Progress) -> None:
     """Train from the server that the file names. StorageError where none came up, else what `train.run.run` raises."""
     end = time.monotonic() + FIND_SECONDS
     while (place := _listening(config.address)) is None:
         if time.monotonic() > end:
             raise StorageError(f"{config.address}: no activation server has come up; see the events of its job")
         time.sleep(POLL_SECONDS)
-    bank, sources = config.bank, {"source": f"{place}/{config.bank.site.folder}"}
-    if bank.writes is not None:
-        sources["target_source"] = f"{place}/{bank.writes.folder}"
-    train_bank(bank.model_copy(update={**sources, "tls_roots": config.tls_roots}), progress)
+    group, sources = config.group, {"source": f"{place}/{config.group.site.folder}"}
+    if group.writes is not None:
+        sources["target_source"] = f"{place}/{group.writes.folder}"
+    train_group(group.model_copy(update={**sources, "tls_roots": config.tls_roots}), progress)
 
 
 def _listening(address: Path) -> str | None:
@@ -122,6 +124,6 @@ def _listening(address: Path) -> str | None:
         return None
 
 
-def _root(bank: TrainConfig) -> Path:
+def _root(group: TrainConfig) -> Path:
     """The folder of all sites' shards."""
-    return bank.shards.parents[len(Path(bank.site.folder).parts) - 1]
+    return group.shards.parents[len(Path(group.site.folder).parts) - 1]

@@ -22,7 +22,7 @@ from everyscope.sae.presets import fast
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import SiteKind
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
 DEPTHS = (0.5, 0.85)
 """Where layers are taken by default, as shares of the model's depth: two of the four of Gemma Scope 2 [1]."""
@@ -49,7 +49,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class UserChoices:
     """What the command line says; None leaves it to the defaults."""
 
     sites: tuple[SiteKind, ...] = ("resid_post",)
@@ -70,38 +70,38 @@ SecondsOf = Callable[[RunConfig], dict[str, float]]
 
 
 def automatic(
-    model: str, shape: ModelShape, machine: Machine, wishes: Wishes, text: TextConfig, seconds_of: SecondsOf
+    model: str, shape: ModelShape, machine: Machine, choices: UserChoices, text: TextConfig, seconds_of: SecondsOf
 ) -> RunConfig:
-    """The run of `wishes` on `model`, with as many tokens as the hours allow, read as often as pays.
+    """The run of `choices` on `model`, with as many tokens as the hours allow, read as often as pays.
 
     ConfigError where the hours do not even allow the least.
     """
-    if wishes.hours <= 0:
-        raise ConfigError(f"--hours {wishes.hours:g}: expected a time above 0")
-    if wishes.passes is not None and wishes.passes < 1:
-        raise ConfigError(f"--passes {wishes.passes}: expected at least 1")
+    if choices.hours <= 0:
+        raise ConfigError(f"--hours {choices.hours:g}: expected a time above 0")
+    if choices.passes is not None and choices.passes < 1:
+        raise ConfigError(f"--passes {choices.passes}: expected at least 1")
 
     def of(tokens: int, scale: float = 1.0, passes: int = 1) -> RunConfig:
-        return _config(model, shape, machine, wishes, text, tokens, scale, passes)
+        return _config(model, shape, machine, choices, text, tokens, scale, passes)
 
     def hours_of(config: RunConfig) -> float:
         return sum(seconds_of(config).values()) / 3600
 
-    passes = wishes.passes or passes_that_pay(seconds_of(of(LEAST_TOKENS)))
-    if wishes.tokens is not None:
-        return of(wishes.tokens, passes=passes)
+    passes = choices.passes or passes_that_pay(seconds_of(of(LEAST_TOKENS)))
+    if choices.tokens is not None:
+        return of(choices.tokens, passes=passes)
     scale, tokens = 1.0, MOST_TOKENS
-    while hours_of(of(LEAST_TOKENS, scale, passes)) > 0.7 * wishes.hours and scale > 1 / 16:
+    while hours_of(of(LEAST_TOKENS, scale, passes)) > 0.7 * choices.hours and scale > 1 / 16:
         scale /= 2  # fewer held-out blocks, so that a share of the time is left for training
-    while hours_of(of(LEAST_TOKENS, scale, passes)) > wishes.hours and passes > 1 and wishes.passes is None:
+    while hours_of(of(LEAST_TOKENS, scale, passes)) > choices.hours and passes > 1 and choices.passes is None:
         passes -= 1
     least = hours_of(of(LEAST_TOKENS, scale, passes))
-    if least > wishes.hours:
+    if least > choices.hours:
         raise ConfigError(
-            f"--hours {wishes.hours:g}: the smallest run takes about {least:.2g} h here; give more hours, "
+            f"--hours {choices.hours:g}: the smallest run takes about {least:.2g} h here; give more hours, "
             "fewer --layers or --l0, or narrower --widths"
         )
-    while tokens > LEAST_TOKENS and hours_of(of(tokens, scale, passes)) > wishes.hours:
+    while tokens > LEAST_TOKENS and hours_of(of(tokens, scale, passes)) > choices.hours:
         tokens = max(LEAST_TOKENS, tokens * 3 // 4 // BATCH_ROWS * BATCH_ROWS)
     return of(tokens, scale, passes)
 
@@ -116,23 +116,23 @@ def passes_that_pay(seconds: dict[str, float]) -> int:
     return max(1, min(MOST_PASSES, math.floor(1.5 + 1.5 * math.sqrt(ratio))))
 
 
-def text_of(wish: str | None, context: int) -> TextConfig:
+def text_of(given: str | None, context: int) -> TextConfig:
     """The corpus that --text names: a file or folder, or a Hugging Face dataset; by default educational web pages. Shuffled, for
     what is stored together is alike, and a small budget would see the first of it alone.
 
     ConfigError where there is no default, for datasets need a package.
     """
-    if wish is None:
+    if given is None:
         if importlib.util.find_spec("datasets") is None:
             raise ConfigError(
                 "which text? give --text FILE, FOLDER or DATASET; the default, FineWeb-Edu, needs pip install 'everyscope[data]'"
             )
         return TextConfig(source="dataset", dataset=PROSE[0], dataset_config=PROSE[1], shuffle_seed=0, context=context)
-    if Path(wish).exists():
-        return TextConfig(source="files", paths=(Path(wish),), shuffle_seed=0, context=context)
-    if "/" in wish and not wish.startswith((".", "/", "~")):
-        return TextConfig(source="dataset", dataset=wish, shuffle_seed=0, context=context)
-    raise ConfigError(f"--text {wish}: no such file or folder, and no name of a dataset, as in owner/name")
+    if Path(given).exists():
+        return TextConfig(source="files", paths=(Path(given),), shuffle_seed=0, context=context)
+    if "/" in given and not given.startswith((".", "/", "~")):
+        return TextConfig(source="dataset", dataset=given, shuffle_seed=0, context=context)
+    raise ConfigError(f"--text {given}: no such file or folder, and no name of a dataset, as in owner/name")
 
 
 def slug(model: str) -> str:
@@ -146,15 +146,24 @@ def context_of(shape: ModelShape, machine: Machine) -> int:
 
 
 def _config(
-    model: str, shape: ModelShape, machine: Machine, wishes: Wishes, text: TextConfig, tokens: int, scale: float, passes: int
+    model: str,
+    shape: ModelShape,
+    machine: Machine,
+    choices: UserChoices,
+    text: TextConfig,
+    tokens: int,
+    scale: float,
+    passes: int,
 ) -> RunConfig:
-    layers = wishes.layers or tuple(dict.fromkeys(min(shape.num_layers - 1, round(share * shape.num_layers)) for share in DEPTHS))
+    layers = choices.layers or tuple(
+        dict.fromkeys(min(shape.num_layers - 1, round(share * shape.num_layers)) for share in DEPTHS)
+    )
     widest = min(WIDEST, EXPANSION * shape.d_model)
     group = SaeGroup(
-        sites=wishes.sites,
+        sites=choices.sites,
         layers=layers,
-        widths=wishes.widths or (1 << (widest.bit_length() - 1),),
-        target_l0s=wishes.l0s,
+        widths=choices.widths or (1 << (widest.bit_length() - 1),),
+        target_l0s=choices.l0s,
         num_tokens=passes * tokens,
     )
     blocks = max(16, int(256 * scale))
@@ -166,16 +175,16 @@ def _config(
         public_model=Path(model).name if Path(model).is_dir() else None,
         text=text,
         groups=(group,),
-        recipe=fast(shape.d_model),
+        preset=fast(shape.d_model),
         harvest=HarvestSettings(num_tokens=tokens, dtype="bfloat16", bucket_rows=min(2**20, max(2**16, tokens // 4))),
-        train=BankSettings(device=machine.device, batch_rows=BATCH_ROWS),
+        train=TrainSettings(device=machine.device, batch_rows=BATCH_ROWS),
         evaluate=EvaluateSettings(
             num_sequences=blocks, batch_blocks=8, saes_at_once=16, uniformity_sequences=0, baseline_sequences=max(4, blocks // 16)
         ),
         compare=CompareSettings(slices=("widths", "splitting"), splitting_sequences=blocks),
         describe=DescribeSettings(num_sequences=4 * blocks, batch_blocks=8, saes_at_once=16),
         explain=ExplainSettings(num_sequences=2 * blocks, num_held_out_sequences=2 * blocks, batch_blocks=8),
-        sized_for_hours=wishes.hours,
+        sized_for_hours=choices.hours,
     )
 
 
@@ -193,14 +202,14 @@ from everyscope.run.settings import (
 from everyscope.sae.presets import fast
 from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 """
 """What a printed recipe imports."""
 
 
-def recipe_text(config: RunConfig, wishes: Wishes) -> str:
+def recipe_text(config: RunConfig, choices: UserChoices) -> str:
     """The run as a recipe in Python, to be changed by hand."""
-    group, text, wide = config.groups[0], config.text, replace(wishes, layers=config.groups[0].layers)
+    group, text, wide = config.groups[0], config.text, replace(choices, layers=config.groups[0].layers)
     named = f"dataset={text.dataset!r}, dataset_config={text.dataset_config!r}"
     if text.source == "files":
         named = f"paths=(Path({str(text.paths[0])!r}),)"
@@ -229,11 +238,11 @@ def recipe() -> RunConfig:
                 num_tokens={group.num_tokens:_},  # that each SAE sees, {passes} times what is harvested
             ),
         ),
-        recipe=fast({config.sizes.d_model}),  # training settings for 10^5 to 10^8 tokens
+        preset=fast({config.sizes.d_model}),  # training settings for 10^5 to 10^8 tokens
         harvest=HarvestSettings(
             num_tokens={config.harvest.num_tokens:_}, dtype={config.harvest.dtype!r}, bucket_rows={config.harvest.bucket_rows:_}
         ),
-        train=BankSettings(device={config.train.device!r}, batch_rows={config.train.batch_rows}),
+        train=TrainSettings(device={config.train.device!r}, batch_rows={config.train.batch_rows}),
         # blocks of {text.context} tokens: more make scores surer, examples more varied, labels better
         evaluate=EvaluateSettings(
             num_sequences={evaluate.num_sequences},

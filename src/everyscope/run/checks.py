@@ -103,14 +103,14 @@ def _require(package: str, extra: str, purpose: str) -> None:
 def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
     yield "model", config.model
     for name in ("instruction_tuned", "random_weights"):
-        companion = getattr(config, name)
-        if companion is not None:
-            yield f"{name}.model", companion.model
+        control = getattr(config, name)
+        if control is not None:
+            yield f"{name}.model", control.model
 
 
 def _texts(config: RunConfig) -> Iterator[tuple[str, TextConfig]]:
     yield "text", config.text
     for name in ("instruction_tuned", "random_weights"):
-        companion = getattr(config, name)
-        if companion is not None and companion.text is not None:
-            yield f"{name}.text", companion.text
+        control = getattr(config, name)
+        if control is not None and control.text is not None:
+            yield f"{name}.text", control.text

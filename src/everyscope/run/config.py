@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from everyscope.activations.harvest.config import HarvestConfig
 from everyscope.activations.serve.config import ServeConfig
 from everyscope.activations.shards.norms import MAX_NORM, TAIL
 from everyscope.base.bundled import public_name
@@ -29,11 +30,10 @@ from everyscope.evaluate.comparisons.config import (
     built_in_subsets,
 )
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.harvest.config import HarvestConfig
 from everyscope.publish.config import PublishConfig
 from everyscope.run.settings import (
-    Companion,
     CompareSettings,
+    Control,
     DescribeSettings,
     EvaluateSettings,
     ExplainSettings,
@@ -41,12 +41,12 @@ from everyscope.run.settings import (
     ModelShape,
     SaeGroup,
 )
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.presets import for_transcoders
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, places_of, sites_of
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings, TrainConfig, sae_name
+from everyscope.train.config import TrainConfig, TrainSettings, sae_name
 
 LIVE_HOLD_SECONDS = 60.0
 """How long, without a disk, a trainer that lags may keep rows from being replaced: to make them again is dear [s]."""
@@ -73,19 +73,19 @@ class RunConfig(Schema):
     """The corpus, its packing and its split."""
     groups: tuple[SaeGroup, ...] = Field(min_length=1)
     """Which SAEs make the suite."""
-    recipe: SaeRecipe = SaeRecipe()
+    preset: SaePreset = SaePreset()
     """How each SAE is trained; transcoders by the same but for `encoder_follows`, which they cannot have."""
     harvest: HarvestSettings = HarvestSettings()
     """How activations are written."""
-    train: BankSettings = BankSettings()
-    """How banks are trained."""
+    train: TrainSettings = TrainSettings()
+    """How training groups are trained."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """How SAEs are scored."""
     compare: CompareSettings = CompareSettings()
     """What is compared over the whole suite."""
-    instruction_tuned: Companion | None = None
+    instruction_tuned: Control | None = None
     """The instruction-tuned sibling on which the SAEs are evaluated too, beside SAEs of its own; None leaves that out."""
-    random_weights: Companion | None = None
+    random_weights: Control | None = None
     """The same architecture with random weights, whose SAEs are a baseline; None leaves that out."""
     describe: DescribeSettings = DescribeSettings()
     """How latents are described."""
@@ -159,14 +159,14 @@ class RunConfig(Schema):
 
         `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
         """
-        banks: dict[tuple[Site, int, BankSettings, tuple[int, int] | None], list[SaeConfig]] = {}
+        training_groups: dict[tuple[Site, int, TrainSettings, tuple[int, int] | None], list[SaeConfig]] = {}
         for site in self.all_sites:
             for number, group in enumerate(self.groups):
-                settings = group.bank_settings(self.train)
+                settings = group.train_settings(self.train)
                 for place, sae in enumerate(self.saes_of(group) if site in self.sites(group) else []):
-                    part = None if group.saes_per_bank is None else (number, place // group.saes_per_bank)
-                    banks.setdefault((site, group.num_tokens, settings, part), []).append(sae)
-        names = Counter((site, sae_name(sae)) for (site, *_), saes in banks.items() for sae in saes)
+                    part = None if group.saes_per_training_group is None else (number, place // group.saes_per_training_group)
+                    training_groups.setdefault((site, group.num_tokens, settings, part), []).append(sae)
+        names = Counter((site, sae_name(sae)) for (site, *_), saes in training_groups.items() for sae in saes)
         for (site, name), count in names.items():
             if count > 1:
                 raise ConfigError(
@@ -183,7 +183,7 @@ class RunConfig(Schema):
                 settings=settings,
                 out=out / "train" / site.folder,
             )
-            for (site, num_tokens, settings, _), saes in banks.items()
+            for (site, num_tokens, settings, _), saes in training_groups.items()
         )
 
     def _sides(self, site: Site, shards: Path, source: str | None) -> dict[str, Any]:
@@ -199,10 +199,10 @@ class RunConfig(Schema):
     def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
         """The SAEs that a group wants at each of its sites."""
         sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
-        recipe = for_transcoders(self.recipe) if "transcoder" in group.sites else self.recipe
+        recipe = for_transcoders(self.preset) if "transcoder" in group.sites else self.preset
         sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]
         return [
-            SaeConfig(width=width, seed=seed, recipe=recipe, skip=skip, **sparsity)
+            SaeConfig(width=width, seed=seed, preset=recipe, skip=skip, **sparsity)
             for width in group.widths
             for skip in group.skips
             for sparsity in sparsities
@@ -216,20 +216,20 @@ class RunConfig(Schema):
         return targets[len(targets) // 2] if targets else UNAIMED_L0
 
     def parts(self, out: Path) -> Iterator[tuple["RunConfig", Path]]:
-        """This run and its companions that train SAEs, each with its folder."""
+        """This run and its controls that train SAEs, each with its folder."""
         yield self, out
         for name in ("instruction_tuned", "random_weights"):
-            companion: Companion | None = getattr(self, name)
-            if companion is not None and companion.groups:
-                yield self.of_companion(name, companion), out / "companions" / name
+            control: Control | None = getattr(self, name)
+            if control is not None and control.groups:
+                yield self.of_control(name, control), out / "controls" / name
 
-    def of_companion(self, name: str, companion: Companion) -> "RunConfig":
-        """The run that trains a companion's SAEs."""
+    def of_control(self, name: str, control: Control) -> "RunConfig":
+        """The run that trains a control's SAEs."""
         changes = {
             "name": f"{self.name}_{name}",
-            "model": companion.model,
-            "text": companion.text or self.text,
-            "groups": companion.groups,
+            "model": control.model,
+            "text": control.text or self.text,
+            "groups": control.groups,
             "instruction_tuned": None,
             "random_weights": None,
         }
@@ -254,7 +254,7 @@ class RunConfig(Schema):
     def comparison_configs(self, out: Path, has_shards: bool = True) -> list[ComparisonConfig]:
         """The comparisons over the suite that the recipe asks for, once everything is evaluated."""
         common: dict[str, Any] = {"evaluate": self.evaluate_config(out, has_shards), "canonical_l0": self.canonical_l0}
-        settings, companions = self.compare, {config.name: (config, folder) for config, folder in self.parts(out)}
+        settings, controls = self.compare, {config.name: (config, folder) for config, folder in self.parts(out)}
         again: dict[str, Any] = common | {"num_sequences": settings.num_sequences}
         wanted: dict[str, ComparisonConfig] = {
             "widths": WidthsConfig(**common),
@@ -267,7 +267,7 @@ class RunConfig(Schema):
         }
         configs = [wanted[name] for name in settings.slices if name not in self.slices_left_out]
         if self.instruction_tuned is not None:
-            tuned = companions.get(f"{self.name}_instruction_tuned")
+            tuned = controls.get(f"{self.name}_instruction_tuned")
             configs.append(
                 TransferConfig(
                     **again,
@@ -276,7 +276,7 @@ class RunConfig(Schema):
                     tuned_evaluation=tuned and tuned[0].evaluate_config(tuned[1], has_shards),
                 )
             )
-        random = companions.get(f"{self.name}_random_weights")
+        random = controls.get(f"{self.name}_random_weights")
         if random is not None:
             configs.append(RandomModelConfig(**common, random_evaluation=random[0].evaluate_config(random[1], has_shards)))
         return configs

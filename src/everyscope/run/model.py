@@ -17,7 +17,7 @@ from everyscope.run.config import RunConfig
 from everyscope.run.settings import ModelShape
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 
 PRODUCT_ROWS, PRODUCT_SIZE = 512, 1024
 """Of the product that is timed, [rows, size] x [size, size]: about that of a small model's batch."""
@@ -39,16 +39,16 @@ def shape_of(model: ModelConfig) -> ModelShape:
         raise ModelError(
             f"no model {model.name!r}: {first_line(error)}; give a bundled model, a local folder or a hub id"
         ) from error
-    anatomy = anatomy_of(built)
-    in_blocks = sum(parameter.numel() for block in anatomy.blocks for parameter in block.parameters())
+    adapter = adapter_of(built)
+    in_blocks = sum(parameter.numel() for block in adapter.blocks for parameter in block.parameters())
     return ModelShape(
-        num_layers=anatomy.num_layers,
-        d_model=anatomy.width(Site("resid_post", 0)),
-        d_attention=anatomy.width(Site("attn_out", 0)),
+        num_layers=adapter.num_layers,
+        d_model=adapter.width(Site("resid_post", 0)),
+        d_attention=adapter.width(Site("attn_out", 0)),
         num_parameters=sum(parameter.numel() for parameter in built.parameters()),
         num_block_parameters=in_blocks,
-        vocabulary=anatomy.config.vocab_size,
-        context=getattr(anatomy.config, "max_position_embeddings", None),
+        vocabulary=adapter.config.vocab_size,
+        context=getattr(adapter.config, "max_position_embeddings", None),
     )
 
 

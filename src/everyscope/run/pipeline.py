@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everyscope.activations.harvest.live import LiveHarvest
+from everyscope.activations.harvest.run import run as harvest
 from everyscope.activations.serve.config import ServeConfig
 from everyscope.activations.serve.live import LiveOrigin
 from everyscope.activations.serve.run import serve
@@ -15,8 +17,6 @@ from everyscope.base.errors import ConfigError
 from everyscope.base.files import make_folder, read_json, storage_errors, write_json
 from everyscope.base.progress import heading, human_count, say
 from everyscope.describe.run import run as describe
-from everyscope.harvest.live import LiveHarvest
-from everyscope.harvest.run import run as harvest
 from everyscope.publish.run import PublishResult
 from everyscope.publish.run import run as publish
 from everyscope.run.activation_servers import served
@@ -28,8 +28,6 @@ from everyscope.run.jobs.runner import LocalRunner, Runner, opened_runner
 from everyscope.run.jobs.schedule import Watch
 from everyscope.run.model import with_shape
 from everyscope.run.stage_jobs import (
-    bank_jobs,
-    bank_workers,
     comparison_jobs,
     evaluation_jobs,
     evaluation_workers,
@@ -38,8 +36,10 @@ from everyscope.run.stage_jobs import (
     gather_scores,
     harvest_jobs,
     model_resources,
+    train_jobs,
+    train_workers,
 )
-from everyscope.run.stages import RECIPE_FILE, Part, Stages, stages_of
+from everyscope.run.stages import RECIPE_FILE, ModelPart, Stages, stages_of
 from everyscope.sites.model import quiet_transformers
 from everyscope.train.run import speed_path
 from everyscope.train.spending import together
@@ -50,21 +50,21 @@ JOBS_FOLDER = "jobs"
 
 
 @dataclass(frozen=True)
-class Engine:
+class JobEngine:
     """Where a run's jobs run, as it was asked for, and what runs them."""
 
     settings: EngineConfig
     runner: Runner
 
 
-THIS_HOST = Engine(EngineConfig(), LocalRunner())
+THIS_HOST = JobEngine(EngineConfig(), LocalRunner())
 
 
 @contextmanager
-def opened_engine(settings: EngineConfig, out: Path, watches: Sequence[Watch] = ()) -> Iterator[Engine]:
+def opened_engine(settings: EngineConfig, out: Path, watches: Sequence[Watch] = ()) -> Iterator[JobEngine]:
     """The engine of `settings` for a run in `out`; `watches` are told what becomes of jobs that leave this process."""
     with opened_runner(settings, out / JOBS_FOLDER, watches) as runner:
-        yield Engine(settings, runner)
+        yield JobEngine(settings, runner)
 
 
 @contextmanager
@@ -92,34 +92,34 @@ def run_folder(config: RunConfig, out: Path, is_shared: bool = False) -> Iterato
             raise
 
 
-def run_harvest(stages: Stages, engine: Engine = THIS_HOST, partition: tuple[int, int] = (0, 1), heal: bool = False) -> None:
+def run_harvest(stages: Stages, engine: JobEngine = THIS_HOST, partition: tuple[int, int] = (0, 1), repair: bool = False) -> None:
     """Text and model to shards, for the run and its controls; of several processes each writes a partition."""
     for part in stages.parts:
         name = _titled("harvest", part, stages)
         heading(name)
-        config = part.harvest.model_copy(update={"partition": partition, "heal": heal})
+        config = part.harvest.model_copy(update={"partition": partition, "repair": repair})
         resources = model_resources(part.config.model.device, engine.settings)
         count = engine.runner.side_by_side(resources)
         if partition == (0, 1) and count > 1:
             engine.runner.run(harvest_jobs(config, count, resources, name), name, "tokens")
-            config = config.model_copy(update={"heal": False})
+            config = config.model_copy(update={"repair": False})
         result = harvest(config)  # where jobs have done it, this loads nothing
         say(f"  {human_count(result.num_rows)} rows at each of {len(result.folders)} sites in {part.folder / 'shards'}")
         if not result.is_sealed:
             say("  other partitions are not finished; the last one to finish seals the folder")
 
 
-def run_training(stages: Stages, engine: Engine = THIS_HOST) -> dict[str, Any]:
+def run_training(stages: Stages, engine: JobEngine = THIS_HOST) -> dict[str, Any]:
     """Shards to folded SAEs, one training group a job; from activation servers of the shards, if the engine's settings say so.
 
     The result is what the groups' last runs spent, as `Spending.as_json` gives it.
     """
     heading("train")
     groups = stages.groups
-    jobs = bank_jobs(groups, stages.d_in, engine.settings, stages.devices)
+    jobs = train_jobs(groups, stages.d_in, engine.settings, stages.devices)
     if engine.settings.serve and stages.servers is None:
         jobs = served(jobs, engine.settings, stages.out / JOBS_FOLDER)
-    workers = bank_workers(groups, engine.settings) if isinstance(engine.runner, LocalRunner) else engine.settings.workers
+    workers = train_workers(groups, engine.settings) if isinstance(engine.runner, LocalRunner) else engine.settings.workers
     engine.runner.run(jobs, "training groups", "rows", workers)
     spent = together([read_json(path) for path in map(speed_path, groups) if path.is_file()])
     if spent["rows"]:
@@ -140,7 +140,7 @@ def serve_live(config: RunConfig, out: Path, serve_config: ServeConfig) -> None:
     serve(serve_config, LiveOrigin(LiveHarvest(harvest_config), serve_config))
 
 
-def run_evaluation(stages: Stages, engine: Engine = THIS_HOST) -> None:
+def run_evaluation(stages: Stages, engine: JobEngine = THIS_HOST) -> None:
     """SAEs and held-out text to scores, then what is compared over the whole suite."""
     divided: list[tuple[str, int, list[Job]]] = []
     for part in stages.parts:
@@ -165,7 +165,7 @@ def run_evaluation(stages: Stages, engine: Engine = THIS_HOST) -> None:
         run_divided(jobs, "compare", "comparisons", workers, engine)
 
 
-def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
+def run_titled(jobs: Sequence[Job], title: str, engine: JobEngine) -> None:
     """Run jobs that show their own progress: here one after another, each below its name; elsewhere together."""
     if not isinstance(engine.runner, LocalRunner):
         heading(title)
@@ -176,7 +176,7 @@ def run_titled(jobs: Sequence[Job], title: str, engine: Engine) -> None:
         engine.runner.run([job], job.name)
 
 
-def run_divided(jobs: Sequence[Job], title: str, unit: str, workers: int, engine: Engine) -> None:
+def run_divided(jobs: Sequence[Job], title: str, unit: str, workers: int, engine: JobEngine) -> None:
     """Run the jobs of a stage: those that tell of units side by side below one title, one that shows its own progress here."""
     if any(job.units for job in jobs) or not jobs:
         heading(title)
@@ -185,13 +185,13 @@ def run_divided(jobs: Sequence[Job], title: str, unit: str, workers: int, engine
         run_titled(jobs, title, engine)
 
 
-def run_description(stages: Stages, engine: Engine = THIS_HOST) -> None:
+def run_description(stages: Stages, engine: JobEngine = THIS_HOST) -> None:
     """SAEs and text to the top activating examples and the logit effects of each latent."""
     resources = model_resources(stages.config.model.device, engine.settings)
     run_titled([Job(describe, stages.describe, "describe", resources)], "describe", engine)
 
 
-def run_explanation(stages: Stages, engine: Engine = THIS_HOST) -> None:
+def run_explanation(stages: Stages, engine: JobEngine = THIS_HOST) -> None:
     """Labels for every latent, learnt on training documents, scored on held-out ones."""
     workers = explanation_workers(stages.explain, stages.config.sizes.num_parameters, engine.settings)
     resources = model_resources(stages.config.model.device, engine.settings, workers)
@@ -224,5 +224,5 @@ def run_recipe(config: RunConfig, out: Path, engine: EngineConfig = THIS_HOST.se
     return run_stages(stages, engine)
 
 
-def _titled(stage: str, part: Part, stages: Stages) -> str:
+def _titled(stage: str, part: ModelPart, stages: Stages) -> str:
     return stage if part.config is stages.config else f"{stage} {part.config.name}"

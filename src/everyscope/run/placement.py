@@ -13,7 +13,7 @@ from everyscope.base.files import human_bytes
 from everyscope.run.config import UNAIMED_L0
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.gpu_limits import PAIRS_SHARE
-from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.config import TrainConfig, TrainSettings
 from everyscope.train.memory import CONTEXT_BYTES, USABLE, bytes_of, group_bytes
 
 LEAST_SHARD = 2**12
@@ -54,10 +54,10 @@ def placed(groups: Sequence[TrainConfig], d_in_of: WidthOf, devices: Devices | N
     if devices is None:
         return list(groups)
     fitted = [part for group in groups for part in (_fitted(group, d_in_of(group), devices) if _on_gpu(group) else [group])]
-    return fitted if devices.count is None else _divided(fitted, d_in_of, devices)
+    return fitted if devices.count is None else _split_over_devices(fitted, d_in_of, devices)
 
 
-def work_of(group: TrainConfig, d_in: int) -> float:
+def group_work(group: TrainConfig, d_in: int) -> float:
     """How long a group takes, in units that only compare [rows x inputs x latents of each device]."""
     latents = sum(sae.width * (DENSE_COST if _on_gpu(group) and _is_dense(sae) else 1.0) for sae in group.saes)
     return float(group.num_tokens) * d_in * latents / group.settings.ranks
@@ -82,7 +82,7 @@ def _fitted(group: TrainConfig, d_in: int, devices: Devices) -> list[TrainConfig
     return parts
 
 
-def _settings_for(group: TrainConfig, sae: SaeConfig, d_in: int, devices: Devices) -> BankSettings:
+def _settings_for(group: TrainConfig, sae: SaeConfig, d_in: int, devices: Devices) -> TrainSettings:
     """The group's settings with as few shards as one of its SAEs needs by itself; ConfigError where a host has too few GPUs."""
     most = min(devices.per_host // group.settings.replicas, sae.width)
     for settings in _sharded(group.settings, most):
@@ -114,20 +114,20 @@ def _remedy(group: TrainConfig, sae: SaeConfig, d_in: int, devices: Devices) -> 
     return ", or ".join([*found, "lower groups.N.widths"])
 
 
-def _sharded(settings: BankSettings, most: int) -> list[BankSettings]:
+def _sharded(settings: TrainSettings, most: int) -> list[TrainSettings]:
     """The settings with their shards, twice as many, and so on up to `most`."""
     counts = [settings.shards << power for power in range(max(1, most).bit_length())]
     return [settings.model_copy(update={"shards": count}) for count in counts if count == settings.shards or count <= most]
 
 
-def _divided(groups: list[TrainConfig], d_in_of: WidthOf, devices: Devices) -> list[TrainConfig]:
+def _split_over_devices(groups: list[TrainConfig], d_in_of: WidthOf, devices: Devices) -> list[TrainConfig]:
     """The groups, the longest of them halved until it takes no more than an equal share of all devices' time, or cannot be."""
     assert devices.count is not None
     groups, done = list(groups), []
-    total = sum(work_of(group, d_in_of(group)) * group.settings.ranks for group in groups)
+    total = sum(group_work(group, d_in_of(group)) * group.settings.ranks for group in groups)
     while groups:
-        longest = max(groups, key=lambda group: work_of(group, d_in_of(group)))
-        if work_of(longest, d_in_of(longest)) <= total / devices.count:
+        longest = max(groups, key=lambda group: group_work(group, d_in_of(group)))
+        if group_work(longest, d_in_of(longest)) <= total / devices.count:
             break
         groups.remove(longest)
         parts = _halves(longest, devices) if _on_gpu(longest) else [longest]

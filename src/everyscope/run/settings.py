@@ -4,15 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from everyscope.activations.harvest.config import SHUFFLE_BYTES
 from everyscope.base.schema import Schema
 from everyscope.describe.explanations.config import EndpointConfig
 from everyscope.evaluate.comparisons.config import Subset
-from everyscope.harvest.config import SHUFFLE_BYTES
 from everyscope.sae.config import TARGET_WEIGHT
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, SiteKind
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
 
 class ModelShape(Schema):
@@ -69,7 +69,7 @@ class SaeGroup(Schema):
     """Of transcoders: whether an affine map stands beside the latents; (False, True) trains each with and without."""
     num_tokens: int = Field(ge=1)
     """Activation vectors that each SAE sees [tokens]."""
-    saes_per_bank: int | None = Field(default=None, ge=1)
+    saes_per_training_group: int | None = Field(default=None, ge=1)
     """SAEs of a site that train together, as many as fit a device; None: all, with other groups' of as many tokens [SAEs]."""
     shards: int | None = Field(default=None, ge=1)
     """Processes that share the latents of each of these SAEs; None takes that of `train` [processes]."""
@@ -87,10 +87,10 @@ class SaeGroup(Schema):
             )
         return self
 
-    def bank_settings(self, common: BankSettings) -> BankSettings:
-        """How banks of this group train, where others train as `common` says."""
+    def train_settings(self, common: TrainSettings) -> TrainSettings:
+        """How training groups of this group train, where others train as `common` says."""
         own = {name: getattr(self, name) for name in ("shards", "replicas") if getattr(self, name) is not None}
-        return BankSettings.model_validate(common.model_dump() | own)
+        return TrainSettings.model_validate(common.model_dump() | own)
 
 
 class HarvestSettings(Schema):
@@ -153,7 +153,7 @@ class CompareSettings(Schema):
     """Tokens that probes are trained on, and as many that they are scored on [tokens]."""
 
 
-class Companion(Schema):
+class Control(Schema):
     """A smaller run of a sibling of the model, made only to be compared with."""
 
     model: ModelConfig

@@ -1,7 +1,8 @@
 """Into which jobs each stage of a recipe is divided, and what each takes of the machine that it runs on.
 
-A harvest is divided by buckets, which write the same files whoever writes them; training by banks; an evaluation, if asked, by
-sites, labels by SAEs. Comparisons are a job each, description one: its SAEs share passes of the model and look at one another.
+A harvest is divided by buckets, which write the same files whoever writes them; training by groups of SAEs; an evaluation, if
+asked, by sites, labels by SAEs. Comparisons are a job each, description one: its SAEs share passes of the model and look at one
+another.
 """
 
 import os
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everyscope.activations.harvest.config import HarvestConfig
+from everyscope.activations.harvest.folder import HarvestFolder
+from everyscope.activations.harvest.model_handle import model_identity
+from everyscope.activations.harvest.run import run as harvest
 from everyscope.base.errors import ConfigError
 from everyscope.base.ids import content_id
 from everyscope.describe.explanations.config import ExplainConfig
@@ -32,21 +37,17 @@ from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import read_costs, write_costs
 from everyscope.evaluate.run import blocks_left
 from everyscope.evaluate.run import run as evaluate
-from everyscope.evaluate.targets import Target, load_targets
-from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.folder import HarvestFolder
-from everyscope.harvest.run import run as harvest
-from everyscope.harvest.subject import model_identity
+from everyscope.evaluate.targets import EvaluateTarget, load_targets
 from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.jobs.job import Job, Progress, Resources
 from everyscope.run.jobs.pool import default_workers, threads_of
-from everyscope.run.placement import Devices, WidthOf, work_of
+from everyscope.run.placement import Devices, WidthOf, group_work
 from everyscope.sites.model import quiet_transformers
 from everyscope.suite.layout import METRICS_FILE
 from everyscope.train.config import TrainConfig
 from everyscope.train.memory import CONTEXT_BYTES, bytes_of
 from everyscope.train.run import is_finished
-from everyscope.train.run import run_counting_rows as train_bank
+from everyscope.train.run import run_counting_rows as train_group
 
 COMPARISONS: dict[type, Callable[[Any], Path]] = {
     WidthsConfig: widths.run,
@@ -65,7 +66,7 @@ PROCESS_BYTES = 2**32
 DIVIDED_BLOCKS, DIVIDED_LATENTS = 1024, 2048
 """Work that is worth the start of further processes [blocks], [latents]."""
 GPU_JOB_CPUS = 4
-"""Cores beside a whole GPU; a bank with a share of one takes the same share of them [cores]."""
+"""Cores beside a whole GPU; a training group with a share of one takes the same share of them [cores]."""
 
 
 def model_resources(device: str, engine: EngineConfig, workers: int = 1) -> Resources:
@@ -80,7 +81,7 @@ def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: 
     folder = HarvestFolder(config, {"model": model_identity(config.model)})
     folder.check_owner()
     folder.learn()
-    if folder.is_finished() and not config.heal:
+    if folder.is_finished() and not config.repair:
         return []
     folder.check_text()
     count = max(1, min(count, -(-config.num_tokens // config.bucket_rows)))
@@ -96,42 +97,46 @@ def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: 
     ]
 
 
-def bank_jobs(banks: Sequence[TrainConfig], d_in_of: WidthOf, engine: EngineConfig, devices: Devices | None = None) -> list[Job]:
+def train_jobs(
+    groups: Sequence[TrainConfig], d_in_of: WidthOf, engine: EngineConfig, devices: Devices | None = None
+) -> list[Job]:
     """One job for each training group that is not finished; its memory is known where `devices` are."""
-    pending = [bank for bank in banks if not is_finished(bank)]
-    workers = bank_workers(banks, engine)
-    names = [f"{bank.seat} {bank.bank_id[:6]}" for bank in pending]
+    pending = [group for group in groups if not is_finished(group)]
+    workers = train_workers(groups, engine)
+    names = [f"{group.coder_site} {group.group_id[:6]}" for group in pending]
     return [
         Job(
-            train_bank,
-            bank,
-            name if names.count(name) == 1 else f"{bank.out.parent.parent.parent.name} {name}",
-            bank_resources(bank, d_in_of(bank), workers, engine, devices),
-            units=bank.steps * bank.settings.batch_rows,
-            cost=work_of(bank, d_in_of(bank)),
+            train_group,
+            group,
+            name if names.count(name) == 1 else f"{group.out.parent.parent.parent.name} {name}",
+            train_resources(group, d_in_of(group), workers, engine, devices),
+            units=group.steps * group.settings.batch_rows,
+            cost=group_work(group, d_in_of(group)),
         )
-        for bank, name in zip(pending, names, strict=True)
+        for group, name in zip(pending, names, strict=True)
     ]
 
 
-def bank_workers(banks: Sequence[TrainConfig], engine: EngineConfig) -> int:
-    """How many of a run's banks train side by side on one host: none gets fewer cores than it has ranks."""
-    most = max(bank.settings.ranks for bank in banks)
-    return engine.workers or max(1, default_workers(len(banks), banks[0].settings.device) // most)
+def train_workers(groups: Sequence[TrainConfig], engine: EngineConfig) -> int:
+    """How many of a run's training groups train side by side on one host: none gets fewer cores than it has ranks."""
+    most = max(group.settings.ranks for group in groups)
+    return engine.workers or max(1, default_workers(len(groups), groups[0].settings.device) // most)
 
 
-def bank_resources(bank: TrainConfig, d_in: int, workers: int, engine: EngineConfig, devices: Devices | None = None) -> Resources:
+def train_resources(
+    group: TrainConfig, d_in: int, workers: int, engine: EngineConfig, devices: Devices | None = None
+) -> Resources:
     """What a training group takes. On a GPU a share by its memory, so that many small ones lie on one; several ranks one each.
 
     A group that does not fit is cut before it comes here (`run.placement.placed`).
     """
-    num_bytes, ranks = bytes_of(bank, d_in), bank.settings.ranks
-    if not _is_gpu(bank.settings.device, engine):
+    num_bytes, ranks = bytes_of(group, d_in), group.settings.ranks
+    if not _is_gpu(group.settings.device, engine):
         return Resources(cpus=max(engine.job_cpus or threads_of(workers), ranks), memory_bytes=num_bytes * ranks)
     if ranks > 1:
         return Resources(cpus=engine.job_cpus or GPU_JOB_CPUS * ranks, gpus=float(ranks))
     share = 1.0 if devices is None else (num_bytes + CONTEXT_BYTES) / (devices.usable_bytes + CONTEXT_BYTES)
-    assert share <= 1, f"{bank.site}: {num_bytes} bytes do not fit {devices}"
+    assert share <= 1, f"{group.site}: {num_bytes} bytes do not fit {devices}"
     if share > 0.5:  # two of them would not fit
         share = 1.0
     return Resources(cpus=engine.job_cpus or max(1, int(GPU_JOB_CPUS * share)), gpus=share)
@@ -252,12 +257,12 @@ def comparison_name(run: Callable[[Any], Path]) -> str:
     return f"compare {run.__module__.rpartition('.')[2].replace('_', ' ')}"
 
 
-def _by_site(targets: Sequence[Target], count: int) -> list[list[Target]]:
+def _by_site(targets: Sequence[EvaluateTarget], count: int) -> list[list[EvaluateTarget]]:
     """Targets in up to `count` groups of about equal size, all of a site in one."""
-    sites: dict[Any, list[Target]] = {}
+    sites: dict[Any, list[EvaluateTarget]] = {}
     for target in targets:
         sites.setdefault(target.site, []).append(target)
-    groups: list[list[Target]] = [[] for _ in range(min(count, len(sites)))]
+    groups: list[list[EvaluateTarget]] = [[] for _ in range(min(count, len(sites)))]
     for members in sorted(sites.values(), key=len, reverse=True):
         min(groups, key=len).extend(members)
     return groups

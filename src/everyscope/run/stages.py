@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from everyscope.activations.harvest.config import HarvestConfig
 from everyscope.base.errors import ConfigError
 from everyscope.base.schema import one_line
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.explanations.config import ExplainConfig
 from everyscope.evaluate.comparisons.config import ComparisonConfig
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.harvest.config import HarvestConfig
 from everyscope.publish.config import PublishConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.placement import Devices, placed
@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """What makes SAEs of one model: the run itself, or one of its controls."""
 
     config: RunConfig
@@ -47,9 +47,9 @@ class Stages:
     """The run's folder."""
     devices: Devices | None
     """The GPUs that training groups are cut to; None where they are not known."""
-    servers: "Servers | None"
+    servers: "ActivationSource | None"
     """Where training reads from in place of the run's own shards."""
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     """The run itself, then controls that train SAEs of their own."""
     comparisons: tuple[ComparisonConfig, ...]
     describe: DescribeConfig
@@ -80,7 +80,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Servers:
+class ActivationSource:
     """Where training reads from in place of the run's own shards."""
 
     source: str | None = None
@@ -90,20 +90,25 @@ class Servers:
 
 
 def stages_of(
-    config: RunConfig, out: Path, devices: Devices | None = None, *, servers: Servers | None = None, harvests: bool = True
+    config: RunConfig,
+    out: Path,
+    devices: Devices | None = None,
+    *,
+    servers: ActivationSource | None = None,
+    harvests: bool = True,
 ) -> Stages:
     """Every stage of a run in `out`, its training groups cut to `devices`; None leaves them as the config has them.
 
     Where the run no longer `harvests`, as a stage by itself, the evaluation reads shards only if there are any. ConfigError, with
     the field, for whatever a stage would refuse, and for SAEs that fit no host.
     """
-    where = servers or Servers()
+    where = servers or ActivationSource()
     try:
         parts = []
         for part, folder in config.parts(out):
             groups = part.train_configs(folder, where.source, where.order, where.tls_roots)
             parts.append(
-                Part(
+                ModelPart(
                     config=part,
                     folder=folder,
                     harvest=part.harvest_config(folder),

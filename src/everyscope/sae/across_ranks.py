@@ -29,19 +29,19 @@ class Counts:
     """The same over all latents."""
     squares: Float64[Tensor, ""]
     """Summed squared errors of all rows."""
-    said: Float64[Tensor, " numbers"]
+    extra: Float64[Tensor, " numbers"]
     """Sums over all ranks."""
 
 
 def counted(
-    collective: Collective, by_latent: Shaped[Tensor, "kinds d_sae"], squares: Tensor, said: Shaped[Tensor, " numbers"]
+    collective: Collective, by_latent: Shaped[Tensor, "kinds d_sae"], squares: Tensor, extra: Shaped[Tensor, " numbers"]
 ) -> Counts:
-    """Add up what each rank counted on its rows, `by_latent` and `squares`, which all shards see alike; and what else it `said`.
+    """Add up what each rank counted on its rows, `by_latent` and `squares`, which all shards see alike; and `extra` numbers.
 
-    Two sums, over replicas and over shards, whatever there is to say.
+    Two sums, over replicas and over shards, however many numbers there are.
     """
     kinds, width = by_latent.shape
-    rows = torch.cat([by_latent.flatten().double(), squares.reshape(1).double(), said.double()])
+    rows = torch.cat([by_latent.flatten().double(), squares.reshape(1).double(), extra.double()])
     collective.sum_(rows, "replicas")
     summed = rows[: kinds * width].view(kinds, width)
     latents = torch.cat([summed.sum(1), rows[kinds * width + 1 :]])
@@ -73,31 +73,31 @@ def shared_gradients(
 
     With it the largest share of pairs among all (row, latent) of a rank. Losses, l0 and pairs are of all latents and rows.
     """
-    mesh, p, bandwidth = collective.mesh, sae.parameters, sae.config.recipe.bandwidth
-    batch, (width, d_in) = len(x) * mesh.replicas, p["w_dec"].shape
+    mesh, p, bandwidth = collective.mesh, sae.parameters, sae.config.preset.bandwidth
+    batch, (width, d_in) = len(x) * mesh.replicas, p["W_dec"].shape
     code = forward(x - p["b_dec"], x, **p, bandwidth=bandwidth, prefixes=sae.prefixes, is_first=mesh.shard == 0)
     by_latent = torch.stack([code.active.sum(0), torch.maximum(code.active, code.near).sum(0)])
     errors = torch.stack(code.errors)
     collective.sum_(errors, "shards")
-    crowd = torch.zeros(mesh.ranks, dtype=torch.float64, device=x.device)
-    crowd[mesh.rank] = by_latent[1].sum() / code.active.numel()
-    counts = counted(collective, by_latent, errors[-1].square().sum(), crowd)
+    pair_share = torch.zeros(mesh.ranks, dtype=torch.float64, device=x.device)
+    pair_share[mesh.rank] = by_latent[1].sum() / code.active.numel()
+    counts = counted(collective, by_latent, errors[-1].square().sum(), pair_share)
     fired = counts.by_latent[0].to(x.dtype)
     cost = shared_penalty(sae, step, counts.by_latent[0], counts.totals[0], batch)
     # All gradients that replicas add up lie in one piece of memory.
     shapes = [(width, d_in), (width, d_in), (width,), (width,), (d_in,)]
     flat = x.new_empty(2 * width * d_in + 2 * width + d_in)
     parts = [part.view(shape) for part, shape in zip(flat.split([prod(shape) for shape in shapes]), shapes, strict=True)]
-    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec, _ = backward(
-        code, list(errors), p["w_dec"], p["threshold"], cost, bandwidth, sae.prefixes, batch, parts
+    d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_dec, _ = backward(
+        code, list(errors), p["W_dec"], p["threshold"], cost, bandwidth, sae.prefixes, batch, parts
     )
     collective.sum_(flat, "replicas")
-    from_latents = p["w_enc"] @ d_b_enc
+    from_latents = p["W_enc"] @ d_b_enc
     collective.sum_(from_latents, "shards")
     losses = ((number / batch).to(x.dtype) for number in (counts.squares, *counts.totals))
     reconstruction, l0, pairs = losses
-    gradients = Gradients(d_w_enc.T, d_w_dec, d_b_enc, d_b_dec - from_latents, d_threshold, reconstruction, l0, fired, pairs)
-    return gradients, counts.said.max()
+    gradients = Gradients(d_W_enc.T, d_W_dec, d_b_enc, d_b_dec - from_latents, d_threshold, reconstruction, l0, fired, pairs)
+    return gradients, counts.extra.max()
 
 
 @torch.no_grad()
@@ -105,5 +105,5 @@ def shared_dense_update(
     sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, steps: int, collective: Collective
 ) -> tuple[StepLosses, Float64[Tensor, ""]]:
     """`dense_update` on this rank's rows and latents, with the largest share of pairs that a rank has."""
-    gradients, crowd = shared_gradients(sae, x, step, collective)
-    return move_along(sae, gradients, step, steps), crowd
+    gradients, pair_share = shared_gradients(sae, x, step, collective)
+    return move_along(sae, gradients, step, steps), pair_share

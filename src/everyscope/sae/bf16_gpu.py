@@ -39,7 +39,7 @@ Ways = tuple[bool, ...]
 
 
 class GpuBfloat16:
-    """The SAEs of a bank, stepped by pairs where that is faster and densely where it is not."""
+    """The SAEs of a training group, stepped by pairs where that is faster and densely where it is not."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class GpuBfloat16:
         self._device = saes[0].touched.device
         self._on_cuda = self._device.type == "cuda"
         # Whose thresholds begin at the target L0 has a sparse code from the first step; others' grow sparse.
-        sparse = [sae.config.recipe.warm_start and sae.config.target_l0 is not None for sae in saes]
+        sparse = [sae.config.preset.warm_start and sae.config.target_l0 is not None for sae in saes]
         self._uses_pairs = torch.tensor(sparse)
         self._crossover = torch.full((len(saes),), math.nan if crossover is None else crossover, dtype=torch.float64)
         self._counts = torch.full((LAG, len(saes)), -1, pin_memory=self._on_cuda)
@@ -231,16 +231,16 @@ def programs_on(device: torch.device, d_in: int) -> int:
 
 def numbers_at(sae: TrainableSae, step: int, steps: int) -> list[float]:
     """NUMBERS at `step` of `steps`."""
-    recipe = sae.config.recipe
-    rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
-    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(recipe, step, steps))
-    return [step + 1, 1 / (1 - recipe.beta2 ** (step + 1)), *rates, sparsity_weight(sae.config, step)]
+    preset = sae.config.preset
+    rate = preset.learning_rate * learning_rate_share(preset, step, steps)
+    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(preset, step, steps))
+    return [step + 1, 1 / (1 - preset.beta2 ** (step + 1)), *rates, sparsity_weight(sae.config, step)]
 
 
 def fixed_of(sae: TrainableSae) -> Fixed:
     """The numbers that no step changes."""
-    recipe = sae.config.recipe
-    least_share = 1 / recipe.largest_step if recipe.largest_step else 0.0
-    follow = recipe.encoder_scale if recipe.encoder_follows else 0.0
-    log_decay, by_row = math.log2(recipe.beta2), recipe.direction_rate is not None
-    return Fixed(1 - recipe.beta2, log_decay, recipe.epsilon, least_share, follow, recipe.bandwidth, by_row)
+    preset = sae.config.preset
+    least_share = 1 / preset.largest_step if preset.largest_step else 0.0
+    follow = preset.encoder_scale if preset.encoder_follows else 0.0
+    log_decay, by_row = math.log2(preset.beta2), preset.direction_rate is not None
+    return Fixed(1 - preset.beta2, log_decay, preset.epsilon, least_share, follow, preset.bandwidth, by_row)

@@ -1,4 +1,4 @@
-"""What one SAE is to become: its width, its sparsity and its training recipe. Defaults are Gemma Scope's (section 3.2)."""
+"""What one SAE is to become: its width, its sparsity and its training preset. Defaults are Gemma Scope's (section 3.2)."""
 
 import math
 from itertools import pairwise
@@ -12,7 +12,7 @@ TARGET_WEIGHT = 4.0
 """The usual target_weight, with which the preset `fast` was chosen (docs/log.md) [1]."""
 
 
-class SaeRecipe(Schema):
+class SaePreset(Schema):
     """How a JumpReLU SAE is trained, on activations scaled to unit mean squared norm."""
 
     learning_rate: float = Field(default=7e-5, gt=0)
@@ -66,7 +66,7 @@ class SaeRecipe(Schema):
     """Matryoshka: the first latents, by these shares of the width, must reconstruct alone; ascending, the last is 1 [1]."""
 
     @model_validator(mode="after")
-    def _check(self) -> "SaeRecipe":
+    def _check(self) -> "SaePreset":
         shares = self.prefix_shares
         if not shares or shares[-1] != 1 or shares[0] <= 0 or any(a >= b for a, b in pairwise(shares)):
             raise ValueError(f"prefix_shares={shares}: expected ascending shares of the width that end in 1, as 0.25 0.5 1")
@@ -78,7 +78,7 @@ class SaeRecipe(Schema):
 
 
 class SaeConfig(Schema):
-    """One SAE of a bank."""
+    """One SAE of a training group."""
 
     width: int = Field(ge=1)
     """Number of latents, d_sae [latents]."""
@@ -92,7 +92,7 @@ class SaeConfig(Schema):
     """Seed of the decoder's initial directions."""
     skip: bool = Field(default=False, exclude_if=lambda value: not value)
     """Of a transcoder, whether an affine map from what it reads to what it writes stands beside its latents."""
-    recipe: SaeRecipe = SaeRecipe()
+    preset: SaePreset = SaePreset()
     """Optimiser, schedules and initial values."""
 
     @model_validator(mode="after")
@@ -113,10 +113,10 @@ class SaeConfig(Schema):
             raise ValueError(
                 f"target_weight={self.target_weight:g} holds a target_l0, and there is none; give one or leave it out"
             )
-        if self.recipe.driven_share and self.target_l0 is None:
-            raise ValueError(f"driven_share={self.recipe.driven_share} needs target_l0: to what L0 are thresholds to be driven?")
+        if self.preset.driven_share and self.target_l0 is None:
+            raise ValueError(f"driven_share={self.preset.driven_share} needs target_l0: to what L0 are thresholds to be driven?")
         if len(set(self.prefixes)) < len(self.prefixes):
-            raise ValueError(f"width={self.width} is too narrow for prefix_shares={self.recipe.prefix_shares}")
+            raise ValueError(f"width={self.width} is too narrow for prefix_shares={self.preset.prefix_shares}")
         return self
 
     @model_serializer(mode="wrap")
@@ -136,4 +136,4 @@ class SaeConfig(Schema):
     @property
     def prefixes(self) -> tuple[int, ...]:
         """Ends of the prefixes that reconstruct alone; the last is the width [latents]."""
-        return tuple(math.ceil(share * self.width) for share in self.recipe.prefix_shares)
+        return tuple(math.ceil(share * self.width) for share in self.preset.prefix_shares)

@@ -39,8 +39,8 @@ def to_convention(
         if not bool((gain != 0).all()):
             raise ConfigError("gain is 0 in places, where nothing of the normalised input can be recovered from mlp_input")
         gain, bias = 1 / gain, -bias / gain
-    w_enc = coder.W_enc.double()
-    changed = {"W_enc": gain[:, None] * w_enc, "b_enc": coder.b_enc.double() + bias @ w_enc}
+    W_enc = coder.W_enc.double()
+    changed = {"W_enc": gain[:, None] * W_enc, "b_enc": coder.b_enc.double() + bias @ W_enc}
     if coder.W_skip is not None:
         w_skip = coder.W_skip.double()
         changed |= {"W_skip": gain[:, None] * w_skip, "b_dec": coder.b_dec.double() + bias @ w_skip}

@@ -67,13 +67,13 @@ def measured_crossover(
     d_in, device = len(sae.parameters["b_dec"]), sae.touched.device
     x = torch.randn(rows, d_in, generator=torch.Generator(device).manual_seed(0), device=device) / d_in**0.5
     width = min(WIDEST, sae.width)
-    config = SaeConfig(width=width, sparsity_coefficient=0.0, recipe=sae.config.recipe.model_copy(update={"driven_share": 0.0}))
+    config = SaeConfig(width=width, sparsity_coefficient=0.0, preset=sae.config.preset.model_copy(update={"driven_share": 0.0}))
     seconds = clock or seconds_on_device
 
     def timed(share: float, crossover: float) -> Timed:
         scratch = new_sae(config, d_in, str(device))
         level = torch.special.ndtri(torch.tensor(1 - share, dtype=torch.float64))
-        scratch.parameters["threshold"].fill_(float(level) * config.recipe.encoder_scale / d_in**0.5)
+        scratch.parameters["threshold"].fill_(float(level) * config.preset.encoder_scale / d_in**0.5)
         engine = make([scratch], max_pairs=rows * width // 4, crossover=crossover)
         losses: list[StepLosses] = []
 

@@ -39,12 +39,12 @@ class Sae(nn.Module):
 
     def __init__(
         self,
-        W_enc: Float[Tensor, "d_in d_sae"],  # noqa: N803 - as the field writes them
-        W_dec: Float[Tensor, "d_sae d_out"],  # noqa: N803
+        W_enc: Float[Tensor, "d_in d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"],
         b_enc: Float[Tensor, " d_sae"],
         b_dec: Float[Tensor, " d_out"],
         threshold: Float[Tensor, " d_sae"],
-        W_skip: Float[Tensor, "d_in d_out"] | None = None,  # noqa: N803
+        W_skip: Float[Tensor, "d_in d_out"] | None = None,
         *,
         metadata: SaeMetadata | None = None,
         top_k: int | None = None,
@@ -85,16 +85,6 @@ class Sae(nn.Module):
     def is_transcoder(self) -> bool:
         """Whether it writes another place than the one it reads."""
         return self.metadata.is_transcoder
-
-    @property
-    def w_enc(self) -> Float[Tensor, "d_in d_sae"]:
-        """W_enc, as formulas in this package write it."""
-        return self.W_enc
-
-    @property
-    def w_dec(self) -> Float[Tensor, "d_sae d_out"]:
-        """W_dec, as formulas in this package write it."""
-        return self.W_dec
 
     @property
     def d_in(self) -> int:
@@ -171,7 +161,7 @@ class Sae(nn.Module):
 
     def __repr__(self) -> str:
         known, kind = self.metadata, "Transcoder" if self.is_transcoder else "Sae"
-        place = known.seat or known.site
+        place = known.coder_site or known.site
         where = [str(place)] if place is not None else []
         where += [f"of {known.model}"] if known.model is not None else []
         sizes = [f"d_in={self.d_in}", *([f"d_out={self.d_out}"] if self.d_out != self.d_in else []), f"d_sae={self.d_sae}"]

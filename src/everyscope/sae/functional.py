@@ -16,10 +16,10 @@ from torch.nn.functional import linear
 
 
 def pre_activations(
-    x: Float[Tensor, "*batch d_in"], w_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, " d_sae"]
+    x: Float[Tensor, "*batch d_in"], W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "*batch d_sae"]:
-    """X @ w_enc + b_enc. In training x comes with b_dec already subtracted (the pre-encoder bias)."""
-    return linear(x, w_enc.T, b_enc)  # adds the bias within the product: one pass less over [batch, d_sae]
+    """X @ W_enc + b_enc. In training x comes with b_dec already subtracted (the pre-encoder bias)."""
+    return linear(x, W_enc.T, b_enc)  # adds the bias within the product: one pass less over [batch, d_sae]
 
 
 def jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, "*batch d_sae"]:
@@ -34,18 +34,18 @@ def largest(f: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d
 
 
 def decode(
-    f: Float[Tensor, "*batch d_sae"], w_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+    f: Float[Tensor, "*batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "*batch d_out"]:
-    """The reconstruction f @ w_dec + b_dec."""
-    return linear(f, w_dec.T, b_dec)
+    """The reconstruction f @ W_dec + b_dec."""
+    return linear(f, W_dec.T, b_dec)
 
 
 @dataclass(frozen=True)
 class Gradients:
     """The loss's gradient by each of the parameter tensors, with the two terms of the loss and the latents' firing."""
 
-    w_enc: Float[Tensor, "d_in d_sae"]
-    w_dec: Float[Tensor, "d_sae d_out"]
+    W_enc: Float[Tensor, "d_in d_sae"]
+    W_dec: Float[Tensor, "d_sae d_out"]
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, " d_sae"]
@@ -61,8 +61,8 @@ class Gradients:
 
 def loss_gradients(
     x: Float[Tensor, "batch d_in"],
-    w_enc: Float[Tensor, "d_in d_sae"],
-    w_dec: Float[Tensor, "d_sae d_out"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_out"],
     threshold: Float[Tensor, " d_sae"],
@@ -88,18 +88,18 @@ def loss_gradients(
     """
     rows, width = x.shape[0], len(threshold)
     encoded, wanted = x if is_transcoder else x - b_dec, without_skip(x, x if target is None else target, w_skip)
-    code = forward(encoded, wanted, w_enc, w_dec, b_enc, b_dec, threshold, bandwidth, prefixes or (width,))
+    code = forward(encoded, wanted, W_enc, W_dec, b_enc, b_dec, threshold, bandwidth, prefixes or (width,))
     fired = code.active.sum(0)
     pairs = torch.maximum(code.active, code.near).sum() / rows
     reconstruction_loss = code.errors[-1].square().sum() / rows
-    d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec, d_y_hat = backward(
-        code, code.errors, w_dec, threshold, penalty(fired / rows), bandwidth, prefixes or (width,), rows
+    d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_dec, d_y_hat = backward(
+        code, code.errors, W_dec, threshold, penalty(fired / rows), bandwidth, prefixes or (width,), rows
     )
     return Gradients(
-        w_enc=d_w_enc.T,  # in the layout of w_enc, which is stored by latent
-        w_dec=d_w_dec,
+        W_enc=d_W_enc.T,  # in the layout of W_enc, which is stored by latent
+        W_dec=d_W_dec,
         b_enc=d_b_enc,
-        b_dec=d_b_dec if is_transcoder else d_b_dec - w_enc @ d_b_enc,
+        b_dec=d_b_dec if is_transcoder else d_b_dec - W_enc @ d_b_enc,
         threshold=d_threshold,
         reconstruction_loss=reconstruction_loss,
         l0=fired.sum() / rows,
@@ -134,8 +134,8 @@ class Code:
 def forward(
     centred: Float[Tensor, "batch d_in"],
     target: Float[Tensor, "batch d_out"],
-    w_enc: Float[Tensor, "d_in d_sae"],
-    w_dec: Float[Tensor, "d_sae d_out"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_out"],
     threshold: Float[Tensor, " d_sae"],
@@ -147,21 +147,21 @@ def forward(
 
     Of a shard of latents, errors are its part; b_dec - target is in that of the first alone.
     """
-    pre = pre_activations(centred, w_enc, b_enc)
+    pre = pre_activations(centred, W_enc, b_enc)
     # Masks as numbers, written straight into a float tensor: a product with a bool tensor takes five times as long on CPUs.
     active = torch.gt(pre, threshold, out=torch.empty_like(pre))
     near = torch.lt((pre - threshold).abs_(), bandwidth / 2, out=torch.empty_like(pre))
     f = pre.mul_(active)
     errors = [b_dec - target if is_first else torch.zeros_like(target)]
     for start, stop in pairwise((0, *prefixes)):
-        errors.append(torch.addmm(errors[-1], f[:, start:stop], w_dec[start:stop]))
+        errors.append(torch.addmm(errors[-1], f[:, start:stop], W_dec[start:stop]))
     return Code(centred, f, active, near, errors[1:])
 
 
 def backward(
     code: Code,
     errors: Sequence[Float[Tensor, "batch d_out"]],
-    w_dec: Float[Tensor, "d_sae d_out"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     threshold: Float[Tensor, " d_sae"],
     cost: Float[Tensor, " d_sae"],
     bandwidth: float,
@@ -169,37 +169,37 @@ def backward(
     batch: int,
     into: Sequence[Tensor | None] = (None,) * 5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The second half: gradients by w_enc [d_sae d_in], w_dec, b_enc, threshold, the bias of reconstructions, and these.
+    """The second half: gradients by W_enc [d_sae d_in], W_dec, b_enc, threshold, the bias of reconstructions, and these.
 
     `errors` are those of all latents, `cost` the sparsity terms' derivative by firing rates, `batch` the rows of means. To b_dec
-    also goes, through an SAE's pre-encoder bias, -w_enc @ d_b_enc. `into` gives all but the last memory; None takes new. It
+    also goes, through an SAE's pre-encoder bias, -W_enc @ d_b_enc. `into` gives all but the last memory; None takes new. It
     consumes `code`. The last, [batch d_out], is by what all prefixes share: bias and skip.
     """
     spans = list(pairwise((0, *prefixes)))
-    into_w_enc, into_w_dec, into_b_enc, into_threshold, into_b_dec = into
-    d_w_dec = torch.empty_like(w_dec) if into_w_dec is None else into_w_dec
+    into_W_enc, into_W_dec, into_b_enc, into_threshold, into_b_dec = into
+    d_W_dec = torch.empty_like(W_dec) if into_W_dec is None else into_W_dec
     d_x_hat, d_f = torch.zeros_like(errors[0]), torch.empty_like(code.f)
     for (start, stop), error in reversed(list(zip(spans, errors, strict=True))):
         d_x_hat.add_(error, alpha=2 / (batch * len(spans)))  # each group of latents serves its own prefix and all longer ones
-        torch.mm(d_x_hat, w_dec[start:stop].T, out=d_f[:, start:stop])
-        torch.mm(code.f[:, start:stop].T, d_x_hat, out=d_w_dec[start:stop])
+        torch.mm(d_x_hat, W_dec[start:stop].T, out=d_f[:, start:stop])
+        torch.mm(code.f[:, start:stop].T, d_x_hat, out=d_W_dec[start:stop])
     sparsity = code.near.sum(0).mul_(cost / batch)
     d_threshold = (d_f * code.near).sum(0).mul_(threshold).add_(sparsity).mul_(-1 / bandwidth)
     if into_threshold is not None:
         d_threshold = into_threshold.copy_(d_threshold)
     d_pre = d_f.mul_(code.active)
     d_b_enc = torch.sum(d_pre, 0, out=into_b_enc)
-    d_w_enc = torch.mm(d_pre.T, code.centred, out=into_w_enc)
-    return d_w_enc, d_w_dec, d_b_enc, d_threshold, torch.sum(d_x_hat, 0, out=into_b_dec), d_x_hat
+    d_W_enc = torch.mm(d_pre.T, code.centred, out=into_W_enc)
+    return d_W_enc, d_W_dec, d_b_enc, d_threshold, torch.sum(d_x_hat, 0, out=into_b_dec), d_x_hat
 
 
 def without_parallel_part(
-    gradient: Float[Tensor, "d_sae d_out"], w_dec: Float[Tensor, "d_sae d_out"]
+    gradient: Float[Tensor, "d_sae d_out"], W_dec: Float[Tensor, "d_sae d_out"]
 ) -> Float[Tensor, "d_sae d_out"]:
     """The decoder's gradient less its component along each latent's (unit) direction."""
-    return gradient - (gradient * w_dec).sum(1, keepdim=True) * w_dec
+    return gradient - (gradient * W_dec).sum(1, keepdim=True) * W_dec
 
 
-def unit_rows(w_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
+def unit_rows(W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
     """Each latent's direction at norm one."""
-    return w_dec / w_dec.norm(dim=1, keepdim=True)
+    return W_dec / W_dec.norm(dim=1, keepdim=True)

@@ -23,7 +23,7 @@ ROUNDED_SEGMENT = 256
 """Pairs of a latent that one of its programs sums [pairs]."""
 
 APART = 2**22
-"""Pre-activations of a step up to which SAEs of a bank step side by side, each in memory of its own [numbers]."""
+"""Pre-activations of a step up to which SAEs of a training group step side by side, each in memory of its own [numbers]."""
 
 
 def steps_apart(rows: int, width: int) -> bool:

@@ -32,15 +32,15 @@ class Rounded:
     @classmethod
     def of(cls, sae: TrainableSae) -> "Rounded":
         """Rounded now."""
-        like = sae.parameters["w_dec"]
+        like = sae.parameters["W_dec"]
         rounded = cls(sae, Weights(*(torch.empty_like(like, dtype=torch.bfloat16) for _ in range(2))))
         rounded.refresh()
         return rounded
 
     def refresh(self) -> None:
         """Round the weights as they are."""
-        self.weights.enc.copy_(self.sae.parameters["w_enc"].T)
-        self.weights.dec.copy_(self.sae.parameters["w_dec"])
+        self.weights.enc.copy_(self.sae.parameters["W_enc"].T)
+        self.weights.dec.copy_(self.sae.parameters["W_dec"])
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Work:
 
     def _by_pairs(self, rounded: Rounded, x: Tensor, counts: Tensor, collective: Collective) -> Seen:
         sae, mesh = rounded.sae, collective.mesh
-        p, bandwidth, lists = sae.parameters, sae.config.recipe.bandwidth, self.lists
+        p, bandwidth, lists = sae.parameters, sae.config.preset.bandwidth, self.lists
         mark_pairs(self.pre, p["b_enc"], p["threshold"], bandwidth, self.by_row, self.by_latent)
         count_marks(self.by_row, self.row_start)
         count_marks(self.by_latent, lists.start)
@@ -133,7 +133,7 @@ class Work:
     def _densely(self, rounded: Rounded, x: Tensor, counts: Tensor, collective: Collective) -> Seen:
         sae, mesh, f = rounded.sae, collective.mesh, self.dense.f
         p, batch, groups = sae.parameters, len(x) * mesh.replicas, len(self.ends)
-        counts.copy_(activate(self.pre, p["b_enc"], p["threshold"], sae.config.recipe.bandwidth, f))
+        counts.copy_(activate(self.pre, p["b_enc"], p["threshold"], sae.config.preset.bandwidth, f))
         error = p["b_dec"] - x if mesh.shard == 0 else torch.zeros_like(x)
         for group, (start, stop) in enumerate(pairwise((0, *self.ends))):
             error += product(f[:, start:stop], rounded.weights.dec[start:stop], self.errors[group])
@@ -157,7 +157,7 @@ class Work:
     def gradients(self, rounded: Rounded, by_pairs: bool, collective: Collective) -> tuple[Lists, Segments]:
         """What the update makes gradients of: lists and the sums of further segments, or, of none, one segment a latent."""
         sae, programs = rounded.sae, len(self.partial)
-        threshold, bandwidth = sae.parameters["threshold"], sae.config.recipe.bandwidth
+        threshold, bandwidth = sae.parameters["threshold"], sae.config.preset.bandwidth
         is_shared = collective.mesh.replicas > 1
         if not by_pairs:
             self._dense_gradients(rounded)
@@ -177,10 +177,10 @@ class Work:
         p, dense, dec = rounded.sae.parameters, self.dense, rounded.weights.dec
         for (start, stop), error in zip(pairwise((0, *self.ends)), self.rounded_errors, strict=True):
             product(error, dec[start:stop].T, dense.d_f[:, start:stop])
-            product(dense.f[:, start:stop].T, error, dense.sums.w_dec[start:stop])
-        bandwidth = rounded.sae.config.recipe.bandwidth
+            product(dense.f[:, start:stop].T, error, dense.sums.W_dec[start:stop])
+        bandwidth = rounded.sae.config.preset.bandwidth
         dense.sums.scalars.copy_(differentiate(dense.d_f, self.pre, p["b_enc"], p["threshold"], bandwidth))
-        product(dense.d_f.T, self.centred, dense.sums.w_enc)
+        product(dense.d_f.T, self.centred, dense.sums.W_enc)
 
 
 @dataclass(frozen=True)

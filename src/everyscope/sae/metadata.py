@@ -47,7 +47,7 @@ class SaeMetadata:
         return self.kind == "transcoder"
 
     @property
-    def seat(self) -> Site | None:
+    def coder_site(self) -> Site | None:
         """Where it sits: an SAE's site, a transcoder's `Site("transcoder", L)`; None where that has no name."""
         writes = self.target if self.is_transcoder else self.site
         return None if self.site is None or writes is None else site_of(self.site, writes)

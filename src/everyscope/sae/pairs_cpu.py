@@ -20,7 +20,7 @@ from everyscope.sae.across_ranks import counted, shared_dense_update, shared_pen
 from everyscope.sae.kernels.cpu import (
     SUM_ROWS,
     Candidates,
-    Latents,
+    LatentArrays,
     Pairs,
     Rows,
     centre_rows,
@@ -67,7 +67,7 @@ class Threads:
 
 
 class CpuPairs:
-    """The SAEs of a bank, stepped by pairs where the code is sparse and densely where it is not."""
+    """The SAEs of a training group, stepped by pairs where the code is sparse and densely where it is not."""
 
     def __init__(self, saes: Sequence[TrainableSae], collective: Collective = ALONE) -> None:
         """Take over `saes`, whose tensors change in place; as many threads as torch has now."""
@@ -75,7 +75,7 @@ class CpuPairs:
         self._threads = Threads(torch.get_num_threads())
         self._uses_pairs = torch.ones(len(saes), dtype=torch.bool)
         self._latents = [latents_of(sae) for sae in saes]
-        self._buffers: dict[Shape, Buffers] = {}
+        self._buffers: dict[Shape, CpuBuffers] = {}
         self.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -104,8 +104,8 @@ class CpuPairs:
             losses = dense_update(sae, x, step, steps, target)
             self._uses_pairs[number] = bool(losses.pairs < PAIRS_SHARE * sae.config.width)
         else:  # no rank may run out of room where the others do not
-            losses, crowd = shared_dense_update(sae, x, step, steps, self.collective)
-            self._uses_pairs[number] = bool(crowd < PAIRS_SHARE)
+            losses, pair_share = shared_dense_update(sae, x, step, steps, self.collective)
+            self._uses_pairs[number] = bool(pair_share < PAIRS_SHARE)
         if self._uses_pairs[number]:
             round_weights(self._latents[number])
         return losses
@@ -130,7 +130,7 @@ class CpuPairs:
         else:
             by_latent = np.stack([pairs.fired.sum(0), np.diff(pairs.start, axis=1).sum(0)])
             counts = counted(self.collective, torch.from_numpy(by_latent), squares, torch.tensor([0.0 if fits else 1.0]))
-            if counts.said[0] > 0:  # at one rank or another
+            if counts.extra[0] > 0:  # at one rank or another
                 return None
             fired, moving = counts.by_latent[0], np.flatnonzero(counts.by_latent[1].numpy())
             sums = torch.stack([counts.squares, *counts.totals])
@@ -142,22 +142,22 @@ class CpuPairs:
         else:
             self._update_with_replicas(update, moving)
         if sae.config.skip:
-            self._update_skip(update, x, buffers.errors[:, 0], skip_rate(sae.config.recipe, step, steps))
+            self._update_skip(update, x, buffers.errors[:, 0], skip_rate(sae.config.preset, step, steps))
         reconstruction, l0, num_pairs = (sums / batch).float()
         return StepLosses(reconstruction, l0, num_pairs, fired)
 
     def _reconstruct(
         self,
         sae: TrainableSae,
-        latents: Latents,
-        buffers: "Buffers",
+        latents: LatentArrays,
+        buffers: "CpuBuffers",
         rows: Rows,
         prefixes: np.ndarray,
         batch: int,
         target: Tensor,
     ) -> bool:
         """Find the pairs, and the loss's derivatives by the reconstructions and at the pairs; False where there are too many."""
-        b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(sae.config.recipe.bandwidth)
+        b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(sae.config.preset.bandwidth)
         pre_bias = np.zeros(rows.x.shape[1], np.float32) if sae.is_transcoder else b_dec
         pairs, is_first, tiles = buffers.pairs, self.collective.mesh.shard == 0, range(len(buffers.tiles))
 
@@ -186,15 +186,15 @@ class CpuPairs:
 
         if self.collective.mesh.shards == 1:
             return all(self._threads.map(both, tiles))
-        buffers.misfits[0] = not all(self._threads.map(forward, tiles))
-        self.collective.sum_(buffers.errors_and_misfits, "shards")
-        if not buffers.misfits[0]:
+        buffers.overflow[0] = not all(self._threads.map(forward, tiles))
+        self.collective.sum_(buffers.errors_and_overflow, "shards")
+        if not buffers.overflow[0]:
             self._threads.map(backward, tiles)
-        return not buffers.misfits[0]
+        return not buffers.overflow[0]
 
     def _update(self, update: "Update") -> None:
         """Gradients and update at once, latent by latent."""
-        width, d_in = update.latents.w_enc.shape
+        width, d_in = update.latents.W_enc.shape
         starts = range(0, width, LATENT_CHUNK)
         latent_sums = np.zeros((len(starts), d_in), np.float32)
         self._threads.map(
@@ -238,9 +238,9 @@ class CpuPairs:
             from_errors = from_errors + from_latents
         update_always(update.adam, sae.parameters["b_dec"].numpy(), from_errors, sae.squared["b_dec"].numpy())
 
-    def _buffers_for(self, shape: "Shape") -> "Buffers":
+    def _buffers_for(self, shape: "Shape") -> "CpuBuffers":
         if shape not in self._buffers:
-            self._buffers[shape] = Buffers(shape, self._threads.count)
+            self._buffers[shape] = CpuBuffers(shape, self._threads.count)
         return self._buffers[shape]
 
 
@@ -259,7 +259,7 @@ class Update:
     """All that one SAE's update needs."""
 
     sae: TrainableSae
-    latents: Latents
+    latents: LatentArrays
     rows: Rows
     pairs: Pairs
     group_of: np.ndarray
@@ -273,7 +273,7 @@ class Update:
     @property
     def bandwidth(self) -> np.float32:
         """As kernels take it."""
-        return np.float32(self.sae.config.recipe.bandwidth)
+        return np.float32(self.sae.config.preset.bandwidth)
 
     def at_once(self, start: int, stop: int, d_b_dec: np.ndarray) -> None:
         """Latents [start, stop), from pairs to parameters."""
@@ -290,7 +290,7 @@ class Update:
         move_latents(moving, gradients, self.latents, self.adam, d_b_dec)
 
 
-class Buffers:
+class CpuBuffers:
     """Memory for one step, shared by SAEs of equal shapes."""
 
     def __init__(self, shape: Shape, threads: int) -> None:
@@ -303,9 +303,9 @@ class Buffers:
         self._room, self._width = max(1, int(DENSE_SHARE * width * min(tile_rows, batch))), width
         self._local = threading.local()
         self.rounded = torch.empty(batch, d_in, dtype=torch.bfloat16)
-        self.errors_and_misfits = torch.empty(batch * groups * d_out + 1)  # what shards add up, in one piece
-        self.misfits = self.errors_and_misfits[-1:]
-        self.errors = self.errors_and_misfits[:-1].view(batch, groups, d_out)
+        self.errors_and_overflow = torch.empty(batch * groups * d_out + 1)  # what shards add up, in one piece
+        self.overflow = self.errors_and_overflow[-1:]
+        self.errors = self.errors_and_overflow[:-1].view(batch, groups, d_out)
         self.left_of_skip = torch.empty(batch, d_out)
         self.rows = Rows(
             x=np.empty((0, d_in), np.float32),
@@ -350,43 +350,43 @@ def as_bfloat16(bits: np.ndarray) -> Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
-def latents_of(sae: TrainableSae) -> Latents:
+def latents_of(sae: TrainableSae) -> LatentArrays:
     """The SAE's tensors as arrays by latent, sharing its memory, with room for the screen's own."""
     p, v, width = sae.parameters, sae.squared, sae.width
-    return Latents(
-        w_enc=p["w_enc"].T.numpy(),
-        w_dec=p["w_dec"].numpy(),
+    return LatentArrays(
+        W_enc=p["W_enc"].T.numpy(),
+        W_dec=p["W_dec"].numpy(),
         b_enc=p["b_enc"].numpy(),
         threshold=p["threshold"].numpy(),
-        squared_w_enc=v["w_enc"].T.numpy(),
-        squared_w_dec=v["w_dec"].view(width, -1).numpy(),
+        squared_W_enc=v["W_enc"].T.numpy(),
+        squared_W_dec=v["W_dec"].view(width, -1).numpy(),
         squared_b_enc=v["b_enc"].numpy(),
         squared_threshold=v["threshold"].numpy(),
         coordinate_weights=None if sae.is_transcoder else sae.coordinate_weights.numpy(),
         touched=sae.touched.numpy(),
-        w_rounded=np.empty((width, len(p["w_enc"])), np.uint16),
+        w_rounded=np.empty((width, len(p["W_enc"])), np.uint16),
         w_norms=np.empty(width, np.float32),
         w_residuals=np.empty(width, np.float32),
     )
 
 
-def round_weights(latents: Latents) -> None:
-    """Make the screen's copy of w_enc anew, where others than the fused update have changed it."""
-    round_rows(latents.w_enc, 0, len(latents.w_enc), latents.w_rounded, latents.w_norms, latents.w_residuals)
+def round_weights(latents: LatentArrays) -> None:
+    """Make the screen's copy of W_enc anew, where others than the fused update have changed it."""
+    round_rows(latents.W_enc, 0, len(latents.W_enc), latents.w_rounded, latents.w_norms, latents.w_residuals)
 
 
 def adam_at(sae: TrainableSae, step: int, steps: int) -> Adam:
     """Adam's numbers at `step` (from 0) of `steps`."""
-    recipe = sae.config.recipe
+    preset = sae.config.preset
     return Adam(
         steps=step + 1,
-        beta2=recipe.beta2,
-        fresh=np.float32(1 - recipe.beta2),
-        correction=np.float32(1 / (1 - recipe.beta2 ** (step + 1))),
-        epsilon=np.float32(recipe.epsilon),
-        least_share=np.float32(1 / recipe.largest_step if recipe.largest_step else 0),
-        rate=np.float32(recipe.learning_rate * learning_rate_share(recipe, step, steps)),
+        beta2=preset.beta2,
+        fresh=np.float32(1 - preset.beta2),
+        correction=np.float32(1 / (1 - preset.beta2 ** (step + 1))),
+        epsilon=np.float32(preset.epsilon),
+        least_share=np.float32(1 / preset.largest_step if preset.largest_step else 0),
+        rate=np.float32(preset.learning_rate * learning_rate_share(preset, step, steps)),
         threshold_rate=np.float32(threshold_rate(sae.config, step, steps)),
-        direction_rate=np.float32(direction_rate(recipe, step, steps)),
-        follow=np.float32(recipe.encoder_scale if recipe.encoder_follows else 0),
+        direction_rate=np.float32(direction_rate(preset, step, steps)),
+        follow=np.float32(preset.encoder_scale if preset.encoder_follows else 0),
     )

@@ -42,7 +42,7 @@ forgiving = torch._dynamo.config.patch(suppress_errors=True)  # pyright: ignore[
 
 
 class GpuPairs:
-    """The SAEs of a bank, stepped by pairs where the code is sparse and densely where it is not."""
+    """The SAEs of a training group, stepped by pairs where the code is sparse and densely where it is not."""
 
     def __init__(self, saes: Sequence[TrainableSae], max_pairs: int | None = None, collective: Collective = ALONE) -> None:
         """Take over `saes`, whose tensors change in place; lists have room for `max_pairs`, or for what `list_room` says."""
@@ -55,8 +55,8 @@ class GpuPairs:
         self._skipped = torch.zeros(len(saes), dtype=torch.int64, device=device)
         self._reconstruction = torch.zeros(len(saes), device=device)
         self._dense_update = forgiving(torch.compile(dense_update)) if self._on_cuda else dense_update
-        self._screened = [Rounded(sae.parameters["w_enc"].T) for sae in saes]
-        self._buffers: dict[tuple[int, ...], Buffers] = {}
+        self._screened = [Rounded(sae.parameters["W_enc"].T) for sae in saes]
+        self._buffers: dict[tuple[int, ...], GpuBuffers] = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beyond the SAEs; waits for counts under way. `skipped` counts steps that did not fit."""
@@ -95,8 +95,8 @@ class GpuPairs:
                 loss = self._dense_update(sae, x, step, steps)
                 count = (loss.pairs * len(x)).long()
             else:
-                loss, crowd = shared_dense_update(sae, x, step, steps, self.collective)
-                count = (crowd * len(x) * self._widest(sae)).long()
+                loss, pair_share = shared_dense_update(sae, x, step, steps, self.collective)
+                count = (pair_share * len(x) * self._widest(sae)).long()
             losses.append(loss)
             counts.append(count)
         self._counts[slot].copy_(torch.stack(counts), non_blocking=True)
@@ -123,34 +123,34 @@ class GpuPairs:
         buffers = self._buffers_for(len(x), x.shape[1], sae.prefixes, self._widest(sae))
         count, fits = buffers.find_pairs(x, sae, screened, self.collective)
         squares = buffers.forward(x, sae, self.collective)
-        sums = sum_latents(buffers.lists, p["threshold"], config.recipe.bandwidth)
+        sums = sum_latents(buffers.lists, p["threshold"], config.preset.bandwidth)
         # Not a number in, not a number out, also of a step that was skipped for the many pairs which that makes.
-        spoilt = 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
+        nonfinite_flag = 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
         num_fired, num_pairs = sums.active.sum(), sums.pairs.sum()
         if mesh.ranks == 1:
             cost = penalty(config, sparsity_weight(config, step), sums.active / batch).contiguous()
         else:
-            counts = counted(self.collective, torch.stack([number.double() for number in sums]), squares, spoilt[None])
+            counts = counted(self.collective, torch.stack([number.double() for number in sums]), squares, nonfinite_flag[None])
             sums = LatentSums(*counts.by_latent[:3].int(), *counts.by_latent[3:].float())
-            (num_pairs, num_fired), squares, spoilt = counts.totals[:2], counts.squares.float(), counts.said[0].float()
+            (num_pairs, num_fired), squares, nonfinite_flag = counts.totals[:2], counts.squares.float(), counts.extra[0].float()
             cost = shared_penalty(sae, step, counts.by_latent[1], num_fired, batch)
         adam = adam_at(sae, step, steps)
         self._update_b_dec(sae, sums, buffers.errors[0].sum(0), fits, adam)
         self._update_latents(sae, screened, buffers, sums, cost, adam)
         self._skipped[number] += ~fits
-        self._reconstruction[number] = torch.where(fits, squares, self._reconstruction[number] + spoilt)
+        self._reconstruction[number] = torch.where(fits, squares, self._reconstruction[number] + nonfinite_flag)
         pairs = torch.where(fits, num_pairs.float(), count.float())
         return StepLosses(self._reconstruction[number].clone(), (num_fired / batch).float(), pairs / batch, sums.active), count
 
     def _update_latents(
-        self, sae: TrainableSae, screened: "Rounded", buffers: "Buffers", sums: LatentSums, cost: Tensor, adam: AdamStep
+        self, sae: TrainableSae, screened: "Rounded", buffers: "GpuBuffers", sums: LatentSums, cost: Tensor, adam: AdamStep
     ) -> None:
         p, owned = sae.parameters, (sae.parameters, sae.squared, sae.touched, screened.parts, buffers.lists, sums, cost)
-        rows, bandwidth = (buffers.centred, buffers.errors, buffers.prefixes), sae.config.recipe.bandwidth
+        rows, bandwidth = (buffers.centred, buffers.errors, buffers.prefixes), sae.config.preset.bandwidth
         if self.collective.mesh.replicas == 1:
             update_latents(*owned, *rows, sae.coordinate_weights, buffers.segment_sums, bandwidth, adam)
             return
-        gradients = p["w_dec"].new_empty(sae.width, 2, p["w_dec"].shape[1])
+        gradients = p["W_dec"].new_empty(sae.width, 2, p["W_dec"].shape[1])
         sum_gradients(gradients, buffers.lists, p["threshold"], *rows, buffers.segment_sums)
         self.collective.sum_(gradients, "replicas")
         batch = len(buffers.centred) * self.collective.mesh.replicas
@@ -160,12 +160,12 @@ class GpuPairs:
     def _update_b_dec(self, sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:
         """The decoder's bias, whose gradient every pair reaches; its means of squared gradients are always up to date."""
         p, v = sae.parameters["b_dec"], sae.squared["b_dec"]
-        from_latents = sum_through_encoder(sums.d_b_enc, sae.parameters["w_enc"].T)
+        from_latents = sum_through_encoder(sums.d_b_enc, sae.parameters["W_enc"].T)
         self.collective.sum_(d_x_hat, "replicas")
         self.collective.sum_(from_latents, "shards")
         gradient = d_x_hat - from_latents
         moved, squared = p.clone(), v.clone()
-        adam_without_momentum(moved, gradient, squared, adam.rate, sae.config.recipe, adam.step, sae.config.recipe.largest_step)
+        adam_without_momentum(moved, gradient, squared, adam.rate, sae.config.preset, adam.step, sae.config.preset.largest_step)
         p.copy_(torch.where(fits, moved, p))
         v.copy_(torch.where(fits, squared, v))
 
@@ -173,12 +173,12 @@ class GpuPairs:
         """Latents of the largest shard."""
         return blocks(sae.config.width, self.collective.mesh.shards)
 
-    def _buffers_for(self, rows: int, d_in: int, prefixes: tuple[int, ...], widest: int | None = None) -> "Buffers":
+    def _buffers_for(self, rows: int, d_in: int, prefixes: tuple[int, ...], widest: int | None = None) -> "GpuBuffers":
         """Memory for latents whose prefixes these are; as much room as the `widest` shard wants, so that all have the same."""
         key = (rows, d_in, widest or prefixes[-1], *prefixes)
         if key not in self._buffers:
             room = self.max_pairs or list_room(rows, widest or prefixes[-1])
-            self._buffers[key] = Buffers(rows, d_in, prefixes, room, self.saes[0].touched.device)
+            self._buffers[key] = GpuBuffers(rows, d_in, prefixes, room, self.saes[0].touched.device)
         return self._buffers[key]
 
 
@@ -198,7 +198,7 @@ class Rounded:
             round_rows(self.rows, *self.parts)
 
 
-class Buffers:
+class GpuBuffers:
     """Memory for one step of one SAE, shared by all of the same shapes."""
 
     def __init__(self, rows: int, d_in: int, prefixes: tuple[int, ...], room: int, device: torch.device) -> None:
@@ -230,7 +230,7 @@ class Buffers:
         """
         p, lists = sae.parameters, self.lists
         round_rows(x, *self.rounded.parts, bias=p["b_dec"], centred=self.centred)
-        bandwidth = sae.config.recipe.bandwidth
+        bandwidth = sae.config.preset.bandwidth
         screen(self.rounded.parts, screened.parts, p["b_enc"], p["threshold"], bandwidth, self.by_row, self.by_latent)
         count_marks(self.by_row, self.row_start)
         count_marks(self.by_latent, lists.start)
@@ -243,7 +243,7 @@ class Buffers:
         list_marks(self.by_row, self.row_start, self.latent, self.line)
         list_marks(self.by_latent, lists.start, lists.row, lists.latent)
         total = lists.start[-1]
-        pre_activations_at(lists.pre, self.centred, lists.row, p["w_enc"].T, lists.latent, p["b_enc"], total)
+        pre_activations_at(lists.pre, self.centred, lists.row, p["W_enc"].T, lists.latent, p["b_enc"], total)
         to_rows(lists.pre, lists.row, lists.latent, self.row_start, self.latent, self.pre_by_row, total, sae.width)
         return count, fits
 
@@ -252,14 +252,14 @@ class Buffers:
         p, lists, mesh = sae.parameters, self.lists, collective.mesh
         batch = len(x) * mesh.replicas
         squares = decode_errors(
-            self.errors, x, p["b_dec"], p["w_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"], self.prefixes,
+            self.errors, x, p["b_dec"], p["W_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"], self.prefixes,
             batch, mesh.shard == 0,
         )  # fmt: skip
         if mesh.shards > 1:
             collective.sum_(self.errors, "shards")
             squares = (self.errors[-1] * (batch * len(self.errors) / 2)).square().sum() / batch
         gradients_at(
-            lists.d_f, self.errors, lists.row, p["w_dec"], lists.latent, lists.pre, p["threshold"], sae.config.recipe.bandwidth,
+            lists.d_f, self.errors, lists.row, p["W_dec"], lists.latent, lists.pre, p["threshold"], sae.config.preset.bandwidth,
             self.prefixes, lists.start[-1],
         )  # fmt: skip
         return squares
@@ -267,9 +267,9 @@ class Buffers:
 
 def adam_at(sae: TrainableSae, step: int, steps: int) -> AdamStep:
     """Adam's numbers at `step` of `steps`."""
-    recipe = sae.config.recipe
-    rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
-    follow = recipe.encoder_scale if recipe.encoder_follows else 0.0
-    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(recipe, step, steps))
-    least_share = 1 / recipe.largest_step if recipe.largest_step else 0.0
-    return AdamStep(step, recipe.beta2, recipe.epsilon, least_share, *rates, follow)
+    preset = sae.config.preset
+    rate = preset.learning_rate * learning_rate_share(preset, step, steps)
+    follow = preset.encoder_scale if preset.encoder_follows else 0.0
+    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(preset, step, steps))
+    least_share = 1 / preset.largest_step if preset.largest_step else 0.0
+    return AdamStep(step, preset.beta2, preset.epsilon, least_share, *rates, follow)

@@ -31,25 +31,25 @@ def warm_start(
 
     Of a transcoder, b_dec becomes the mean of the `target` rows.
 
-    Before, where the recipe lets encoders follow, w_enc is weighed by `coordinate_weights` of these rows.
+    Before, where the preset lets encoders follow, W_enc is weighed by `coordinate_weights` of these rows.
 
     Of several ranks each gives its own rows; the mean and the quantile are those of all rows and all latents.
     """
     p, config = sae.parameters, sae.config
     x = _gathered(x, "replicas", collective)
     p["b_dec"].copy_((x if target is None else target).mean(0))
-    if config.recipe.encoder_follows:
+    if config.preset.encoder_follows:
         sae.coordinate_weights.copy_(coordinate_weights(x))
-        p["w_enc"].copy_((p["w_dec"] * sae.coordinate_weights).T.mul(config.recipe.encoder_scale))
+        p["W_enc"].copy_((p["W_dec"] * sae.coordinate_weights).T.mul(config.preset.encoder_scale))
     if config.target_l0 is not None:
         rows = x[: max(1, PRODUCTS // config.width)]
-        pre = pre_activations(sae.seen(rows), p["w_enc"], p["b_enc"]).flatten()
+        pre = pre_activations(sae.seen(rows), p["W_enc"], p["b_enc"]).flatten()
         rank = min(len(rows) * config.width, max(1, round(config.target_l0 * len(rows))))
         largest = pre.topk(min(rank, len(pre))).values
         if collective.mesh.shards > 1:  # the rank-th largest of all is among the largest of each shard
             padded = torch.cat([largest, largest.new_full((rank - len(largest),), -torch.inf)])
             largest = _gathered(padded, "shards", collective).topk(rank).values
-        p["threshold"].fill_(largest[-1].clamp(min=config.recipe.initial_threshold))
+        p["threshold"].fill_(largest[-1].clamp(min=config.preset.initial_threshold))
 
 
 def coordinate_weights(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " d_in"]:
@@ -78,7 +78,7 @@ def _gathered(part: Tensor, axis: Axis, collective: Collective) -> Tensor:
 def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int | Tensor, collective: Collective = ALONE) -> None:
     """Move all thresholds by what brings L0 to its target, to first order: a Newton step, damped, on the pairs just seen.
 
-    Latents that have been silent for the recipe's revive_steps, of `steps` done (a number, or [] on the device), come down
+    Latents that have been silent for the preset's revive_steps, of `steps` done (a number, or [] on the device), come down
     besides, until they fire.
 
     Pairs below their threshold fill half a bandwidth, so (pairs - L0) / (bandwidth / 2) is how much L0 falls per unit of
@@ -86,12 +86,12 @@ def drive_thresholds(sae: TrainableSae, losses: StepLosses, steps: int | Tensor,
     """
     target, threshold = sae.config.target_l0, sae.parameters["threshold"]
     assert target is not None
-    density = (losses.pairs - losses.l0) / (sae.config.recipe.bandwidth / 2)
+    density = (losses.pairs - losses.l0) / (sae.config.preset.bandwidth / 2)
     limit = LARGEST_MOVE * _mean_of_latents(threshold, sae.config.width, collective)
     move = (DAMPING * (losses.l0 - target) / density.clamp(min=1e-6)).clamp(-limit, limit)
     threshold.add_(move).clamp_(min=0)
-    if sae.config.recipe.revive_steps is not None:
-        threshold.mul_(torch.where(steps - sae.last_fired >= sae.config.recipe.revive_steps, REVIVAL, 1.0))
+    if sae.config.preset.revive_steps is not None:
+        threshold.mul_(torch.where(steps - sae.last_fired >= sae.config.preset.revive_steps, REVIVAL, 1.0))
 
 
 def _mean_of_latents(values: Float[Tensor, " d_sae"], width: int, collective: Collective) -> Float[Tensor, ""]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int32, Shaped
 from torch import Tensor
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.folded import Sae, from_tensors
 from everyscope.sae.functional import (
     Gradients,
@@ -28,9 +28,9 @@ from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import direction_rate, learning_rate_share, skip_rate, sparsity_weight, threshold_rate
 
-TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 """Of every SAE; a transcoder with a skip has w_skip besides."""
-LATENT_AXIS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0} | {
+LATENT_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "b_dec": None, "threshold": 0, "touched": 0, "last_fired": 0} | {
     "coordinate_weights": None,
     "w_skip": None,
 }
@@ -55,17 +55,17 @@ class StepLosses:
 
 @dataclass(frozen=True)
 class TrainableSae:
-    """The tensors of one SAE in training, changed in place by its engine. w_enc is stored by latent: w_enc.T is contiguous.
+    """The tensors of one SAE in training, changed in place by its engine. W_enc is stored by latent: W_enc.T is contiguous.
 
     Of a shard, d_sae is the number of its own latents; `config` is always that of the whole SAE.
     """
 
     config: SaeConfig
     parameters: dict[str, Tensor]
-    """w_enc [d_in, d_sae], w_dec [d_sae, d_out], b_enc [d_sae], b_dec [d_out], threshold [d_sae], maybe w_skip [d_in, d_out];
+    """W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc [d_sae], b_dec [d_out], threshold [d_sae], maybe w_skip [d_in, d_out];
     float32."""
     squared: dict[str, Tensor]
-    """Adam's running mean of each parameter's squared gradient, of the same shapes; with a direction_rate, of w_dec's rows'
+    """Adam's running mean of each parameter's squared gradient, of the same shapes; with a direction_rate, of W_dec's rows'
     squared norms, [d_sae]."""
     coordinate_weights: Float[Tensor, " d_in"]
     """How much an encoder that follows its direction does so in each coordinate; mean 1."""
@@ -92,7 +92,7 @@ class TrainableSae:
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations of normalised activations."""
         p = self.parameters
-        return jumprelu(pre_activations(self.seen(x), p["w_enc"], p["b_enc"]), p["threshold"])
+        return jumprelu(pre_activations(self.seen(x), p["W_enc"], p["b_enc"]), p["threshold"])
 
     def seen(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """What the encoder sees of normalised activations."""
@@ -100,7 +100,7 @@ class TrainableSae:
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """The reconstruction of normalised activations, or the prediction from them."""
-        y_hat = decode(self.encode(x), self.parameters["w_dec"], self.parameters["b_dec"])
+        y_hat = decode(self.encode(x), self.parameters["W_dec"], self.parameters["b_dec"])
         return y_hat + x @ self.parameters["w_skip"] if "w_skip" in self.parameters else y_hat
 
     def tensors(self) -> dict[str, Tensor]:
@@ -125,22 +125,22 @@ def new_sae(
     """
     latents = range(config.width) if latents is None else latents
     width, sizes = len(latents), (d_in, d_in if d_out is None else d_out)
-    w_dec = _directions([config.seed, config.width], sizes[1], latents)
-    rows = w_dec if sizes[0] == sizes[1] else _directions([config.seed, config.width, 1], d_in, latents)
+    W_dec = _directions([config.seed, config.width], sizes[1], latents)
+    rows = W_dec if sizes[0] == sizes[1] else _directions([config.seed, config.width, 1], d_in, latents)
     parameters = {
-        "w_enc": (rows * config.recipe.encoder_scale).T,
-        "w_dec": w_dec,
+        "W_enc": (rows * config.preset.encoder_scale).T,
+        "W_dec": W_dec,
         "b_enc": torch.zeros(width),
         "b_dec": torch.zeros(sizes[1]),
-        "threshold": torch.full((width,), config.recipe.initial_threshold),
+        "threshold": torch.full((width,), config.preset.initial_threshold),
     }
     if config.skip:
         assert d_out is not None, "a skip is a transcoder's"
         parameters["w_skip"] = torch.zeros(sizes)
     on_device = {name: tensor.to(device) for name, tensor in parameters.items()}
     squared = {name: torch.zeros_like(tensor) for name, tensor in on_device.items()}
-    if config.recipe.direction_rate is not None:
-        squared["w_dec"] = torch.zeros(width, device=device)
+    if config.preset.direction_rate is not None:
+        squared["W_dec"] = torch.zeros(width, device=device)
     touched, last_fired = (torch.zeros(width, dtype=torch.int32, device=device) for _ in range(2))
     weights = torch.ones(d_in, device=device)
     return TrainableSae(config, on_device, squared, weights, touched, last_fired, latents.start, d_out is not None)
@@ -170,7 +170,7 @@ def dense_update(
         target=target,
         is_transcoder=sae.is_transcoder,
         penalty=partial(penalty, sae.config, sparsity_weight(sae.config, step)),
-        bandwidth=sae.config.recipe.bandwidth,
+        bandwidth=sae.config.preset.bandwidth,
         prefixes=sae.config.prefixes,
     )
     return move_along(sae, gradients, step, steps)
@@ -178,24 +178,24 @@ def dense_update(
 
 def move_along(sae: TrainableSae, gradients: Gradients, step: int, steps: int) -> StepLosses:
     """The half of `dense_update` that follows the gradients, for the latents held here."""
-    recipe = sae.config.recipe
-    rate = recipe.learning_rate * learning_rate_share(recipe, step, steps)
+    preset = sae.config.preset
+    rate = preset.learning_rate * learning_rate_share(preset, step, steps)
     rates = dict.fromkeys(TENSORS, rate) | {"threshold": threshold_rate(sae.config, step, steps)}
-    rates["w_skip"] = skip_rate(recipe, step, steps)
-    if recipe.direction_rate is not None:
-        rates["w_dec"] = direction_rate(recipe, step, steps)
-    directions = sae.parameters["w_dec"].clone() if recipe.encoder_follows else None
+    rates["w_skip"] = skip_rate(preset, step, steps)
+    if preset.direction_rate is not None:
+        rates["W_dec"] = direction_rate(preset, step, steps)
+    directions = sae.parameters["W_dec"].clone() if preset.encoder_follows else None
     for name in sae.parameters:
         parameter, gradient, squared = sae.parameters[name], getattr(gradients, name), sae.squared[name]
-        if name == "w_dec":
+        if name == "W_dec":
             gradient = without_parallel_part(gradient, parameter)
         adam = adam_without_momentum if parameter.shape == squared.shape else adam_by_row
-        largest = None if name == "threshold" else recipe.largest_step
-        adam(parameter, gradient, squared, rates[name], recipe, step, largest)
-    sae.parameters["w_dec"].copy_(unit_rows(sae.parameters["w_dec"]))
+        largest = None if name == "threshold" else preset.largest_step
+        adam(parameter, gradient, squared, rates[name], preset, step, largest)
+    sae.parameters["W_dec"].copy_(unit_rows(sae.parameters["W_dec"]))
     if directions is not None:
-        moved = (sae.parameters["w_dec"] - directions).mul_(sae.coordinate_weights)
-        sae.parameters["w_enc"].add_(moved.T, alpha=recipe.encoder_scale)
+        moved = (sae.parameters["W_dec"] - directions).mul_(sae.coordinate_weights)
+        sae.parameters["W_enc"].add_(moved.T, alpha=preset.encoder_scale)
     # Below zero a threshold would let negative values pass, which the released form cannot express.
     sae.parameters["threshold"].clamp_(min=0)
     sae.touched.fill_(step + 1)
@@ -205,10 +205,10 @@ def move_along(sae: TrainableSae, gradients: Gradients, step: int, steps: int) -
 @torch.no_grad()
 def catch_up(sae: TrainableSae, steps: int) -> None:
     """Let the means of squared gradients of all latents include `steps` steps: those left out had gradients of zero."""
-    decay = (sae.config.recipe.beta2 ** (steps - sae.touched).double()).to(sae.squared["b_enc"].dtype)
-    for name in ("w_enc", "b_enc", "threshold"):
+    decay = (sae.config.preset.beta2 ** (steps - sae.touched).double()).to(sae.squared["b_enc"].dtype)
+    for name in ("W_enc", "b_enc", "threshold"):
         sae.squared[name].mul_(decay)
-    sae.squared["w_dec"].mul_(decay if sae.squared["w_dec"].dim() == 1 else decay[:, None])
+    sae.squared["W_dec"].mul_(decay if sae.squared["W_dec"].dim() == 1 else decay[:, None])
     sae.touched.fill_(steps)
 
 
@@ -217,16 +217,16 @@ def adam_without_momentum(
     gradient: Tensor,
     squared: Tensor,
     rate: float,
-    recipe: SaeRecipe,
+    preset: SaePreset,
     step: int,
     largest_step: float | None = None,
 ) -> None:
     """Adam with beta1 = 0 (arXiv 1412.6980, algorithm 1), in place; `step` counts from 0. No step is above `largest_step`."""
-    squared.mul_(recipe.beta2).addcmul_(gradient, gradient, value=1 - recipe.beta2)
-    root = (squared / (1 - recipe.beta2 ** (step + 1))).sqrt_()
+    squared.mul_(preset.beta2).addcmul_(gradient, gradient, value=1 - preset.beta2)
+    root = (squared / (1 - preset.beta2 ** (step + 1))).sqrt_()
     if largest_step is not None:
         root = torch.maximum(root, gradient.abs().div_(largest_step))
-    parameter.addcdiv_(gradient, root.add_(recipe.epsilon), value=-rate)
+    parameter.addcdiv_(gradient, root.add_(preset.epsilon), value=-rate)
 
 
 def adam_by_row(
@@ -234,43 +234,43 @@ def adam_by_row(
     gradient: Float[Tensor, "rows d"],
     squared: Float[Tensor, " rows"],
     rate: float,
-    recipe: SaeRecipe,
+    preset: SaePreset,
     step: int,
     largest_step: float | None = None,
 ) -> None:
     """`adam_without_momentum` of whole rows: one mean each, of the gradient's squared norm, so that a step goes along it."""
     total = gradient.square().sum(1)
-    squared.mul_(recipe.beta2).add_(total, alpha=1 - recipe.beta2)
-    root = (squared / (1 - recipe.beta2 ** (step + 1))).sqrt_()
+    squared.mul_(preset.beta2).add_(total, alpha=1 - preset.beta2)
+    root = (squared / (1 - preset.beta2 ** (step + 1))).sqrt_()
     if largest_step is not None:
         root = torch.maximum(root, total.sqrt_().div_(largest_step))
-    rows.addcmul_(gradient, root.add_(recipe.epsilon).reciprocal_()[:, None], value=-rate)
+    rows.addcmul_(gradient, root.add_(preset.epsilon).reciprocal_()[:, None], value=-rate)
 
 
 def fold(sae: TrainableSae, normalisation: Normalisation, target: Normalisation | None = None) -> Sae:
     """The coder on raw activations x_raw = mean + scale * x: an SAE without its pre-encoder bias, a transcoder of raw `target`s.
 
     Gemma Scope, appendix A, eq. 5 to 11, and the mean: b_dec' = mean + scale b_dec, and as much less reaches the encoder,
-    b_enc' = scale (b_enc - b_dec @ w_enc) - mean @ w_enc. A transcoder has a scale and a mean for each side. Its latents are in
-    the target's units, so that rows of W_dec keep norm one: with r = target scale / scale, W_enc' = r w_enc, b_enc' =
+    b_enc' = scale (b_enc - b_dec @ W_enc) - mean @ W_enc. A transcoder has a scale and a mean for each side. Its latents are in
+    the target's units, so that rows of W_dec keep norm one: with r = target scale / scale, W_enc' = r W_enc, b_enc' =
     target scale b_enc - mean @ W_enc', W_skip' = r w_skip, b_dec' = target mean + target scale b_dec - mean @ W_skip'.
     """
     p = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in sae.parameters.items()}
-    mean = _mean_of(normalisation, len(p["w_enc"]))
+    mean = _mean_of(normalisation, len(p["W_enc"]))
     if target is None:
         assert not sae.is_transcoder, "a transcoder's target has a normalisation of its own"
         scale = normalisation.scale
         folded = {
-            "W_enc": p["w_enc"],
-            "W_dec": p["w_dec"],
-            "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["w_enc"]) - mean @ p["w_enc"],
+            "W_enc": p["W_enc"],
+            "W_dec": p["W_dec"],
+            "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["W_enc"]) - mean @ p["W_enc"],
             "b_dec": mean + scale * p["b_dec"],
             "threshold": scale * p["threshold"],
         }
         return from_tensors({name: tensor.float().contiguous() for name, tensor in folded.items()})
     scale, ratio = target.scale, target.scale / normalisation.scale
-    w_enc, b_dec = ratio * p["w_enc"], _mean_of(target, len(p["b_dec"])) + scale * p["b_dec"]
-    folded = {"W_enc": w_enc, "W_dec": p["w_dec"], "b_enc": scale * p["b_enc"] - mean @ w_enc}
+    W_enc, b_dec = ratio * p["W_enc"], _mean_of(target, len(p["b_dec"])) + scale * p["b_dec"]
+    folded = {"W_enc": W_enc, "W_dec": p["W_dec"], "b_enc": scale * p["b_enc"] - mean @ W_enc}
     if "w_skip" in p:
         folded["W_skip"] = ratio * p["w_skip"]
         b_dec = b_dec - mean @ folded["W_skip"]

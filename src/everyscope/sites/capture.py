@@ -13,7 +13,7 @@ from everyscope.sites.hooks import Visitor, visiting
 from everyscope.sites.inputs import Inputs, read_inputs
 from everyscope.sites.model import LanguageModel, bare
 from everyscope.sites.names import BySite, Site, sites_in
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 
 Activations = dict[Site, Float[Tensor, "batch ctx d_in"]]
 """Raw activations by site, in the model's dtype and on its device."""
@@ -59,7 +59,7 @@ def capture(
     sites or inputs that are none, or a layer that the model does not have; ModelError for a model that is unknown or that did
     not run a module it should have run.
     """
-    wanted, anatomy = sites_in(sites), anatomy_of(bare(model))
+    wanted, adapter = sites_in(sites), adapter_of(bare(model))
     input_ids, mask = read_inputs(model, inputs, attention_mask, tokenizer)
     model = bare(model)
     found: BySite[Tensor] = BySite()
@@ -74,13 +74,13 @@ def capture(
 
     device = next(model.parameters()).device
     mask = None if mask is None else mask.to(device)
-    with visiting([(anatomy.place(site), keep(site)) for site in wanted]):
+    with visiting([(adapter.hook_point(site), keep(site)) for site in wanted]):
         try:
             model(input_ids=input_ids.to(device), attention_mask=mask, use_cache=False)
         except _AllCaptured:
             return found[wanted[0]] if isinstance(sites, Site | str) else BySite((site, found[site]) for site in wanted)
     missing = ", ".join(str(site) for site in wanted if site not in found)
-    raise ModelError(f"{type(model).__name__} did not run {missing}; its anatomy in sites/registry.py is wrong")
+    raise ModelError(f"{type(model).__name__} did not run {missing}; its adapter in sites/registry.py is wrong")
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def capturing(model: nn.Module | LanguageModel, sites: Site | str | Iterable[Sit
     For callers who need the logits too, or gradients: nothing is detached. Inside a `splice`, it gives what the splice
     put there; around one, what was there before. Raises as `capture` does.
     """
-    anatomy = anatomy_of(bare(model))
+    adapter = adapter_of(bare(model))
     found: BySite[Tensor] = BySite()
 
     def keep(site: Site) -> Visitor:
@@ -99,5 +99,5 @@ def capturing(model: nn.Module | LanguageModel, sites: Site | str | Iterable[Sit
 
         return visit
 
-    with visiting([(anatomy.place(site), keep(site)) for site in sites_in(sites)]):
+    with visiting([(adapter.hook_point(site), keep(site)) for site in sites_in(sites)]):
         yield found

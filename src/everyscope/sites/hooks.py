@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from everyscope.sites.registry import Place
+from everyscope.sites.registry import HookPoint
 
 Visitor = Callable[[Tensor], Tensor | None]
 """Takes the activations at a place [batch ctx d_in]; what it returns, unless None, takes their place."""
 
 
 @contextmanager
-def visiting(visits: Iterable[tuple[Place, Visitor]]) -> Iterator[None]:
+def visiting(visits: Iterable[tuple[HookPoint, Visitor]]) -> Iterator[None]:
     """Let each visitor see its place in every forward pass inside the block. At one place, visitors come in order of entry."""
     with ExitStack() as stack:
         for place, visitor in visits:
@@ -25,7 +25,7 @@ def visiting(visits: Iterable[tuple[Place, Visitor]]) -> Iterator[None]:
         yield
 
 
-def _attach(place: Place, visitor: Visitor) -> RemovableHandle:
+def _attach(place: HookPoint, visitor: Visitor) -> RemovableHandle:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             replaced = visitor(args[0])

@@ -14,38 +14,38 @@ from torch import Tensor, nn
 from everyscope.base.errors import ModelError
 from everyscope.sites.hooks import Visitor, visiting
 from everyscope.sites.names import Site
-from everyscope.sites.registry import Anatomy, Place, anatomy_of
+from everyscope.sites.registry import HookPoint, ModelAdapter, adapter_of
 
 TOY_BATCH, TOY_CONTEXT = 2, 16
 """Size of the pass that the check makes [sequences] and [tokens]."""
 
 
 @torch.no_grad()
-def check_residual_identity(model: nn.Module, tolerance: float | None = None, anatomy: Anatomy | None = None) -> float:
+def check_residual_identity(model: nn.Module, tolerance: float | None = None, adapter: ModelAdapter | None = None) -> float:
     """Check every layer on a short batch of arbitrary tokens and return the largest error [1].
 
     Four errors per layer, each at its worst token: of resid_post = resid_pre + attention's part + MLP's part, relative to
     the longest of these four vectors, of W_O's output against the attention module's, of the MLP module run again on mlp_in
-    against mlp_out, and of the norm before it run again on resid_mid against mlp_in. `anatomy` is the registry's
+    against mlp_out, and of the norm before it run again on resid_mid against mlp_in. `adapter` is the registry's
     unless given; `tolerance` is `default_tolerance` of the model's dtype unless given. ModelError, naming layer and
     error, where one is larger.
     """
-    anatomy = anatomy_of(model) if anatomy is None else anatomy
+    adapter = adapter_of(model) if adapter is None else adapter
     tolerance = default_tolerance(next(model.parameters()).dtype) if tolerance is None else tolerance
-    places: dict[tuple[int, str], Place] = {}
-    for layer, block in enumerate(anatomy.blocks):
-        places[layer, "pre"] = Place(block, "input")
-        places[layer, "post"] = anatomy.place(Site("resid_post", layer))
-        places[layer, "attention"] = anatomy.attention_added(layer)
-        places[layer, "mlp"] = anatomy.place(Site("mlp_out", layer))
-        places[layer, "projected"] = anatomy.projected(layer)
-        places[layer, "attended"] = anatomy.attention(layer)
-        places[layer, "mlp_in"] = anatomy.place(Site("mlp_in", layer))
-        places[layer, "mid"] = anatomy.place(Site("resid_mid", layer))
-    found = _run(model, places, anatomy.config.vocab_size)
+    places: dict[tuple[int, str], HookPoint] = {}
+    for layer, block in enumerate(adapter.blocks):
+        places[layer, "pre"] = HookPoint(block, "input")
+        places[layer, "post"] = adapter.hook_point(Site("resid_post", layer))
+        places[layer, "attention"] = adapter.attention_added(layer)
+        places[layer, "mlp"] = adapter.hook_point(Site("mlp_out", layer))
+        places[layer, "projected"] = adapter.projected(layer)
+        places[layer, "attended"] = adapter.attention(layer)
+        places[layer, "mlp_in"] = adapter.hook_point(Site("mlp_in", layer))
+        places[layer, "mid"] = adapter.hook_point(Site("resid_mid", layer))
+    found = _run(model, places, adapter.config.vocab_size)
     worst = 0.0
-    for layer in range(anatomy.num_layers):
-        for complaint, error in _errors(anatomy, found, layer):
+    for layer in range(adapter.num_layers):
+        for complaint, error in _errors(adapter, found, layer):
             if not error <= tolerance:  # so that NaN fails too
                 raise ModelError(
                     f"{type(model).__name__}, layer {layer}: {complaint} (relative error {error:.2g}, allowed {tolerance:.2g}); "
@@ -55,15 +55,15 @@ def check_residual_identity(model: nn.Module, tolerance: float | None = None, an
     return worst
 
 
-def _errors(anatomy: Anatomy, found: dict[tuple[int, str], Tensor], layer: int) -> Iterator[tuple[str, float]]:
+def _errors(adapter: ModelAdapter, found: dict[tuple[int, str], Tensor], layer: int) -> Iterator[tuple[str, float]]:
     """What may be wrong with a layer, and by how much it is; modules run again only where all before is right."""
     pre, post, attention, mlp, projected, attended, mlp_in, mid = (
         _seen(found, layer, name) for name in ("pre", "post", "attention", "mlp", "projected", "attended", "mlp_in", "mid")
     )
     yield "its output is not its input plus what its attention and MLP add", _error(post, pre, attention, mlp)
     yield "its attention does not end in the projection that attn_out is read from", _error(attended, projected)
-    yield "its MLP does not make mlp_out of mlp_in", _error_again(mlp, anatomy.mlp_parts(layer), mlp_in)
-    yield "the norm before its MLP does not make mlp_in of resid_mid", _error_again(mlp_in, anatomy.norm_parts(layer), mid)
+    yield "its MLP does not make mlp_out of mlp_in", _error_again(mlp, adapter.mlp_parts(layer), mlp_in)
+    yield "the norm before its MLP does not make mlp_in of resid_mid", _error_again(mlp_in, adapter.norm_parts(layer), mid)
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -75,7 +75,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
     return max(1e-5, 2 * torch.finfo(dtype).eps)
 
 
-def _run(model: nn.Module, places: dict[tuple[int, str], Place], vocab_size: int) -> dict[tuple[int, str], Tensor]:
+def _run(model: nn.Module, places: dict[tuple[int, str], HookPoint], vocab_size: int) -> dict[tuple[int, str], Tensor]:
     """The activations at all places, in float64, from one pass over a few scattered token ids."""
     found: dict[tuple[int, str], Tensor] = {}
 

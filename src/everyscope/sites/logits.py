@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from everyscope.base.errors import ModelError, ShapeMismatch
 from everyscope.sites.names import Site
-from everyscope.sites.registry import Anatomy, anatomy_of
+from everyscope.sites.registry import ModelAdapter, adapter_of
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 """What families call the norm behind the last block; it lies beside the blocks."""
@@ -74,14 +74,14 @@ class LogitPath:
 
 def logit_path(model: nn.Module, site: Site) -> LogitPath:
     """The straight way from `site`; ModelError where the model has no head or its norms are of a kind that we do not know."""
-    anatomy = anatomy_of(model)
-    anatomy.block(site.layer)
+    adapter = adapter_of(model)
+    adapter.block(site.layer)
     projection, post_norm, words = None, None, []
     if site.kind == "attn_out":
-        projection = _projection(anatomy.projected(site.layer).module)
+        projection = _projection(adapter.projected(site.layer).module)
         words.append("W_O")
-        if anatomy.family.attention_added != anatomy.family.attention:
-            post_norm = gain_of(anatomy.attention_added(site.layer).module, anatomy.d_model)
+        if adapter.family.attention_added != adapter.family.attention:
+            post_norm = gain_of(adapter.attention_added(site.layer).module, adapter.d_model)
             words.append("post-attention norm's gain")
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -89,16 +89,16 @@ def logit_path(model: nn.Module, site: Site) -> LogitPath:
     return LogitPath(
         projection=projection,
         post_norm=post_norm,
-        final_norm=gain_of(final_norm(model, anatomy), anatomy.d_model),
+        final_norm=gain_of(final_norm(model, adapter), adapter.d_model),
         unembedding=head.weight.detach(),
         words=", ".join([*words, "final norm's gain", "unembedding"]),
-        softcap=getattr(anatomy.config, "final_logit_softcapping", None),
+        softcap=getattr(adapter.config, "final_logit_softcapping", None),
     )
 
 
-def final_norm(model: nn.Module, anatomy: Anatomy) -> nn.Module:
+def final_norm(model: nn.Module, adapter: ModelAdapter) -> nn.Module:
     """The norm between the last block and the head; ModelError where it is not beside the blocks."""
-    for path in anatomy.family.blocks:
+    for path in adapter.family.blocks:
         parent = path.rpartition(".")[0]
         for name in FINAL_NORMS:
             try:

@@ -22,7 +22,7 @@ from everyscope.base.extras import import_extra
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.identity import check_residual_identity
 from everyscope.sites.inputs import Inputs, read_inputs
-from everyscope.sites.registry import Anatomy, anatomy_of
+from everyscope.sites.registry import ModelAdapter, adapter_of
 from everyscope.text.tokenizer import load_tokenizer
 
 DTYPE_KEYWORD = "dtype" if tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56) else "torch_dtype"
@@ -41,7 +41,7 @@ class LanguageModel:
 
     model: nn.Module
     """The Hugging Face model, with its head."""
-    anatomy: Anatomy
+    adapter: ModelAdapter
     name: str
     """As the config names it: bundled name, folder or hub id."""
     revision: str | None = None
@@ -54,7 +54,7 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         parameter = next(self.model.parameters())
-        sizes = f"{self.anatomy.num_layers} layers, d_model={self.anatomy.d_model}, {parameter.dtype} on {parameter.device}"
+        sizes = f"{self.adapter.num_layers} layers, d_model={self.adapter.d_model}, {parameter.dtype} on {parameter.device}"
         return f"LanguageModel({self.name}: {type(self.model).__name__}, {sizes})"
 
     def __call__(self, inputs: Inputs, **more: Any) -> Any:
@@ -97,7 +97,7 @@ def load_language_model(config: ModelConfig | str, **fields: Any) -> LanguageMod
             f"model {config.name!r} cannot be loaded: {reason[:300]}; "
             f"give a bundled model ({', '.join(BUNDLED_MODELS)}), a folder with config.json and safetensors, or a hub id"
         ) from error
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     model.eval().requires_grad_(False)
     if not spread:
         model.to(device=device)
@@ -106,8 +106,8 @@ def load_language_model(config: ModelConfig | str, **fields: Any) -> LanguageMod
             f"model {config.name!r} by device_map={config.device_map}: not even its embeddings fit a device of this machine; "
             "take one with more memory"
         )
-    check_residual_identity(model, anatomy=anatomy)
-    return LanguageModel(model, anatomy, config.name, config.revision)
+    check_residual_identity(model, adapter=adapter)
+    return LanguageModel(model, adapter, config.name, config.revision)
 
 
 def _resolved(config: ModelConfig | str, fields: dict[str, Any]) -> ModelConfig:

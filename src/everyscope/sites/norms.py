@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from everyscope.base.errors import ModelError
 from everyscope.sites.logits import gain_of
-from everyscope.sites.registry import Anatomy
+from everyscope.sites.registry import ModelAdapter
 
 LARGE = 2.0**13
 """Size of the row that a norm is asked about: beside it the norm's epsilon is nothing, and its square is exact."""
@@ -25,15 +25,15 @@ class Affine:
 
 
 @torch.no_grad()
-def mlp_norm_of(anatomy: Anatomy, layer: int) -> Affine:
+def mlp_norm_of(adapter: ModelAdapter, layer: int) -> Affine:
     """The gain and bias of the norm before the MLP of `layer`, float32; found by running it, for Gemma multiplies by 1 + weight.
 
     ModelError where there is no such norm, or where it is neither RMSNorm nor LayerNorm.
     """
-    norm = anatomy.mlp_norm(layer)
+    norm = adapter.mlp_norm(layer)
     if norm is None:
         raise ModelError(f"layer {layer}: the MLP reads the residual stream, without a norm; its input has one form only")
-    return affine_of(norm, anatomy.d_model)
+    return affine_of(norm, adapter.d_model)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """Where one architecture keeps its parts: dotted paths, from the model to its blocks and from a block to its modules."""
 
     blocks: tuple[str, ...]
@@ -35,23 +35,25 @@ class Family:
     """The whole MLP module."""
 
 
-def _pre_norm(*blocks: str) -> Family:
+def _pre_norm(*blocks: str) -> ModelFamily:
     """Blocks that add what attention and MLP give, as it is."""
-    return Family(blocks, "self_attn", "self_attn.o_proj", "self_attn", "mlp", "post_attention_layernorm")
+    return ModelFamily(blocks, "self_attn", "self_attn.o_proj", "self_attn", "mlp", "post_attention_layernorm")
 
 
-def _post_norm(*blocks: str, mlp_norm: str | None = "pre_feedforward_layernorm") -> Family:
+def _post_norm(*blocks: str, mlp_norm: str | None = "pre_feedforward_layernorm") -> ModelFamily:
     """Blocks that normalise what attention and MLP give before they add it."""
-    return Family(blocks, "self_attn", "self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm", mlp_norm)
+    return ModelFamily(
+        blocks, "self_attn", "self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm", mlp_norm
+    )
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     "gemma": _pre_norm("model.layers"),
     "gemma2": _post_norm("model.layers"),
     "gemma3": _post_norm("model.language_model.layers", "language_model.model.layers"),
     "gemma3_text": _post_norm("model.layers"),
-    "gpt2": Family(("transformer.h",), "attn", "attn.c_proj", "attn", "mlp", "ln_2"),
-    "gpt_neox": Family(("gpt_neox.layers",), "attention", "attention.dense", "attention", "mlp", "post_attention_layernorm"),
+    "gpt2": ModelFamily(("transformer.h",), "attn", "attn.c_proj", "attn", "mlp", "ln_2"),
+    "gpt_neox": ModelFamily(("gpt_neox.layers",), "attention", "attention.dense", "attention", "mlp", "post_attention_layernorm"),
     "llama": _pre_norm("model.layers"),
     "mistral": _pre_norm("model.layers"),
     "olmo2": _post_norm("model.layers", mlp_norm=None),
@@ -63,7 +65,7 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class HookPoint:
     """One side of one module: its first argument, or what it returns (element 0 where that is a tuple)."""
 
     module: nn.Module
@@ -71,10 +73,10 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
+class ModelAdapter:
     """The blocks of one model and what to find in them."""
 
-    family: Family
+    family: ModelFamily
     blocks: tuple[nn.Module, ...]
     config: Any
     """The config of the language part, from which the blocks were built."""
@@ -89,43 +91,43 @@ class Anatomy:
         """Width of the residual stream."""
         return self.config.hidden_size
 
-    def place(self, site: Site) -> Place:
+    def hook_point(self, site: Site) -> HookPoint:
         """Where `site` is read: of a transcoder's, what the MLP reads. ConfigError where the model has no such layer."""
         block = self.block(site.layer)
         match site.inputs[0].kind:
             case "embed":
-                return Place(block, "input")
+                return HookPoint(block, "input")
             case "attn_out":
-                return Place(_part(block, self.family.projection), "input")
+                return HookPoint(_part(block, self.family.projection), "input")
             case "mlp_out":
-                return Place(_part(block, self.family.mlp_added), "output")
+                return HookPoint(_part(block, self.family.mlp_added), "output")
             case "resid_post":
-                return Place(block, "output")
+                return HookPoint(block, "output")
             case "mlp_in":
-                return Place(_part(block, self.family.mlp), "input")
+                return HookPoint(_part(block, self.family.mlp), "input")
             case _:
-                return Place(_part(block, self.family.mlp_norm or self.family.mlp), "input")
+                return HookPoint(_part(block, self.family.mlp_norm or self.family.mlp), "input")
 
     def width(self, site: Site) -> int:
         """Size of the activations that a coder at `site` reads [d_in]: heads x head_dim for attn_out, else d_model."""
         if site.kind != "attn_out":
             self.block(site.layer)
             return self.d_model
-        place = self.place(site)
+        place = self.hook_point(site)
         # GPT-2's Conv1D has no in_features; it keeps its weight as [d_in, d_out].
         return getattr(place.module, "in_features", None) or place.module.get_parameter("weight").shape[0]
 
-    def attention(self, layer: int) -> Place:
+    def attention(self, layer: int) -> HookPoint:
         """What the attention module of `layer` gives, before any post-norm."""
-        return Place(_part(self.block(layer), self.family.attention), "output")
+        return HookPoint(_part(self.block(layer), self.family.attention), "output")
 
-    def projected(self, layer: int) -> Place:
+    def projected(self, layer: int) -> HookPoint:
         """What W_O of `layer` gives."""
-        return Place(_part(self.block(layer), self.family.projection), "output")
+        return HookPoint(_part(self.block(layer), self.family.projection), "output")
 
-    def attention_added(self, layer: int) -> Place:
+    def attention_added(self, layer: int) -> HookPoint:
         """What attention of `layer` adds to the residual stream [batch ctx d_model]."""
-        return Place(_part(self.block(layer), self.family.attention_added), "output")
+        return HookPoint(_part(self.block(layer), self.family.attention_added), "output")
 
     def mlp_parts(self, layer: int) -> tuple[nn.Module, ...]:
         """The modules that make mlp_out of mlp_in, one after another: the MLP and, where there is one, its post-norm."""
@@ -148,8 +150,8 @@ class Anatomy:
         return self.blocks[layer]
 
 
-def anatomy_of(model: nn.Module) -> Anatomy:
-    """The anatomy of a Hugging Face causal language model, by its config's `model_type`.
+def adapter_of(model: nn.Module) -> ModelAdapter:
+    """The adapter of a Hugging Face causal language model, by its config's `model_type`.
 
     ModelError where that type is unknown (the message lists the known ones) or its blocks are not where they should be.
     """
@@ -158,13 +160,13 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     if model_type not in FAMILIES:
         raise ModelError(
             f"model type {model_type!r} ({type(model).__name__}) is not supported; supported are {', '.join(FAMILIES)}; "
-            "use one of these or register its anatomy in everyscope.sites.registry.FAMILIES"
+            "use one of these or register its adapter in everyscope.sites.registry.FAMILIES"
         )
-    return dissect(model, FAMILIES[model_type])
+    return inspect_blocks(model, FAMILIES[model_type])
 
 
-def dissect(model: nn.Module, family: Family) -> Anatomy:
-    """The anatomy of `model` read as a member of `family`; ModelError where it has no blocks at the family's paths."""
+def inspect_blocks(model: nn.Module, family: ModelFamily) -> ModelAdapter:
+    """The adapter of `model` read as a member of `family`; ModelError where it has no blocks at the family's paths."""
     config: Any = model.config
     language_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for path in family.blocks:
@@ -172,7 +174,7 @@ def dissect(model: nn.Module, family: Family) -> Anatomy:
             blocks = model.get_submodule(path)
         except AttributeError:
             continue
-        return Anatomy(family, tuple(blocks.children()), language_config)
+        return ModelAdapter(family, tuple(blocks.children()), language_config)
     raise ModelError(
         f"{type(model).__name__} keeps no blocks at {' or '.join(family.blocks)}; "
         "load it with its language-model head (AutoModelForCausalLM), without wrappers"

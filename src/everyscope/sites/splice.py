@@ -15,7 +15,7 @@ from everyscope.sites.block_output import returns_tuple
 from everyscope.sites.hooks import Visitor, visiting
 from everyscope.sites.model import LanguageModel, bare
 from everyscope.sites.names import BySite, Site, Value, as_site
-from everyscope.sites.registry import Anatomy, Place, anatomy_of
+from everyscope.sites.registry import HookPoint, ModelAdapter, adapter_of
 
 Edit = Callable[..., Float[Tensor, "batch ctx d_out"]]
 """What replaces activations: a function of them that keeps their shape. An Sae is one. At a transcoder's site it is a function of
@@ -71,7 +71,7 @@ def splice(
     where a mask must be made but the pass has no input_ids.
     """
     model = bare(model)
-    anatomy, current, spliced = anatomy_of(model), _Mask(mask), Spliced()
+    adapter, current, spliced = adapter_of(model), _Mask(mask), Spliced()
     by_site = _edits_by_site(edits)
     latent_edits = dict.fromkeys(by_site, edit_latents) if callable(edit_latents) else _by_site(edit_latents)
     if unused := [str(site) for site in latent_edits if site not in by_site]:
@@ -82,7 +82,7 @@ def splice(
         elif keep_error or site in latent_edits:
             option = "keep_error" if keep_error else "edit_latents"
             raise ConfigError(f"splice at {site}: {option} needs an SAE, with encode and decode; got a {type(edit).__name__}")
-    visits = [visit for site, edit in by_site.items() for visit in _visits(anatomy, site, edit, current)]
+    visits = [visit for site, edit in by_site.items() for visit in _visits(adapter, site, edit, current)]
     with ExitStack() as stack:
         if mask is None:
             stack.enter_context(current.following(model))
@@ -109,7 +109,7 @@ def _edits_by_site(edits: Mapping[Any, Edit] | Edit) -> dict[Site, Edit]:
             )
         return found
     metadata = getattr(edits, "metadata", None)
-    site = getattr(metadata, "seat", getattr(metadata, "site", None))
+    site = getattr(metadata, "coder_site", getattr(metadata, "site", None))
     if site is None:
         raise ConfigError(
             f"{type(edits).__name__} does not say at which site to splice; write splice(model, {{'resid_post.3': sae}})"
@@ -159,11 +159,11 @@ def resuming(model: nn.Module, layer: int, resid: Float[Tensor, "batch ctx d_mod
     use_cache=False: the skipped blocks leave no keys and values. ConfigError for a layer that the model does not have,
     ShapeMismatch where `resid` fits neither model nor input.
     """
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     if layer != -1:
-        anatomy.block(layer)
-    if resid.shape[-1] != anatomy.d_model:
-        raise ShapeMismatch(f"resid has width {resid.shape[-1]}, the model {anatomy.d_model}; capture resid_post of this model")
+        adapter.block(layer)
+    if resid.shape[-1] != adapter.d_model:
+        raise ShapeMismatch(f"resid has width {resid.shape[-1]}, the model {adapter.d_model}; capture resid_post of this model")
 
     def shortcut(block: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -174,12 +174,12 @@ def resuming(model: nn.Module, layer: int, resid: Float[Tensor, "batch ctx d_mod
                     "give the input_ids that it was captured from"
                 )
             moved = resid.to(hidden)
-            return (moved,) if returns_tuple(block, anatomy.config, args, kwargs) else moved
+            return (moved,) if returns_tuple(block, adapter.config, args, kwargs) else moved
 
         return forward
 
     with ExitStack() as stack:
-        for block in anatomy.blocks[: layer + 1]:
+        for block in adapter.blocks[: layer + 1]:
             stack.enter_context(forward_replaced(block, shortcut(block)))
         yield
 
@@ -242,11 +242,11 @@ def special_ids(model: nn.Module) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _visits(anatomy: Anatomy, site: Site, edit: Edit, current: _Mask) -> list[tuple[Place, Visitor]]:
+def _visits(adapter: ModelAdapter, site: Site, edit: Edit, current: _Mask) -> list[tuple[HookPoint, Visitor]]:
     """The visits of one edit: one, or where the site reads one place and writes another, one of each."""
     reads, writes = site.inputs[0], site.outputs[0]
     if reads == writes:
-        return [(anatomy.place(site), _replace(site, edit, current))]
+        return [(adapter.hook_point(site), _replace(site, edit, current))]
     read: list[Tensor] = []
 
     def keep(x: Tensor) -> None:
@@ -255,7 +255,7 @@ def _visits(anatomy: Anatomy, site: Site, edit: Edit, current: _Mask) -> list[tu
     def replaced(y: Tensor) -> Tensor:
         return edit(read.pop(), y)
 
-    return [(anatomy.place(reads), keep), (anatomy.place(writes), _replace(writes, replaced, current))]
+    return [(adapter.hook_point(reads), keep), (adapter.hook_point(writes), _replace(writes, replaced, current))]
 
 
 def _replace(site: Site, edit: Edit, current: _Mask) -> Visitor:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from everyscope.base.errors import ConfigError, DataError
-from everyscope.formats.npz import NPZ_FILE
 from everyscope.sae.saelens import CONFIG_FILE, WEIGHTS_FILE
 from everyscope.sites.names import Site
+from everyscope.suite.formats.npz import NPZ_FILE
 
 INDEX_FILE, CARD_FILE, REPORT_FILE = "suite.json", "README.md", "report/index.html"
 TABLE_FILE, COST_FILE = "table.parquet", "cost.json"

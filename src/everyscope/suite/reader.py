@@ -10,12 +10,12 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from everyscope.base.errors import ConfigError, DataError, first_line
-from everyscope.formats import gemma_scope, sparsify
-from everyscope.formats.known import FORMATS, coders_in, read_coder
 from everyscope.sae.files import has_sae, read_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site, as_site
+from everyscope.suite.formats import gemma_scope, sparsify
+from everyscope.suite.formats.known import FORMATS, coders_in, read_coder
 from everyscope.suite.layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, suite_folder
 from everyscope.suite.records import Headline, SaeRecord, SuiteIndex, read_index
 from everyscope.suite.verify import checksums, verify_file

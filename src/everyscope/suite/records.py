@@ -160,7 +160,7 @@ class SaeRecord(Schema):
         return Site(self.site, self.layer)
 
 
-class Measured(Schema):
+class MeasuredOn(Schema):
     """What the suite was measured on."""
 
     data: str
@@ -190,7 +190,7 @@ class SuiteIndex(Schema):
     """Its name, for people."""
     model: str
     """The language model it is of: a bundled model's name, or a hub id."""
-    measured: Measured
+    measured: MeasuredOn
     """Text and sizes behind all numbers."""
     inputs: str
     """Hash of everything it was published from."""

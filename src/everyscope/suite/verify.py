@@ -68,13 +68,13 @@ def _verify_record(folder: Path, record: SaeRecord) -> None:
             raise DamagedData(f"{folder / name}: W_enc has shape {found}, suite.json says {shape}; {REMEDY}")
     path = folder / METRICS_FILE
     metrics = read_metrics(path)
-    said: dict[str, Any] = {"site": record.site, "layer": record.layer, "d_in": record.d_in, "width": record.width}
-    said |= record.metrics.model_dump()
+    recorded: dict[str, Any] = {"site": record.site, "layer": record.layer, "d_in": record.d_in, "width": record.width}
+    recorded |= record.metrics.model_dump()
     try:
         found = metrics | headline_of(metrics, is_canonical=record.metrics.is_canonical).model_dump()
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise DamagedData(f"{path}: has not the numbers that suite.json shows ({type(error).__name__}); {REMEDY}") from error
-    for name, want in said.items():
+    for name, want in recorded.items():
         if name not in found or found[name] != want:
             raise DamagedData(f"{path}: {name} is {found.get(name)!r}, suite.json says {want!r}; {REMEDY}")
 

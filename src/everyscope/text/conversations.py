@@ -108,13 +108,13 @@ def spans_of(tokenizer: Any, messages: Messages, text: str, is_wanted: Callable[
     is_found = numbers == list(range(len(messages))) and text.startswith(parts[0])
     for number, frame in zip(numbers, parts[2::2], strict=True):
         content = messages[number]["content"] if number < len(messages) else ""
-        said = next((form for form in _forms(content) if text.startswith(form + frame, place)), None)
-        if not is_found or said is None:
+        content_text = next((form for form in _forms(content) if text.startswith(form + frame, place)), None)
+        if not is_found or content_text is None:
             is_found = False
             break
-        if said and is_wanted(messages[number]["role"]):
-            spans.append((place, place + len(said)))
-        place += len(said) + len(frame)
+        if content_text and is_wanted(messages[number]["role"]):
+            spans.append((place, place + len(content_text)))
+        place += len(content_text) + len(frame)
     if not is_found or place != len(text):
         raise TextError(
             f"{name}: the chat template of {tokenizer.name_or_path!r} does not write every message as it is, so that roles "

@@ -89,11 +89,13 @@ class _Encoder:
         result = []
         for number, (document, text) in enumerate(zip(documents, texts, strict=True)):
             ids = found["input_ids"][number]
-            is_said = self._is_said(document, text, found["offset_mapping"][number]) if has_roles else np.ones(len(ids), np.bool_)
-            result.append(self._framed(ids, is_said, document.name))
+            is_in_role = (
+                self._is_in_role(document, text, found["offset_mapping"][number]) if has_roles else np.ones(len(ids), np.bool_)
+            )
+            result.append(self._framed(ids, is_in_role, document.name))
         return result
 
-    def _is_said(self, document: Document, text: str, offsets: list[tuple[int, int]]) -> Bool[np.ndarray, " tokens"]:
+    def _is_in_role(self, document: Document, text: str, offsets: list[tuple[int, int]]) -> Bool[np.ndarray, " tokens"]:
         """Whether a token has a character of what one of the wanted roles says."""
         wanted = self._roles
         assert wanted is not None
@@ -101,16 +103,16 @@ class _Encoder:
             raise TextError(f"{document.name}: holds text, not messages, so that roles={wanted} mean nothing; leave roles out")
         spans = spans_of(self._tokenizer, document.messages, text, wanted.__contains__, document.name)
         begin, end = np.array(offsets, np.int64).reshape(-1, 2).T
-        is_said = np.zeros(len(offsets), np.bool_)
+        is_in_role = np.zeros(len(offsets), np.bool_)
         for start, stop in spans:
-            is_said |= (begin < stop) & (np.maximum(end, begin + 1) > start)
-        return is_said
+            is_in_role |= (begin < stop) & (np.maximum(end, begin + 1) > start)
+        return is_in_role
 
-    def _framed(self, tokens: list[int], is_said: Bool[np.ndarray, " tokens"], name: str) -> Encoded:
+    def _framed(self, tokens: list[int], is_in_role: Bool[np.ndarray, " tokens"], name: str) -> Encoded:
         """With BOS and EOS where packing wants them. A document that brings its own is not given a second one."""
         markers = self._markers
         ids, is_readable = readable_ids(self._tokenizer, tokens, name, self.unreadable)
-        counts = is_said & is_readable & ~np.isin(ids, markers.always_masked)
+        counts = is_in_role & is_readable & ~np.isin(ids, markers.always_masked)
         has_own = len(ids) > 0 and ids[0] == markers.bos
         if has_own and markers.bos not in markers.turns:  # where BOS stands is for packing to say
             ids, counts, has_own = ids[1:], counts[1:], False

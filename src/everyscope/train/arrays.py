@@ -16,17 +16,17 @@ from everyscope.activations.stream.local import ArraySource
 from everyscope.activations.stream.source import Source
 from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.base.progress import meter
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import CONVENTIONS, SaeMetadata
 from everyscope.sae.presets import PresetName, preset_of
 from everyscope.sae.trainable import StepLosses
 from everyscope.sites.names import Site, as_site
-from everyscope.train.bank import Bank, TargetSide, normalisation_for
 from everyscope.train.config import EngineName, Precision, SinkName, products_of
 from everyscope.train.metrics import losses_row
 from everyscope.train.run import fit
 from everyscope.train.sinks import Sink, opened_sinks
+from everyscope.train.training_group import TargetSide, TrainingGroup, normalisation_for
 
 Callback = Callable[[int, list[StepLosses]], None]
 """Called after every step with the number of steps done and each SAE's losses, on the device: reading one waits for it."""
@@ -94,9 +94,9 @@ def train_saes(
 
     All SAEs see the same batches of `batch_rows` rows: `num_tokens` rows in all, or `num_passes` times all rows; give one of the
     two. `seed` shuffles an array once. Rows whose norm is above `max_norm` times the median norm are left out; None keeps all.
-    `preset`, as "fast" for 10^5 to 10^8 rows, sets the recipe of all configs. `callback` hears of every step, `report_to` sends
-    losses to "wandb" or "tensorboard" every `log_steps` steps. `precision` is that of products on CUDA, bfloat16 unless float32
-    is asked for. `site` and `model` go into the SAEs' metadata.
+    `preset`, as "fast" for 10^5 to 10^8 rows, sets the field `preset` of all configs. `callback` hears of every step, `report_to`
+    sends losses to "wandb" or "tensorboard" every `log_steps` steps. `precision` is that of products on CUDA, bfloat16 unless
+    float32 is asked for. `site` and `model` go into the SAEs' metadata.
 
     ConfigError for numbers that cannot be, ShapeMismatch and NonFinite for arrays that are no activations, DataError where all
     rows are equal, MissingExtra for a sink that is not installed.
@@ -105,11 +105,11 @@ def train_saes(
     chosen = _chosen(configs, preset, source.d_in)
     steps = num_steps(source.num_rows, num_tokens, num_passes, batch_rows)
     normalisation, products = normalisation_for(chosen, source.statistics, max_norm), products_of(device, engine, precision)
-    bank = Bank(chosen, source.d_in, normalisation, steps, device, engine, products=products)
+    group = TrainingGroup(chosen, source.d_in, normalisation, steps, device, engine, products=products)
     reporting = _Reporting(
         callback, (report_to,) if isinstance(report_to, str) else tuple(report_to), Path(report_folder), log_steps
     )
-    return _fitted(bank, source, chosen, batch_rows, reporting, SaeMetadata(None if site is None else as_site(site), model))
+    return _fitted(group, source, chosen, batch_rows, reporting, SaeMetadata(None if site is None else as_site(site), model))
 
 
 def train_transcoders(
@@ -145,14 +145,14 @@ def train_transcoders(
     chosen = _chosen(configs, preset, read.d_in)
     normalisation, of_target = (normalisation_for(chosen, side.statistics, max_norm) for side in (read, written))
     steps = num_steps(source.num_rows, num_tokens, num_passes, batch_rows)
-    bank = Bank(chosen, read.d_in, normalisation, steps, device, engine, target=TargetSide(written.d_in, of_target))
+    group = TrainingGroup(chosen, read.d_in, normalisation, steps, device, engine, target=TargetSide(written.d_in, of_target))
     reporting = _Reporting(
         callback, (report_to,) if isinstance(report_to, str) else tuple(report_to), Path(report_folder), log_steps
     )
     places = [None if place is None else as_site(place) for place in (site, target)]
     convention = None if places[0] is None else CONVENTIONS.get(places[0].kind)
     known = SaeMetadata(places[0], model, target=places[1], convention=convention, kind="transcoder")
-    return _fitted(bank, source, chosen, batch_rows, reporting, known)
+    return _fitted(group, source, chosen, batch_rows, reporting, known)
 
 
 @dataclass(frozen=True)
@@ -166,20 +166,25 @@ class _Reporting:
 
 
 def _fitted(
-    bank: Bank, source: Source | Aligned, chosen: list[SaeConfig], batch_rows: int, reporting: _Reporting, known: SaeMetadata
+    group: TrainingGroup,
+    source: Source | Aligned,
+    chosen: list[SaeConfig],
+    batch_rows: int,
+    reporting: _Reporting,
+    known: SaeMetadata,
 ) -> TrainedSaes:
-    """Train the bank to its end, and fold it; metadata gets the last steps' L0, scale and tokens."""
-    steps = bank.steps
-    known = replace(known, scale=bank.normalisation.scale, num_tokens=steps * batch_rows)
+    """Train the training group to its end, and fold it; metadata gets the last steps' L0, scale and tokens."""
+    steps = group.steps
+    known = replace(known, scale=group.normalisation.scale, num_tokens=steps * batch_rows)
     described = {"saes": [config.as_json() for config in chosen], "num_tokens": steps * batch_rows, "batch_rows": batch_rows}
     with (
         meter("train", steps, "steps") as progress,
         opened_sinks(reporting.report_to, "train_saes", described, reporting.folder) as sinks,
     ):
-        device, log_steps = str(bank.device), reporting.log_steps
+        device, log_steps = str(group.device), reporting.log_steps
         recorder = _Recorder(chosen, steps, batch_rows, device, reporting.callback, sinks, log_steps)
-        fit(bank, source, batch_rows, [recorder, lambda bank, losses: progress.advance()])
-    histories, saes = recorder.histories(), bank.folded()
+        fit(group, source, batch_rows, [recorder, lambda group, losses: progress.advance()])
+    histories, saes = recorder.histories(), group.folded()
     for sae, history in zip(saes, histories, strict=True):
         l0 = history.l0[-max(1, round(END_SHARE * steps)) :].mean(dtype=np.float64)
         sae.metadata = replace(known, l0=float(l0))
@@ -203,8 +208,8 @@ class _Recorder:
         self._callback, self._sinks, self._log_steps = callback, sinks, log_steps
         self._seen = torch.empty(steps, len(configs), 2, device=device)
 
-    def __call__(self, bank: Bank, losses: list[StepLosses]) -> None:
-        done = bank.num_steps_done
+    def __call__(self, group: TrainingGroup, losses: list[StepLosses]) -> None:
+        done = group.num_steps_done
         self._seen[done - 1] = torch.stack([torch.stack((loss.reconstruction, loss.l0)) for loss in losses])
         if self._callback is not None:
             self._callback(done, losses)
@@ -242,17 +247,17 @@ def _source_of(activations: Any, seed: int) -> Source:
 
 
 def _chosen(configs: SaeConfig | Iterable[SaeConfig], preset: PresetName | None, d_in: int) -> list[SaeConfig]:
-    """The configs with the preset's recipe; ConfigError where there is none, or one has a recipe already."""
+    """The configs with the settings of `preset`; ConfigError where there is none, or one has a preset already."""
     several = [configs] if isinstance(configs, SaeConfig) else configs
     chosen = list(several) if isinstance(several, Iterable) else []
     if not chosen or not all(isinstance(config, SaeConfig) for config in chosen):
         raise ConfigError(f"configs={configs!r:.80}: expected SaeConfig(width=4096, target_l0=50), say, or several of them")
     if preset is None:
         return chosen
-    recipe = preset_of(preset, d_in)
-    if any(config.recipe != SaeRecipe() for config in chosen):
-        raise ConfigError(f"preset={preset!r} with configs that have a recipe of their own; leave one of the two out")
-    return [SaeConfig.model_validate(config.model_dump() | {"recipe": recipe}) for config in chosen]
+    chosen_preset = preset_of(preset, d_in)
+    if any(config.preset != SaePreset() for config in chosen):
+        raise ConfigError(f"preset={preset!r} with configs that have a preset of their own; leave one of the two out")
+    return [SaeConfig.model_validate(config.model_dump() | {"preset": chosen_preset}) for config in chosen]
 
 
 def num_steps(num_rows: int, num_tokens: float | None, num_passes: float | None, batch_rows: int) -> int:

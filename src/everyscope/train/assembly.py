@@ -20,13 +20,13 @@ from everyscope.sae.trainable import LATENT_AXIS, TENSORS, TrainableSae, fold
 from everyscope.train.checkpoint import Parts
 
 RANGE_NUMBERS = 2**24
-"""A range of latents has about so many numbers in w_enc [numbers]."""
+"""A range of latents has about so many numbers in W_enc [numbers]."""
 
 
 def save_assembled(
     folder: Path, parts: Parts, number: int, config: SaeConfig, normalisation: Normalisation, record: dict[str, Any]
 ) -> None:
-    """Fold SAE `number` of a bank's checkpoint into `folder`, in the bytes that `sae.files.write_sae` writes.
+    """Fold SAE `number` of a training group's checkpoint into `folder`, in the bytes that `sae.files.write_sae` writes.
 
     Raises NonFinite where training diverged.
     """
@@ -45,8 +45,8 @@ def save_assembled(
         for start in range(0, width, at_once):
             latents = range(start, min(start + at_once, width))
             piece = fold(_shard(parts, number, config, latents), normalisation)
-            tables["W_enc"][:, start : latents.stop] = piece.w_enc
-            tables["W_dec"][start : latents.stop] = piece.w_dec
+            tables["W_enc"][:, start : latents.stop] = piece.W_enc
+            tables["W_dec"][start : latents.stop] = piece.W_dec
             tables["b_enc"][start : latents.stop] = piece.b_enc
             tables["threshold"][start : latents.stop] = piece.threshold
             tables["b_dec"][:] = piece.b_dec

@@ -1,4 +1,4 @@
-"""A bank's state on disk, from which training goes on to the same bits; on as many ranks as one likes.
+"""A training group's state on disk, from which training goes on to the same bits; on as many ranks as one likes.
 
 One process writes one safetensors file, replaced whole. Several write a folder beside it: a file for each shard of the latents,
 and then a manifest that names them. What no manifest names was never finished, and the checkpoint before stands until then.
@@ -20,16 +20,16 @@ from torch import Tensor
 from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import make_folder, read_sealed, write_sealed
 from everyscope.base.tensors import opened_tensors, write_tensors
-from everyscope.train.bank import Bank
+from everyscope.train.training_group import TrainingGroup
 
 MANIFEST = "manifest.json"
-REMEDY = "delete it and run the same command again, which trains this bank from its first step"
+REMEDY = "delete it and run the same command again, which trains this training group from its first step"
 FREE_FACTOR = 1.5
 """Free memory that a copy of the state must leave room in, over its own size [1]."""
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainingPosition:
     """Where a run stands, besides its tensors."""
 
     num_steps_done: int
@@ -42,7 +42,7 @@ class Checkpoint:
     """One that is whole."""
 
     run_id: str
-    place: Place
+    place: TrainingPosition
     files: tuple[Path, ...]
     """In the order of the latents that they hold."""
     products: str
@@ -113,41 +113,41 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
             found.append(_checkpoint(file.metadata(), (path,), path))
     folder = folder_of_ranks(path)
     if (folder / MANIFEST).exists():
-        said = read_sealed(folder / MANIFEST, f"delete {folder} and run the same command again")
-        files = tuple(folder / str(name) for name in said.get("files", ()))
-        found.append(_checkpoint(said, files, folder / MANIFEST))
+        manifest = read_sealed(folder / MANIFEST, f"delete {folder} and run the same command again")
+        files = tuple(folder / str(name) for name in manifest.get("files", ()))
+        found.append(_checkpoint(manifest, files, folder / MANIFEST))
     return max(found, key=lambda checkpoint: checkpoint.place.num_steps_done, default=None)
 
 
-def _checkpoint(said: Mapping[str, Any], files: tuple[Path, ...], name: Path) -> Checkpoint:
+def _checkpoint(manifest: Mapping[str, Any], files: tuple[Path, ...], name: Path) -> Checkpoint:
     """The checkpoint that a file says it is of; DamagedData where it does not say so."""
     try:
-        place = Place(int(said["num_steps_done"]), int(said["log_bytes"]))
+        place = TrainingPosition(int(manifest["num_steps_done"]), int(manifest["log_bytes"]))
         if min(place.num_steps_done, place.log_bytes) < 0 or not files:
             raise ValueError(f"num_steps_done={place.num_steps_done}, log_bytes={place.log_bytes}, {len(files)} files")
-        return Checkpoint(str(said["run_id"]), place, files, str(said.get("products", "float32")))
+        return Checkpoint(str(manifest["run_id"]), place, files, str(manifest.get("products", "float32")))
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedData(f"{name}: is no checkpoint of a bank ({type(error).__name__}: {error}); {REMEDY}") from error
+        raise DamagedData(f"{name}: is no checkpoint of a training group ({type(error).__name__}: {error}); {REMEDY}") from error
 
 
-def save_checkpoint(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None:
-    """Write the bank's tensors and its place; `run_id` names the run that may go on from here.
+def save_checkpoint(path: Path, group: TrainingGroup, run_id: str, log_bytes: int) -> None:
+    """Write the training group's tensors and its place; `run_id` names the run that may go on from here.
 
     Of several ranks all call this; the first one's `log_bytes` counts, and only it says that the checkpoint is whole.
     """
-    if bank.collective.mesh.ranks > 1:
-        _save_shard(path, bank, run_id, log_bytes)
+    if group.collective.mesh.ranks > 1:
+        _save_shard(path, group, run_id, log_bytes)
         return
-    _write(path, bank.tensors(), _metadata(bank, run_id, log_bytes))
+    _write(path, group.tensors(), _metadata(group, run_id, log_bytes))
 
 
-def _metadata(bank: Bank, run_id: str, log_bytes: int) -> dict[str, str]:
-    return {"run_id": run_id, "num_steps_done": str(bank.num_steps_done), "log_bytes": str(log_bytes)} | _precision(bank)
+def _metadata(group: TrainingGroup, run_id: str, log_bytes: int) -> dict[str, str]:
+    return {"run_id": run_id, "num_steps_done": str(group.num_steps_done), "log_bytes": str(log_bytes)} | _precision(group)
 
 
-def _precision(bank: Bank) -> dict[str, str]:
+def _precision(group: TrainingGroup) -> dict[str, str]:
     """Said only where it is not float32, which checkpoints without it are of."""
-    return {} if bank.products == "float32" else {"products": bank.products}
+    return {} if group.products == "float32" else {"products": group.products}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -156,7 +156,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 class Saver:
-    """Checkpoints of a bank in training, written by a thread from a copy while the next steps are computed.
+    """Checkpoints of a training group in training, written by a thread from a copy while the next steps are computed.
 
     The copy holds the state of one step, so a checkpoint has the bits that it would have had otherwise; files are replaced whole.
     Where the copy would not fit into free memory, and where several ranks must agree that a checkpoint is whole, training waits.
@@ -168,16 +168,18 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
 
-    def save(self, bank: Bank, log_bytes: int) -> None:
-        """Take the bank's state now and begin to write it; first waits for the checkpoint before, and raises its error."""
+    def save(self, group: TrainingGroup, log_bytes: int) -> None:
+        """Take the training group's state now and begin to write it; first waits for the checkpoint before, and raises its
+        error.
+        """
         self.wait()
-        tensors = bank.tensors()
+        tensors = group.tensors()
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if bank.collective.mesh.ranks > 1 or num_bytes * FREE_FACTOR > _free_bytes():
-            save_checkpoint(self._path, bank, self._run_id, log_bytes)
+        if group.collective.mesh.ranks > 1 or num_bytes * FREE_FACTOR > _free_bytes():
+            save_checkpoint(self._path, group, self._run_id, log_bytes)
             return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        metadata = _metadata(bank, self._run_id, log_bytes)
+        metadata = _metadata(group, self._run_id, log_bytes)
         self._under_way = self._writer.submit(_write, self._path, copies, metadata)
 
     def wait(self) -> None:
@@ -200,46 +202,48 @@ def _free_bytes() -> int:
         return 0
 
 
-def _save_shard(path: Path, bank: Bank, run_id: str, log_bytes: int) -> None:
+def _save_shard(path: Path, group: TrainingGroup, run_id: str, log_bytes: int) -> None:
     """Every shard's file, by its first replica (all hold the same bits); then the manifest, then what it replaces goes."""
-    mesh, folder = bank.collective.mesh, make_folder(folder_of_ranks(path))
-    names = [f"step_{bank.num_steps_done}_shard_{shard}_of_{mesh.shards}.safetensors" for shard in range(mesh.shards)]
+    mesh, folder = group.collective.mesh, make_folder(folder_of_ranks(path))
+    names = [f"step_{group.num_steps_done}_shard_{shard}_of_{mesh.shards}.safetensors" for shard in range(mesh.shards)]
     if mesh.replica == 0:
-        write_tensors(folder / names[mesh.shard], bank.tensors(), is_sealed=True)
-    bank.collective.barrier()
+        write_tensors(folder / names[mesh.shard], group.tensors(), is_sealed=True)
+    group.collective.barrier()
     if mesh.rank == 0:
-        said = {"run_id": run_id, "num_steps_done": bank.num_steps_done, "log_bytes": log_bytes, "files": names}
-        write_sealed(folder / MANIFEST, said | _precision(bank))
+        manifest = {"run_id": run_id, "num_steps_done": group.num_steps_done, "log_bytes": log_bytes, "files": names}
+        write_sealed(folder / MANIFEST, manifest | _precision(group))
         for old in folder.iterdir():
             if old.name not in (*names, MANIFEST):
                 old.unlink()
         path.unlink(missing_ok=True)
-    bank.collective.barrier()  # nobody goes on from, or writes beside, what is being taken away
+    group.collective.barrier()  # nobody goes on from, or writes beside, what is being taken away
 
 
-def load_checkpoint(path: Path, bank: Bank, run_id: str) -> Place:
-    """Restore the bank from the checkpoint at `path`, or leave it at step 0 where there is none.
+def load_checkpoint(path: Path, group: TrainingGroup, run_id: str) -> TrainingPosition:
+    """Restore the training group from the checkpoint at `path`, or leave it at step 0 where there is none.
 
     DataError for another run's, DamagedData for one that cannot be read.
     """
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
-        return Place(0, 0)
+        return TrainingPosition(0, 0)
     if checkpoint.run_id != run_id:
         raise DataError(f"{path}: belongs to another run (other shards or SAEs); {REMEDY}, or choose another --out")
-    if checkpoint.products != bank.products:
+    if checkpoint.products != group.products:
         raise DataError(
-            f"{path}: was trained in {checkpoint.products}, this run trains in {bank.products}; set "
-            f"precision={checkpoint.products} and the device of that run, or delete it to train this bank from its first step"
+            f"{path}: was trained in {checkpoint.products}, this run trains in {group.products}; set "
+            f"precision={checkpoint.products} and the device of that run, or delete it to train this group from its first step"
         )
-    if checkpoint.place.num_steps_done > bank.steps:
-        raise DamagedData(f"{path}: is of step {checkpoint.place.num_steps_done}, the bank ends at {bank.steps}; {REMEDY}")
-    mesh = bank.collective.mesh
+    if checkpoint.place.num_steps_done > group.steps:
+        raise DamagedData(
+            f"{path}: is of step {checkpoint.place.num_steps_done}, the training group ends at {group.steps}; {REMEDY}"
+        )
+    mesh = group.collective.mesh
     with opened(checkpoint.files, mesh.rank, mesh.ranks) as parts:
         try:
-            bank.restore(parts.names, parts.read, checkpoint.place.num_steps_done)
+            group.restore(parts.names, parts.read, checkpoint.place.num_steps_done)
         except (SafetensorError, RuntimeError) as error:  # a tensor that is missing, or of another shape
-            raise DamagedData(f"{path}: does not hold the tensors of this bank ({error}); {REMEDY}") from error
+            raise DamagedData(f"{path}: does not hold the tensors of this training group ({error}); {REMEDY}") from error
     return checkpoint.place
 
 

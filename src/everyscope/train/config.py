@@ -1,4 +1,6 @@
-"""One bank: all SAEs of one site, or all transcoders between two, that see the same batches for the same number of tokens."""
+"""One training group: all SAEs of one site, or all transcoders between two, that see the same batches for the same number of
+tokens.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +39,8 @@ def products_of(device: str, engine: EngineName, precision: Precision) -> Produc
     return "bfloat16" if has_kernels and precision != "float32" else "float32"
 
 
-class BankSettings(Schema):
-    """How every bank of a run is trained; what is trained is in the recipe's groups."""
+class TrainSettings(Schema):
+    """How every training group of a run is trained; what is trained is in the recipe's groups."""
 
     batch_rows: int = Field(default=4096, ge=1)
     """Activation vectors in a batch [rows]."""
@@ -61,7 +63,7 @@ class BankSettings(Schema):
     """Times that each of these is there again, to share the rows of a batch [processes]."""
 
     @model_validator(mode="after")
-    def _check_ranks(self) -> "BankSettings":
+    def _check_ranks(self) -> "TrainSettings":
         if self.batch_rows % self.replicas:
             raise ValueError(f"batch_rows={self.batch_rows} does not divide by replicas={self.replicas}; choose a multiple")
         if self.ranks > 1 and self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -69,7 +71,7 @@ class BankSettings(Schema):
         return self
 
     @model_validator(mode="after")
-    def _check_precision(self) -> "BankSettings":
+    def _check_precision(self) -> "TrainSettings":
         try:
             products_of(self.device, self.engine, self.precision)
         except ConfigError as error:
@@ -83,12 +85,12 @@ class BankSettings(Schema):
 
     @property
     def ranks(self) -> int:
-        """Processes that train a bank together."""
+        """Processes that train a training group together."""
         return self.shards * self.replicas
 
 
 class TrainConfig(Schema):
-    """A bank: its activations, its SAEs and its length."""
+    """A training group: its activations, its SAEs and its length."""
 
     site: Site
     """Where the activations are from."""
@@ -112,7 +114,7 @@ class TrainConfig(Schema):
     """Activation vectors that each SAE sees; the shards are read again where they hold fewer [rows]."""
     max_norm: float | None = Field(default=MAX_NORM, ge=TAIL)
     """Rows whose norm is above this many times the site's median norm are left out; None keeps all, as in the paper [1]."""
-    settings: BankSettings = BankSettings()
+    settings: TrainSettings = TrainSettings()
     """Batch, checkpoints, logging, device."""
     out: Path
     """Folder for this site's trained SAEs, checkpoints and metrics."""
@@ -121,7 +123,9 @@ class TrainConfig(Schema):
     def _check_names(self) -> "TrainConfig":
         names = [sae_name(config) for config in self.saes]
         if len(set(names)) < len(names):
-            raise ValueError(f"saes={names}: two SAEs of a bank share width, sparsity (or target_l0) and seed; change one")
+            raise ValueError(
+                f"saes={names}: two SAEs of a training group share width, sparsity (or target_l0) and seed; change one"
+            )
         if self.order == "any" and not (self.source or "").startswith("flight"):
             raise ValueError(f"order='any' with source={self.source!r}: only servers have it; give flight://HOST:PORT/SITE")
         if self.order == "any" and self.settings.ranks > 1:
@@ -158,11 +162,11 @@ class TrainConfig(Schema):
         return None if self.target == self.site else self.target
 
     @property
-    def seat(self) -> Site:
+    def coder_site(self) -> Site:
         """Where what is trained sits: the site of SAEs, that of transcoders."""
-        seat = site_of(self.site, self.writes or self.site)
-        assert seat is not None, "checked when the config was built"
-        return seat
+        coder_site = site_of(self.site, self.writes or self.site)
+        assert coder_site is not None, "checked when the config was built"
+        return coder_site
 
     @property
     def products(self) -> Products:
@@ -179,7 +183,7 @@ class TrainConfig(Schema):
         return {name: value for name, value in self.as_json().items() if name not in PLACES}
 
     @property
-    def bank_id(self) -> str:
+    def group_id(self) -> str:
         """An identity of what is trained and how, whatever folders and log intervals are."""
         what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows, self.max_norm]
         return content_id([*self._sides, what])
@@ -201,11 +205,11 @@ def sae_name(config: SaeConfig) -> str:
 
 
 def check_configs(configs: Sequence[SaeConfig], are_transcoders: bool, ranks: int = 1) -> None:
-    """ConfigError where a config is of SAEs and the bank of transcoders, or the other way round."""
+    """ConfigError where a config is of SAEs and the training group of transcoders, or the other way round."""
     for config in configs:
         if config.skip and not are_transcoders:
             raise ConfigError("skip=True of an SAE: it would copy its input; only transcoders, which have a target, have a skip")
-        if are_transcoders and config.recipe.encoder_follows:
+        if are_transcoders and config.preset.encoder_follows:
             raise ConfigError(
                 "encoder_follows=True of a transcoder: its encoder and its directions live in different spaces; set it to False, "
                 "or take the preset fast_transcoder"

@@ -15,8 +15,8 @@ from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_u
 from everyscope.train.config import EngineName, Products
 
 
-class Engine(Protocol):
-    """Steps the SAEs of one bank, or one rank's shards of them, in place."""
+class StepEngine(Protocol):
+    """Steps the SAEs of one training group, or one rank's shards of them, in place."""
 
     def step(
         self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_out"] | None = None
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Replayable(Engine, Protocol):
+class Replayable(StepEngine, Protocol):
     """An engine whose steps are divided into what the host decides and what only the device does."""
 
     def prepare(self, rows: int, step: int, steps: int) -> tuple[bool, ...]:
@@ -89,7 +89,7 @@ def engine_for(
     device: str,
     collective: Collective = ALONE,
     products: Products = "float32",
-) -> Engine:
+) -> StepEngine:
     """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels.
 
     Transcoders have kernels for the CPU; on a GPU they step densely.

@@ -36,16 +36,16 @@ GRACE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """One rank's place on this host."""
 
     rank: int
     ranks: int
-    meeting: Path
+    rendezvous: Path
     """A file that does not exist yet, for `group.file_store`."""
 
 
-Work = Callable[[Any, Seat, Callable[[int], None]], None]
+Work = Callable[[Any, RankInfo, Callable[[int], None]], None]
 """What a rank does: (config, seat, progress); progress is told the steps done in all. A module-level function."""
 
 
@@ -63,17 +63,17 @@ def launch(
     The cores that torch has here are divided among them. Raises a rank's own error, once; EveryscopeError where ranks keep dying;
     SystemExit, after the ranks have saved what they do, on SIGTERM.
     """
-    heard, failures, pause = _Heard(progress), 0, first_pause
+    reports, failures, pause = _RankReports(progress), 0, first_pause
     with termination() as is_asked_to_stop:
         while True:
-            before = heard.furthest
+            before = reports.furthest
             with tempfile.TemporaryDirectory(prefix="everyscope-") as folder:  # for its owner alone
-                reason = _attempt(work, config, ranks, Path(folder) / "meeting", heard, is_asked_to_stop)
+                reason = _attempt(work, config, ranks, Path(folder) / "meeting", reports, is_asked_to_stop)
             if is_asked_to_stop():
                 raise SystemExit(EXIT_CODE)
             if reason is None:
                 return
-            failures, pause = (1, first_pause) if heard.furthest > before else (failures + 1, min(2 * pause, LONGEST_PAUSE))
+            failures, pause = (1, first_pause) if reports.furthest > before else (failures + 1, min(2 * pause, LONGEST_PAUSE))
             if failures > max_restarts:
                 raise EveryscopeError(
                     f"{reason}, {failures} times in a row; the same command goes on from the last checkpoint: "
@@ -89,40 +89,43 @@ def _pause(seconds: float, is_asked_to_stop: Callable[[], bool]) -> None:
         time.sleep(min(left, POLL_SECONDS))
 
 
-class _Heard:
+class _RankReports:
     """What ranks have said, over all starts."""
 
     def __init__(self, progress: Callable[[int], None]) -> None:
         self._progress, self.furthest = progress, 0
         self.error: EveryscopeError | None = None
 
-    def take(self, said: int | EveryscopeError) -> None:
-        if isinstance(said, EveryscopeError):
-            self.error = said if self.error is None or isinstance(self.error, LostPeer) else self.error
-        elif said > self.furthest:
-            self._progress(said - self.furthest)
-            self.furthest = said
+    def take(self, message: int | EveryscopeError) -> None:
+        if isinstance(message, EveryscopeError):
+            self.error = message if self.error is None or isinstance(self.error, LostPeer) else self.error
+        elif message > self.furthest:
+            self._progress(message - self.furthest)
+            self.furthest = message
 
 
 def _attempt(
-    work: Work, config: Any, ranks: int, meeting: Path, heard: _Heard, is_asked_to_stop: Callable[[], bool]
+    work: Work, config: Any, ranks: int, rendezvous: Path, reports: _RankReports, is_asked_to_stop: Callable[[], bool]
 ) -> str | None:
     """One start of all ranks; None where they finished, else why they did not. Raises the error that a rank reports."""
     context = multiprocessing.get_context("spawn")
-    threads, heard.error = max(1, torch.get_num_threads() // ranks), None
+    threads, reports.error = max(1, torch.get_num_threads() // ranks), None
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     try:
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank, args=(work, config, Seat(rank, ranks, meeting), theirs, threads), name=f"rank {rank}", daemon=True
+                target=_rank,
+                args=(work, config, RankInfo(rank, ranks, rendezvous), theirs, threads),
+                name=f"rank {rank}",
+                daemon=True,
             )
             process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        return _watch(processes, pipes, heard, is_asked_to_stop)
+        return _watch(processes, pipes, reports, is_asked_to_stop)
     finally:
         for process in processes:
             if process.is_alive():
@@ -131,44 +134,44 @@ def _attempt(
 
 
 def _watch(
-    processes: list[BaseProcess], pipes: list[Connection], heard: _Heard, is_asked_to_stop: Callable[[], bool]
+    processes: list[BaseProcess], pipes: list[Connection], reports: _RankReports, is_asked_to_stop: Callable[[], bool]
 ) -> str | None:
     first: BaseProcess | None = None
-    is_told, deadline = False, float("inf")
+    is_terminated, deadline = False, float("inf")
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         wait_for_any([*pipes, *(process.sentinel for process in processes if process.is_alive())], POLL_SECONDS)
-        _drain(pipes, heard)
-        if is_asked_to_stop() and not is_told:
-            is_told = True
+        _drain(pipes, reports)
+        if is_asked_to_stop() and not is_terminated:
+            is_terminated = True
             for process in processes:
                 process.terminate()
         failed = [process for process in processes if process.exitcode]
         if failed and first is None:
             first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
-        if first is not None and heard.error is not None and not isinstance(heard.error, LostPeer):
+        if first is not None and reports.error is not None and not isinstance(reports.error, LostPeer):
             break
-    _drain(pipes, heard)
+    _drain(pipes, reports)
     if first is None and not any(process.exitcode for process in processes):
         return None
-    if heard.error is not None and not isinstance(heard.error, LostPeer) and not is_asked_to_stop():
-        raise heard.error
+    if reports.error is not None and not isinstance(reports.error, LostPeer) and not is_asked_to_stop():
+        raise reports.error
     killed = next((process for process in processes if (process.exitcode or 0) < 0), None)
     if killed is not None:
         return f"{killed.name} was killed by signal {-(killed.exitcode or 0)}"
     return f"{(first or processes[0]).name} has left"
 
 
-def _drain(pipes: list[Connection], heard: _Heard) -> None:
+def _drain(pipes: list[Connection], reports: _RankReports) -> None:
     """Take all that ranks have said; a pipe whose writer is gone is dropped."""
     for pipe in list(pipes):
         try:
             while pipe.poll():
-                heard.take(pipe.recv())
+                reports.take(pipe.recv())
         except (EOFError, OSError):
             pipes.remove(pipe)
 
 
-def _rank(work: Work, config: Any, seat: Seat, pipe: Connection, threads: int) -> None:
+def _rank(work: Work, config: Any, rank_info: RankInfo, pipe: Connection, threads: int) -> None:
     """A rank's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; whoever started us decides
     parent = multiprocessing.parent_process()
@@ -176,12 +179,12 @@ def _rank(work: Work, config: Any, seat: Seat, pipe: Connection, threads: int) -
     threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        work(config, seat, pipe.send if seat.rank == 0 else lambda steps: None)
+        work(config, rank_info, pipe.send if rank_info.rank == 0 else lambda steps: None)
     except EveryscopeError as error:
         pipe.send(error)
         raise SystemExit(1) from None
     except Exception as error:
-        unexpected = EveryscopeError(f"rank {seat.rank}: {type(error).__name__}: {first_line(error)}")
+        unexpected = EveryscopeError(f"rank {rank_info.rank}: {type(error).__name__}: {first_line(error)}")
         unexpected.add_note(traceback.format_exc())
         pipe.send(unexpected)
         raise SystemExit(1) from None

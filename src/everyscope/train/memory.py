@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, SEGMENT, list_room, rounded_list_room, steps_apart
-from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.config import TrainConfig, TrainSettings
 
 USABLE = 0.9
 """Share of a GPU's memory that training may take; the rest is the driver's, the compiler's, and lost between allocations [1]."""
@@ -21,7 +21,7 @@ CONTEXT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Part:
+class DevicePart:
     """One device's part of one SAE: all of it, or some of its latents (shards) on some rows of each batch (replicas)."""
 
     rows: int
@@ -33,7 +33,7 @@ class Part:
     """Matryoshka prefixes that reconstruct alone."""
 
     @classmethod
-    def of(cls, d_in: int, width: int, batch_rows: int, shards: int = 1, replicas: int = 1, prefixes: int = 1) -> "Part":
+    def of(cls, d_in: int, width: int, batch_rows: int, shards: int = 1, replicas: int = 1, prefixes: int = 1) -> "DevicePart":
         """The largest part where an SAE's latents and a batch's rows are dealt out evenly."""
         return cls(math.ceil(batch_rows / replicas), d_in, math.ceil(width / shards), prefixes)
 
@@ -48,7 +48,7 @@ def screen_bytes(d_in: int, width: int) -> int:
     return 2 * d_in * width + 2 * 4 * width
 
 
-def pairs_bytes(part: Part) -> int:
+def pairs_bytes(part: DevicePart) -> int:
     """Memory for one step by pairs, shared by SAEs of equal shapes: `Buffers` of sae/pairs_gpu.py [bytes]."""
     rows, d_in, width = part.rows, part.d_in, part.width
     room = list_room(rows, width)
@@ -64,7 +64,7 @@ def rounded_bytes(d_in: int, width: int) -> int:
     return 2 * 2 * d_in * width + 3 * 4 * width
 
 
-def rounded_work_bytes(part: Part, programs: int) -> int:
+def rounded_work_bytes(part: DevicePart, programs: int) -> int:
     """Memory for one step in bfloat16, shared by SAEs of equal shapes: `Work` of sae/gpu_work.py after a dense step [bytes].
 
     `programs` share the latents of an update.
@@ -79,7 +79,7 @@ def rounded_work_bytes(part: Part, programs: int) -> int:
     return products + errors + marks + lists + sums + 4 * d_in * min(width, programs)
 
 
-def dense_bytes(part: Part, is_shared: bool = False) -> int:
+def dense_bytes(part: DevicePart, is_shared: bool = False) -> int:
     """Memory for one dense step, freed behind it: at most what gradients and Adam hold at once, uncompiled [bytes].
 
     While gradients are made: five arrays [rows, latents] and a weight's gradient, or four and both; ranks that share the SAE hold
@@ -97,12 +97,14 @@ def batch_bytes(rows: int, d_in: int) -> int:
     return 5 * 4 * rows * d_in
 
 
-def parts_of(saes: Sequence[SaeConfig], d_in: int, settings: BankSettings) -> list[Part]:
+def parts_of(saes: Sequence[SaeConfig], d_in: int, settings: TrainSettings) -> list[DevicePart]:
     """Each SAE's part on one device."""
-    return [Part.of(d_in, sae.width, settings.batch_rows, settings.shards, settings.replicas, len(sae.prefixes)) for sae in saes]
+    return [
+        DevicePart.of(d_in, sae.width, settings.batch_rows, settings.shards, settings.replicas, len(sae.prefixes)) for sae in saes
+    ]
 
 
-def group_bytes(saes: Sequence[SaeConfig], d_in: int, settings: BankSettings) -> int:
+def group_bytes(saes: Sequence[SaeConfig], d_in: int, settings: TrainSettings) -> int:
     """On each device, for SAEs that train together: state, work space of every shape, the largest dense step, batches [bytes]."""
     parts = parts_of(saes, d_in, settings)
     shapes = set(parts)

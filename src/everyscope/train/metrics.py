@@ -18,5 +18,5 @@ def losses_row(config: SaeConfig, losses: StepLosses, step: int, steps: int, bat
         "l0": losses.l0.item(),
         "sparsity_coefficient" if config.target_l0 is None else "target_weight": sparsity_weight(config, step - 1),
         "target_l0": config.target_l0,
-        "learning_rate": config.recipe.learning_rate * learning_rate_share(config.recipe, step - 1, steps),
+        "learning_rate": config.preset.learning_rate * learning_rate_share(config.preset, step - 1, steps),
     }

@@ -31,7 +31,7 @@ class LostPeer(EveryscopeError):
     """Another rank has gone: what is under way cannot be finished, the last checkpoint can be gone on from."""
 
 
-class Group:
+class ProcessGroup:
     """The ranks of a mesh, one process each. Sums over an axis of one rank cost nothing."""
 
     def __init__(
@@ -46,7 +46,9 @@ class Group:
         self.mesh, self.bytes_reduced = mesh, dict.fromkeys(AXES, 0)
         """By axis, the sizes of the tensors that this rank has had summed [bytes]."""
         if not c10d.is_available():
-            raise ConfigError(f"{mesh.ranks} processes for one bank need torch.distributed, which this torch was built without")
+            raise ConfigError(
+                f"{mesh.ranks} processes for one training group need torch.distributed, which this torch was built without"
+            )
         store.set_timeout(timedelta(seconds=wait_seconds))
         with _peers(mesh):
             self._on_cpu = {axis: _gloo(mesh, axis, store, address, wait_seconds) for axis in AXES}

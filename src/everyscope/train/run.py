@@ -1,7 +1,7 @@
-"""Training a bank, from shards to folded SAEs; goes on from the last checkpoint and skips what is done.
+"""Training a group of SAEs, from shards to folded SAEs; goes on from the last checkpoint and skips what is done.
 
-A bank whose settings ask for several processes is trained by that many on this host. On several hosts, whoever starts the
-processes calls `run_rank` in each.
+A training group whose settings ask for several processes is trained by that many on this host. On several hosts, whoever starts
+the processes calls `run_rank` in each.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from everyscope.activations.stream.addresses import opened as opened_source
 from everyscope.activations.stream.aligned import Aligned
-from everyscope.activations.stream.places import opened as opened_source
 from everyscope.activations.stream.source import Source
 from everyscope.base.errors import ConfigError, NonFinite
 from everyscope.base.files import write_json
@@ -27,7 +27,6 @@ from everyscope.sae.mesh import ALONE, Collective, Mesh, of_all
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.trainable import StepLosses
 from everyscope.train.assembly import save_assembled
-from everyscope.train.bank import Bank, TargetSide, normalisation_for
 from everyscope.train.checkpoint import (
     Saver,
     find_checkpoint,
@@ -39,13 +38,14 @@ from everyscope.train.checkpoint import (
 )
 from everyscope.train.config import TrainConfig, sae_name
 from everyscope.train.feed import batches
-from everyscope.train.launch import Seat, launch
+from everyscope.train.launch import RankInfo, launch
 from everyscope.train.metrics import losses_row
-from everyscope.train.process_group import Group, file_store
+from everyscope.train.process_group import ProcessGroup, file_store
 from everyscope.train.sinks import Sink, opened_sinks
 from everyscope.train.spending import Spending
+from everyscope.train.training_group import TargetSide, TrainingGroup, normalisation_for
 
-Hook = Callable[[Bank, list[StepLosses]], None]
+Hook = Callable[[TrainingGroup, list[StepLosses]], None]
 """Called after every step; looks, never changes weights."""
 
 
@@ -56,14 +56,15 @@ STOP_STEPS = 8
 
 
 def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: None) -> None:
-    """Train every SAE of the bank that is not finished; `progress` hears of steps done. Idempotent, resumes to the same bits.
+    """Train every SAE of the training group that is not finished; `progress` hears of steps done. Idempotent, resumes to the same
+    bits.
 
     In this process, or in as many as the settings ask for; these start again by themselves when one dies. SIGTERM saves a
     checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the folder holds SAEs of
     another config, NonFinite where training diverges.
     """
     if config.settings.ranks > 1:
-        launch(_at_seat, config, config.settings.ranks, progress)
+        launch(_as_rank, config, config.settings.ranks, progress)
     else:
         run_rank(config, ALONE, progress)
 
@@ -95,11 +96,11 @@ def run_rank(
         train(config, source, progress, collective, device)
 
 
-def _at_seat(config: TrainConfig, seat: Seat, progress: Callable[[int], None]) -> None:
+def _as_rank(config: TrainConfig, rank_info: RankInfo, progress: Callable[[int], None]) -> None:
     """`run_rank` as one of this host's processes; `progress` wants to know the steps done in all."""
     device, done = config.settings.device, 0
     if torch.device(device).type == "cuda":
-        device = f"cuda:{seat.rank % torch.cuda.device_count()}"
+        device = f"cuda:{rank_info.rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
 
     def hear(steps: int) -> None:
@@ -107,8 +108,8 @@ def _at_seat(config: TrainConfig, seat: Seat, progress: Callable[[int], None]) -
         done += steps
         progress(done)
 
-    mesh = Mesh(config.settings.shards, config.settings.replicas, seat.rank)
-    run_rank(config, Group(mesh, file_store(seat.meeting, seat.ranks), device), hear, device)
+    mesh = Mesh(config.settings.shards, config.settings.replicas, rank_info.rank)
+    run_rank(config, ProcessGroup(mesh, file_store(rank_info.rendezvous, rank_info.ranks), device), hear, device)
 
 
 def train(
@@ -126,67 +127,67 @@ def train(
             forget_checkpoint(checkpoint)  # a run killed between its last SAE and this line left it
         progress(config.steps)
         return
-    bank = _new_bank(config, source, device or settings.device, collective)
-    place = load_checkpoint(checkpoint, bank, run_id)
+    group = _new_group(config, source, device or settings.device, collective)
+    place = load_checkpoint(checkpoint, group, run_id)
     progress(place.num_steps_done)
     log = _opened_log(config, source, place.log_bytes) if leads else None
     saver = Saver(checkpoint, run_id)
 
-    def report(bank: Bank, losses: list[StepLosses]) -> None:
-        if log is not None and (bank.num_steps_done % settings.log_steps == 0 or bank.num_steps_done == config.steps):
-            log_losses(log, config, bank.num_steps_done, losses, sinks)
+    def report(group: TrainingGroup, losses: list[StepLosses]) -> None:
+        if log is not None and (group.num_steps_done % settings.log_steps == 0 or group.num_steps_done == config.steps):
+            log_losses(log, config, group.num_steps_done, losses, sinks)
 
-    def keep(bank: Bank, losses: list[StepLosses]) -> None:
-        is_due = bank.num_steps_done % settings.checkpoint_steps == 0 and bank.num_steps_done < config.steps
+    def keep(group: TrainingGroup, losses: list[StepLosses]) -> None:
+        is_due = group.num_steps_done % settings.checkpoint_steps == 0 and group.num_steps_done < config.steps
         # Asked once: a signal between two questions would leave without saving.
-        is_last_chance = _agree_to_stop(collective, bank.num_steps_done, is_asked_to_stop)
+        is_last_chance = _agree_to_stop(collective, group.num_steps_done, is_asked_to_stop)
         if is_due or is_last_chance:
-            saver.save(bank, log.num_bytes if log else 0)
+            saver.save(group, log.num_bytes if log else 0)
         if is_last_chance:
             saver.wait()
             raise SystemExit(EXIT_CODE)
 
-    reported = settings.report_to if leads else ()
+    reported, title = settings.report_to if leads else (), f"{config.coder_site} {config.group_id}"
     with (
-        opened_sinks(reported, f"{config.seat} {config.bank_id}", config.record(), config.out, place.num_steps_done) as sinks,
+        opened_sinks(reported, title, config.record(), config.out, place.num_steps_done) as sinks,
         termination() as is_asked_to_stop,
     ):
         with closing(saver):
-            spent = fit(bank, source, settings.batch_rows, [report, keep, lambda bank, losses: progress(1)])
+            spent = fit(group, source, settings.batch_rows, [report, keep, lambda group, losses: progress(1)])
             saver.wait()
         if leads and spent.num_rows:
-            write_json(speed_path(config), spent.as_json() | {"device": str(bank.device), "precision": bank.products})
+            write_json(speed_path(config), spent.as_json() | {"device": str(group.device), "precision": group.products})
         log_bytes = log.num_bytes if log else 0
         if log is not None:
             log.close()
         # Asked once more, all ranks alike: what came behind the last step's question would be forgotten with this block.
         is_stopping = any_of(collective, is_asked_to_stop())
         if is_stopping or collective.mesh.ranks > 1:
-            save_checkpoint(checkpoint, bank, run_id, log_bytes)
+            save_checkpoint(checkpoint, group, run_id, log_bytes)
         if is_stopping:
             raise SystemExit(EXIT_CODE)
     if collective.mesh.ranks == 1:
-        _save_alone(config, bank, source)
+        _save_alone(config, group, source)
     else:
-        _save_together(config, source, bank.normalisation, collective)
+        _save_together(config, source, group.normalisation, collective)
     if leads:
         forget_checkpoint(checkpoint)
 
 
-def _new_bank(config: TrainConfig, source: Source | Aligned, device: str, collective: Collective) -> Bank:
-    """The bank at its first step."""
+def _new_group(config: TrainConfig, source: Source | Aligned, device: str, collective: Collective) -> TrainingGroup:
+    """The training group at its first step."""
     sources = sides_of(source)
     normalisation, *others = [normalisation_for(config.saes, side.statistics, config.max_norm) for side in sources]
     target = TargetSide(sources[1].d_in, others[0]) if others else None
     where = (device, config.settings.engine, collective, target, config.products)
-    return Bank(config.saes, sources[0].d_in, normalisation, config.steps, *where)
+    return TrainingGroup(config.saes, sources[0].d_in, normalisation, config.steps, *where)
 
 
-def _save_alone(config: TrainConfig, bank: Bank, source: Source | Aligned) -> None:
+def _save_alone(config: TrainConfig, group: TrainingGroup, source: Source | Aligned) -> None:
     """Write the finished SAEs, where this process holds all of them."""
-    target = None if bank.target is None else bank.target.normalisation
-    for sae, folded in zip(config.saes, bank.folded(), strict=True):
-        record = record_of(config, sae, source, bank.normalisation, target)
+    target = None if group.target is None else group.target.normalisation
+    for sae, folded in zip(config.saes, group.folded(), strict=True):
+        record = record_of(config, sae, source, group.normalisation, target)
         write_sae(config.out / sae_name(sae), folded, record)
 
 
@@ -203,11 +204,11 @@ def _save_together(config: TrainConfig, source: Source | Aligned, normalisation:
 
 
 def _opened_log(config: TrainConfig, source: Source | Aligned, keep_bytes: int) -> JsonLines:
-    """The bank's metrics, beside what it was asked for."""
+    """The training group's metrics, beside what it was asked for."""
     write_json(
-        config.out / f"bank_{config.bank_id}.json", config.record() | {"parents": [side.identity for side in sides_of(source)]}
+        config.out / f"group_{config.group_id}.json", config.record() | {"parents": [side.identity for side in sides_of(source)]}
     )
-    return JsonLines(config.out / f"bank_{config.bank_id}.metrics.jsonl", keep_bytes=keep_bytes)
+    return JsonLines(config.out / f"group_{config.group_id}.metrics.jsonl", keep_bytes=keep_bytes)
 
 
 def _agree_to_stop(collective: Collective, num_steps_done: int, is_asked_to_stop: Callable[[], bool]) -> bool:
@@ -217,21 +218,23 @@ def _agree_to_stop(collective: Collective, num_steps_done: int, is_asked_to_stop
     return num_steps_done % STOP_STEPS == 0 and any_of(collective, is_asked_to_stop())
 
 
-def any_of(collective: Collective, said: bool) -> bool:
+def any_of(collective: Collective, flag: bool) -> bool:
     """Whether it is true at any rank."""
-    return bool(of_all(collective, torch.tensor(float(said))).max() > 0)
+    return bool(of_all(collective, torch.tensor(float(flag))).max() > 0)
 
 
-def fit(bank: Bank, source: Source | Aligned, batch_rows: int, hooks: list[Hook]) -> Spending:
-    """Take the bank from where it stands to its last step. A batch is a function of the step, so resuming needs no more."""
-    mesh, spent = bank.collective.mesh, Spending()
-    rows = batches(source, bank.num_steps_done, bank.steps, batch_rows, bank.device, mesh.replica, mesh.replicas)
+def fit(group: TrainingGroup, source: Source | Aligned, batch_rows: int, hooks: list[Hook]) -> Spending:
+    """Take the training group from where it stands to its last step. A batch is a function of the step, so resuming needs no
+    more.
+    """
+    mesh, spent = group.collective.mesh, Spending()
+    rows = batches(source, group.num_steps_done, group.steps, batch_rows, group.device, mesh.replica, mesh.replicas)
     for batch in spent.waiting(rows):
         with spent.on("steps"):
-            losses = bank.step(*batch)
+            losses = group.step(*batch)
         with spent.on("saving"):
             for hook in hooks:
-                hook(bank, losses)
+                hook(group, losses)
         spent.num_rows += batch_rows
     return spent
 
@@ -242,18 +245,18 @@ def sides_of(source: Source | Aligned) -> tuple[Source, ...]:
 
 
 def run_id_of(config: TrainConfig, source: Source | Aligned) -> str:
-    """An identity of a bank together with the activations that it is trained on."""
-    return content_id([config.bank_id, source.identity])
+    """An identity of a training group together with the activations that it is trained on."""
+    return content_id([config.group_id, source.identity])
 
 
 def checkpoint_path(config: TrainConfig) -> Path:
-    """Where a bank in training keeps its state, or several ranks theirs beside it; gone when it is finished."""
-    return config.out / f"bank_{config.bank_id}.safetensors"
+    """Where a training group in training keeps its state, or several ranks theirs beside it; gone when it is finished."""
+    return config.out / f"group_{config.group_id}.safetensors"
 
 
 def speed_path(config: TrainConfig) -> Path:
-    """Where a bank's last run says how fast it was, and what took its time."""
-    return config.out / f"bank_{config.bank_id}.speed.json"
+    """Where a training group's last run says how fast it was, and what took its time."""
+    return config.out / f"group_{config.group_id}.speed.json"
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -267,8 +270,10 @@ def is_finished(config: TrainConfig) -> bool:
 
 @contextmanager
 def source_of(config: TrainConfig, rank: int = 0) -> Iterator[Source | Aligned]:
-    """The bank's activations; servers know it by bank, folder and rank, so that whoever resumes it takes its place."""
-    journal = config.out / f"bank_{config.bank_id}.journal" if config.order == "any" else None
+    """The training group's activations; servers know it by training group, folder and rank, so that whoever resumes it takes its
+    place.
+    """
+    journal = config.out / f"group_{config.group_id}.journal" if config.order == "any" else None
     folder = content_id(str(config.out.resolve()))
     sides = [(config.site, config.source or str(config.shards))]
     if config.writes is not None:
@@ -276,14 +281,14 @@ def source_of(config: TrainConfig, rank: int = 0) -> Iterator[Source | Aligned]:
     with ExitStack() as stack:
         sources = []
         for site, place in sides:
-            trainer = f"{site.folder}/{config.bank_id}/{folder}" + (f"/{rank}" if rank else "")
+            trainer = f"{site.folder}/{config.group_id}/{folder}" + (f"/{rank}" if rank else "")
             opened = opened_source(place, journal=journal, trainer=trainer, roots=config.tls_roots)
             sources.append(stack.enter_context(opened))
         yield sources[0] if len(sources) == 1 else Aligned(*sources)
 
 
 def has_all_saes(config: TrainConfig, source: Source | Aligned) -> bool:
-    """True where every SAE of the bank is on disk; ConfigError where one of that name comes from another run."""
+    """True where every SAE of the training group is on disk; ConfigError where one of that name comes from another run."""
     folders = {config.out / sae_name(sae): config.identity_of(sae, source.identity) for sae in config.saes}
     for folder, identity in folders.items():
         if has_sae(folder) and read_record(folder).get("run_id") != identity:
@@ -300,7 +305,7 @@ def log_losses(log: JsonLines, config: TrainConfig, step: int, losses: list[Step
         reconstruction = loss.reconstruction.item()
         if not math.isfinite(reconstruction):
             raise NonFinite(
-                f"{config.seat}, {sae_name(sae)}: the loss is {reconstruction} at step {step}; lower the learning rate"
+                f"{config.coder_site}, {sae_name(sae)}: the loss is {reconstruction} at step {step}; lower the learning rate"
             )
         row = losses_row(sae, loss, step, config.steps, config.settings.batch_rows)
         for place in (log, *sinks):
@@ -325,8 +330,8 @@ def record_of(
         transcoders = {"reads": config.site.folder, "d_out": sides[1].d_in, "target_scale": target.scale}
         transcoders |= {"target_norm_limit": limit, "has_skip": sae.skip}
     return {
-        "site": config.seat.kind,
-        "layer": config.seat.layer,
+        "site": config.coder_site.kind,
+        "layer": config.coder_site.layer,
         "d_in": sides[0].d_in,
         "width": sae.width,
         "scale": normalisation.scale,

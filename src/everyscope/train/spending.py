@@ -53,7 +53,7 @@ class Spending:
 
 
 def together(spent: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What several banks spent, as `as_json` gives it: seconds and rows added up."""
+    """What several training groups spent, as `as_json` gives it: seconds and rows added up."""
     whole = Spending()
     for one in spent:
         whole.num_rows += one["rows"]

@@ -7,7 +7,7 @@ import pytest
 
 from everyscope.browse.svg.charts import Curve, Estimate, curves, estimates, gauge, histogram, profile
 from everyscope.browse.svg.elements import Scale, element, linear_ticks, log_ticks, padded, tick_text
-from everyscope.browse.svg.maps import Cell, Point, heat_map, layer_step, mark, pareto, pareto_ends
+from everyscope.browse.svg.maps import HeatmapCell, Point, heat_map, layer_step, mark, pareto, pareto_ends
 
 HARM = '"><script>alert(1)</script>'
 
@@ -70,7 +70,7 @@ def figures() -> list[str]:
         profile([0.1, None, 0.3], HARM, ["a", HARM, "c"]),
         gauge(0.9, (0.8, 1.2), 0.1, HARM),
         gauge(None, None, None, "nothing"),
-        heat_map(["layer 0"], ["mlp_out"], [Cell(0, 0, 0.2, "/sae/x?a=1&b=2", HARM)], (0.2, 0.2), HARM),
+        heat_map(["layer 0"], ["mlp_out"], [HeatmapCell(0, 0, 0.2, "/sae/x?a=1&b=2", HARM)], (0.2, 0.2), HARM),
         pareto(points, [[(1, 0.9), (100, 0.1)]], pareto_ends(points, [0.9]), "y", HARM, "clip"),
         *(str(mark(kind)) for kind in range(5)),
     ]

@@ -18,7 +18,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.capture import capturing
 from everyscope.sites.names import Site
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 from everyscope.sites.splice import splice
 
 
@@ -34,7 +34,7 @@ def test_edges_are_slopes_of_the_model_between_sites(model, prompt):
     """Central differences, in steps that float32 norms allow, of the next SAE's latents and of a logit behind the last."""
     model = copy.deepcopy(model).double()
     tracer = GradientTracer(
-        FrozenModel(model, anatomy_of(model), prompt), dict(enumerate(SAES)), counted_tokens(model, prompt[0])
+        FrozenModel(model, adapter_of(model), prompt), dict(enumerate(SAES)), counted_tokens(model, prompt[0])
     )
     assert torch.equal(tracer.frozen.capped(tracer.logits), tracer.frozen.logits)
     direction = tracer.direction(tracer.frozen.unembedding[7] - tracer.frozen.unembedding.mean(0))

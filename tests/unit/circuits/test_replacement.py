@@ -11,7 +11,7 @@ from everyscope.base.errors import ConfigError
 from everyscope.circuits.attribution import counted_tokens
 from everyscope.circuits.frozen import FrozenModel
 from everyscope.circuits.replacement import LocalReplacement
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 
 D_MODEL, WIDTH, LAYERS = 32, 48, 3
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -26,7 +26,7 @@ def replacement_of(model, prompt: Tensor, dtype=torch.float32, skips=SKIPS["skip
         for layer, has_skip in enumerate(skips)
         if has_skip is not None
     }
-    return LocalReplacement(FrozenModel(model, anatomy_of(model), prompt), coders, counted_tokens(model, prompt[0]))
+    return LocalReplacement(FrozenModel(model, adapter_of(model), prompt), coders, counted_tokens(model, prompt[0]))
 
 
 def all_rows(replacement: LocalReplacement):
@@ -112,11 +112,11 @@ def test_no_target_receives_from_later_layers_or_tokens(gemma2, prompt):
 
 
 def test_coders_of_another_place_are_refused(gemma2, prompt):
-    frozen = FrozenModel(gemma2, anatomy_of(gemma2), prompt)
+    frozen = FrozenModel(gemma2, adapter_of(gemma2), prompt)
     counted = torch.ones(prompt.shape[1], dtype=torch.bool)
     with pytest.raises(ConfigError, match="layer 1's MLP"):
         LocalReplacement(frozen, {1: transcoder(0, D_MODEL, WIDTH)}, counted)
     with pytest.raises(ConfigError, match="d_model is 32"):
         LocalReplacement(frozen, {0: transcoder(0, 16, WIDTH)}, counted)
     with pytest.raises(ConfigError, match="one prompt"):
-        FrozenModel(gemma2, anatomy_of(gemma2), prompt.repeat(2, 1))
+        FrozenModel(gemma2, adapter_of(gemma2), prompt.repeat(2, 1))

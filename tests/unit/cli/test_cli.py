@@ -92,7 +92,7 @@ def test_help_is_short_and_help_all_has_every_field(capsys):
         main(["run", "tiny", "--help-all"])
     assert caught.value.code == 0
     whole = capsys.readouterr().out
-    shown = ("--groups.", "--train.", "--harvest.", "--evaluate.", "--text.", "--model.", "--recipe.", "--seed")
+    shown = ("--groups.", "--train.", "--harvest.", "--evaluate.", "--text.", "--model.", "--preset.", "--seed")
     assert [flag for flag in flags_of(find_recipe("tiny")) if flag.startswith(shown) and flag not in whole] == []
 
 

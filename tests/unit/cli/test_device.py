@@ -10,7 +10,7 @@ from everyscope.run.checks import check_device
 from everyscope.run.placement import Devices
 from everyscope.run.recipes.tiny import recipe
 from everyscope.run.stages import RECIPE_FILE
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
 
 def test_all_models_and_training_are_placed():
@@ -27,7 +27,7 @@ def test_the_device_is_found(tmp_path, monkeypatch):
     assert device_of(config, tmp_path) is None
     monkeypatch.setattr(checks, "found_devices", lambda engine: Devices(80 << 30, 1, 1))
     assert device_of(config, tmp_path) == "cuda"
-    said = config.model_copy(update={"train": BankSettings(device="cpu")})
+    said = config.model_copy(update={"train": TrainSettings(device="cpu")})
     assert device_of(said, tmp_path) is None
     write_json(tmp_path / RECIPE_FILE, config.as_json())  # a run that began on the CPU
     assert device_of(config, tmp_path) == "cpu"
@@ -39,11 +39,11 @@ def test_mps_is_refused_with_the_reason():
 
 
 def test_precision_is_bfloat16_where_it_has_kernels():
-    assert BankSettings().products == "float32"
-    assert BankSettings(device="cuda").products == "bfloat16"
-    assert BankSettings(device="cuda:0", engine="pairs").products == "bfloat16"
-    assert BankSettings(device="cuda", engine="dense").products == "float32"
-    assert BankSettings(device="cuda", precision="float32").products == "float32"
+    assert TrainSettings().products == "float32"
+    assert TrainSettings(device="cuda").products == "bfloat16"
+    assert TrainSettings(device="cuda:0", engine="pairs").products == "bfloat16"
+    assert TrainSettings(device="cuda", engine="dense").products == "float32"
+    assert TrainSettings(device="cuda", precision="float32").products == "float32"
     for settings in ({}, {"device": "cuda", "engine": "dense"}):
         with pytest.raises(ValueError, match="choose these, or precision=float32"):
-            BankSettings(precision="bfloat16", **settings)
+            TrainSettings(precision="bfloat16", **settings)

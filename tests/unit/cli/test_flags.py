@@ -1,6 +1,6 @@
 import pytest
 
-from everyscope.cli.flags import divided
+from everyscope.cli.flags import split_flags
 
 
 @pytest.mark.parametrize(
@@ -16,5 +16,5 @@ from everyscope.cli.flags import divided
     ],
 )
 def test_flags_go_with_their_values_to_whom_they_belong(words, named, others):
-    got = divided(words.split(), {"listen", "offer_files", "buffer_bytes"})
+    got = split_flags(words.split(), {"listen", "offer_files", "buffer_bytes"})
     assert got == (named.split(), others.split())

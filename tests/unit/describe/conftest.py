@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from everyscope.describe.codes import Codes
+from everyscope.describe.codes import LatentCodes
 from everyscope.describe.sequences import Sequences
 from everyscope.text.markers import Markers
 
@@ -44,16 +44,16 @@ def dense(sequences: Sequences) -> np.ndarray:
 
 
 @pytest.fixture
-def codes(dense: np.ndarray) -> Codes:
+def codes(dense: np.ndarray) -> LatentCodes:
     return codes_of(dense)
 
 
-def codes_of(dense: np.ndarray, first_place: int = 0) -> Codes:
+def codes_of(dense: np.ndarray, first_place: int = 0) -> LatentCodes:
     latent, place = np.nonzero(dense.T)
     starts = np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=dense.shape[1]))])
-    return Codes(starts, (place + first_place).astype(np.int32), dense[place, latent])
+    return LatentCodes(starts, (place + first_place).astype(np.int32), dense[place, latent])
 
 
 @pytest.fixture(scope="session")
-def coded() -> Callable[..., Codes]:
+def coded() -> Callable[..., LatentCodes]:
     return codes_of

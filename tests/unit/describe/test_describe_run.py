@@ -11,7 +11,7 @@ from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMisma
 from everyscope.base.files import read_sealed, write_sealed
 from everyscope.base.tables import write_table
 from everyscope.describe import run as describe
-from everyscope.describe.codes import CodesFolder, encoded
+from everyscope.describe.codes import CodesFolder, encode_rows
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.sequences import read_sequences
 from everyscope.describe.targets import NARROWER, NEXT_LAYER, PREVIOUS_LAYER, SAME, WIDER, find_targets, read_facts
@@ -207,7 +207,7 @@ def test_nan_is_noticed():
     rows = torch.randn(4, 5)
     rows[2, 1] = torch.nan
     with pytest.raises(NonFinite, match="NaN or infinity"):
-        encoded(sae, rows, np.arange(4))
+        encode_rows(sae, rows, np.arange(4))
 
 
 def test_chunks_of_rows_change_no_code(monkeypatch):
@@ -215,12 +215,12 @@ def test_chunks_of_rows_change_no_code(monkeypatch):
     rows, places = torch.randn(30, 5), np.arange(30) * 3 + 100
     f = sae.encode(rows)
     monkeypatch.setattr("everyscope.describe.codes.CHUNK_ACTIVATIONS", 50)
-    codes = encoded(sae, rows, places)
+    codes = encode_rows(sae, rows, places)
     assert codes.firings.tolist() == (f > 0).sum(0).tolist()
     for latent in range(8):
         stretch = slice(codes.starts[latent], codes.starts[latent + 1])
         assert codes.places[stretch].tolist() == places[(f[:, latent] > 0).numpy()].tolist()
-    assert len(encoded(sae, rows[:0], places[:0]).places) == 0
+    assert len(encode_rows(sae, rows[:0], places[:0]).places) == 0
 
 
 def test_damaged_codes_are_named(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from everyscope.describe.codes import joined
 from everyscope.describe.columns import KEPT_BITS, rounded
 from everyscope.describe.config import DescribeConfig
-from everyscope.describe.kernels import EMPTY, keep_least, scattered
-from everyscope.describe.measures import HISTOGRAM_BINS, POSITION_STRETCHES, QUANTILES, TOP_COFIRING, Measures, facts_of
+from everyscope.describe.kernels import EMPTY, keep_least, random_number_of
+from everyscope.describe.measures import HISTOGRAM_BINS, POSITION_STRETCHES, QUANTILES, TOP_COFIRING, Measures, text_facts
 from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextConfig
 
@@ -29,7 +29,7 @@ def config(tmp_path, sequences) -> DescribeConfig:
 
 @pytest.fixture
 def facts(sequences):
-    return facts_of(sequences, 30, SEED)
+    return text_facts(sequences, 30, SEED)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_quantile_examples_are_of_their_fifth_of_the_firings(rows, dense, config
             fifth = order[(group - 1) * len(order) // 5 : group * len(order) // 5]
             least: dict[int, tuple[int, int]] = {}
             for place in fifth:
-                number = (int(scattered(SEED, latent, int(place))), int(place))
+                number = (int(random_number_of(SEED, latent, int(place))), int(place))
                 least[place // sequences.context] = min(number, least.get(place // sequences.context, number))
             assert places == [place for _, place in sorted(least.values())[: config.group_examples]]
             assert all(f[place] > 0 for place in places)
@@ -200,9 +200,9 @@ def test_keep_least_keeps_the_least_of_each_block(room):
 
 def test_scattered_numbers_are_fair():
     """The least of ten is each of them equally often, whatever the latent and place: within five standard errors."""
-    least = [int(np.argmin([int(scattered(1, latent, place)) for place in range(10)])) for latent in range(2000)]
+    least = [int(np.argmin([int(random_number_of(1, latent, place)) for place in range(10)])) for latent in range(2000)]
     assert np.abs(np.bincount(least, minlength=10) - 200).max() < 5 * math.sqrt(180)
-    assert len({int(scattered(seed, latent, 3)) for seed in range(20) for latent in range(20)}) == 400
+    assert len({int(random_number_of(seed, latent, 3)) for seed in range(20) for latent in range(20)}) == 400
 
 
 def test_rounding_keeps_three_digits():

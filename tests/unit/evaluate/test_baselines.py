@@ -42,11 +42,11 @@ def test_a_random_dictionary_has_the_l0_and_the_gain_that_it_is_asked_for(calibr
     sae = random_dictionary(width, l0, calibration, seed=5)
     f = sae.encode(calibration.rows)
     assert float((f > 0).sum(1).float().mean()) == pytest.approx(l0, rel=0.02)
-    assert torch.allclose(sae.w_dec.norm(dim=1), torch.ones(width))
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(width))
     centred, x_hat = (calibration.rows - sae.b_dec).double(), (sae(calibration.rows) - sae.b_dec).double()
     assert float((centred * x_hat).sum() / x_hat.square().sum()) == pytest.approx(1, rel=1e-4)
-    assert torch.equal(random_dictionary(width, l0, calibration, seed=5).w_enc, sae.w_enc)
-    assert not torch.equal(random_dictionary(width, l0, calibration, seed=6).w_dec, sae.w_dec)
+    assert torch.equal(random_dictionary(width, l0, calibration, seed=5).W_enc, sae.W_enc)
+    assert not torch.equal(random_dictionary(width, l0, calibration, seed=6).W_dec, sae.W_dec)
 
 
 def test_no_latents_is_the_mean(calibration: Calibration):

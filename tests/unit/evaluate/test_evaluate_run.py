@@ -15,7 +15,6 @@ from everyscope.base.errors import ConfigError, DataError, ModelError, NonFinite
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.work import planned_blocks
-from everyscope.formats import gemma_scope, gemma_scope_2, qwen_scope
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.files import read_sae, write_sae
 from everyscope.sae.folded import Sae
@@ -24,6 +23,7 @@ from everyscope.sites import model as language_models
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 from everyscope.sites.norms import mlp_norm_of
+from everyscope.suite.formats import gemma_scope, gemma_scope_2, qwen_scope
 
 SITE = Site("mlp_out", 1)
 
@@ -300,7 +300,7 @@ def test_transcoders_are_scored_alike_whichever_input_their_file_takes(tmp_path:
         W_skip=torch.randn(16, 16, generator=torch.Generator().manual_seed(3)) / 8,
         metadata=SaeMetadata(place, "google/gemma-3-270m", target=Site("mlp_out", 1), convention="mlp_input"),
     )
-    norm = mlp_norm_of(load_language_model(config.model).anatomy, 1)
+    norm = mlp_norm_of(load_language_model(config.model).adapter, 1)
     gemma_scope_2.write(tmp_path / "released/layer_1_width_32_l0_big_affine", with_gain)
     without = to_convention(with_gain, "normalised", norm.gain)
     gemma_scope.write(tmp_path / "released/gemma-scope-2b-pt-transcoders/layer_1/width_32/average_l0_9", without)
@@ -322,7 +322,7 @@ def test_saes_of_the_embedding_matrix_meet_the_embeddings_that_they_were_trained
     matrix = load_language_model(config.model).model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
     exact, folder = identity_sae(16), tmp_path / "gemma-scope-tiny-res" / "embedding" / "width_32" / "average_l0_16"
     shift = torch.linspace(-0.1, 0.1, 16)
-    sae = Sae(exact.w_enc, exact.w_dec, exact.b_enc - shift @ exact.w_enc, shift, exact.threshold)
+    sae = Sae(exact.W_enc, exact.W_dec, exact.b_enc - shift @ exact.W_enc, shift, exact.threshold)
     assert torch.allclose(sae(matrix), matrix, atol=1e-6)
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in sae.tensors().items()})
@@ -387,7 +387,7 @@ def test_what_does_not_fit_is_refused(evaluated: EvaluateConfig, tmp_path: Path,
     with pytest.raises(TextError, match="none of its 1 documents is held_out"):
         evaluate.run(config.model_copy(update={"text": text}))
     broken = random_sae(16, 32, 0.1, torch.zeros(16), seed=0)
-    huge = Sae(broken.w_enc, broken.w_dec * 3e38, broken.b_enc, broken.b_dec, broken.threshold)
+    huge = Sae(broken.W_enc, broken.W_dec * 3e38, broken.b_enc, broken.b_dec, broken.threshold)
     write_sae(config.trained / SITE.folder / "huge", huge, {})
     with pytest.raises(NonFinite, match="NaN or infinity"):
         evaluate.run(config)

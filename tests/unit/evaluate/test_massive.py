@@ -95,8 +95,8 @@ def knowing(sae: Sae, sink: Tensor) -> Sae:
     """The SAE with one latent more, which fires on rows like the sink's alone and makes their reconstruction exact."""
     unit, rest = sink / sink.norm(), (sink - sae(sink)) / sink.norm()
     return Sae(
-        torch.cat([sae.w_enc, unit[:, None]], dim=1),
-        torch.cat([sae.w_dec, rest[None]]),
+        torch.cat([sae.W_enc, unit[:, None]], dim=1),
+        torch.cat([sae.W_dec, rest[None]]),
         torch.cat([sae.b_enc, torch.zeros(1)]),
         sae.b_dec,
         torch.cat([sae.threshold, sink.norm()[None] / 2]),

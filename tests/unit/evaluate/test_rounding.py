@@ -22,6 +22,6 @@ def test_each_format_keeps_the_sae(dtype):
     sae = random_sae(8, 32, 0.1, torch.zeros(8), seed=0)
     x = torch.randn(50, 8)
     other = rounded(sae, dtype)
-    assert other.w_enc.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert other.W_enc.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     error = (other(x) - sae(x)).norm() / sae(x).norm()
     assert error == 0 if dtype == "float32" else 0 < error < 0.1

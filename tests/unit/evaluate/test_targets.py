@@ -14,10 +14,10 @@ from everyscope.base.files import sha256, write_json
 from everyscope.base.tensors import write_tensors
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.targets import load_targets
-from everyscope.formats import circuit_tracer, dictionary_learning, gemma_scope_2, llama_scope, qwen_scope, sparsify
 from everyscope.sae.files import write_sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site
+from everyscope.suite.formats import circuit_tracer, dictionary_learning, gemma_scope_2, llama_scope, qwen_scope, sparsify
 
 SITE = Site("resid_post", 1)
 
@@ -111,7 +111,7 @@ def test_saelens_folders_name_their_sites(config: EvaluateConfig, tmp_path: Path
     for trained in (tmp_path, folder):
         (target,) = load_targets(config.model_copy(update={"trained": trained, "shards": None, "site_kind": "attn_out"}))
         assert (target.site, target.name, target.is_of_unscaled_embeddings) == (site, "my_sae", False)
-        assert torch.equal(target.sae().w_enc, sae.w_enc)
+        assert torch.equal(target.sae().W_enc, sae.W_enc)
     np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in sae.tensors().items()})
     assert len(load_targets(config.model_copy(update={"trained": tmp_path, "shards": None}))) == 1  # one folder is one SAE
 
@@ -161,5 +161,5 @@ def test_every_format_is_found_with_its_site(config: EvaluateConfig, tmp_path: P
     }
     for target in targets:
         sae = target.sae()
-        assert (sae.d_sae, sae.metadata.seat) == (40, target.site)
+        assert (sae.d_sae, sae.metadata.coder_site) == (40, target.site)
         assert target.digest == sha256(target.weights)

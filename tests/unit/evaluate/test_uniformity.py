@@ -38,11 +38,11 @@ def test_silent_latents_add_nothing():
 
 def test_a_hand_made_case_from_codes_and_gradient():
     """Two latents that write along the axes, of activations 2 and 1, where the gradient is (3, 2): y = (6, 2), p = (3/4, 1/4)."""
-    w_dec = torch.eye(3, 2)
+    W_dec = torch.eye(3, 2)
     f, gradient = torch.tensor([[2.0, 1.0, 0.0], [4.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([[3.0, 2], [1, 1], [0, 0]])
-    assert attributions(f, gradient, w_dec)[0].tolist() == [6, 2, 0]
+    assert attributions(f, gradient, W_dec)[0].tolist() == [6, 2, 0]
     sums = UniformitySums.start()
-    sums.update(f, gradient, w_dec)
+    sums.update(f, gradient, W_dec)
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     found = sums.as_json()
     assert found is not None

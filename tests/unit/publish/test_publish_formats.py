@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from small_scope import random_sae
 
-from everyscope.formats import gemma_scope
 from everyscope.publish.formats import write_saelens
 from everyscope.sites.names import Site
+from everyscope.suite.formats import gemma_scope
 
 SAE = random_sae(6, 40, 0.2, torch.linspace(-1, 1, 6), seed=0)
 

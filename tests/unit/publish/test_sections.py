@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from everyscope.publish.drawing.scales import bars, scale_log, scale_value
 from everyscope.publish.sections.fidelity import band
 from everyscope.publish.sections.positions import position_delta_loss, position_fvu, relative_error, stretches
-from everyscope.publish.sections.transfer import pairs_of
+from everyscope.publish.sections.transfer import transfer_pairs
 from everyscope.publish.sections.widths import middle_groups
 
 
@@ -63,7 +63,7 @@ def test_base_saes_are_paired_with_tuned_ones_of_the_same_place_and_nearest_l0()
     place = {"site": "s", "width": 512, "segment": "all", "target": None}
     rows = [{**place, "sae": sae, "l0": l0} for sae, l0 in (("base", 10), ("tuned", 40), ("tuned", 12), ("base", 30))]
     rows.append({**place, "sae": "tuned", "l0": 10, "segment": "user"})
-    assert [(base["l0"], tuned["l0"]) for base, tuned in pairs_of(rows)] == [(10, 12), (30, 40)]
+    assert [(base["l0"], tuned["l0"]) for base, tuned in transfer_pairs(rows)] == [(10, 12), (30, 40)]
 
 
 def test_axes_hold_their_values_and_are_logarithmic_only_above_zero():

@@ -16,7 +16,7 @@ from everyscope.run.automatic import (
     LEAST_TOKENS,
     MOST_TOKENS,
     Machine,
-    Wishes,
+    UserChoices,
     automatic,
     context_of,
     passes_that_pay,
@@ -66,7 +66,7 @@ def test_the_shape_of_a_bundled_model_is_that_of_its_recipe():
 
 
 def test_defaults_fit_model_and_machine(words):
-    config = automatic("somebody/Some-Model.v2", SHAPE, CPU, Wishes(text=str(words)), text_of(str(words), 128), seconds_of)
+    config = automatic("somebody/Some-Model.v2", SHAPE, CPU, UserChoices(text=str(words)), text_of(str(words), 128), seconds_of)
     (group,) = config.groups
     assert (config.name, config.title) == ("some_model_v2", "Some-Model.v2 scope")
     assert (group.layers, group.widths, group.target_l0s) == ((10, 17), (4096,), (20, 50, 100))
@@ -78,12 +78,12 @@ def test_defaults_fit_model_and_machine(words):
 
 @pytest.mark.parametrize("hours", [0.03, 0.1, 1, 10])
 def test_tokens_are_as_many_as_the_hours_allow(hours, words):
-    config = automatic("m", SHAPE, CPU, Wishes(hours=hours), text_of(str(words), 128), seconds_of)
+    config = automatic("m", SHAPE, CPU, UserChoices(hours=hours), text_of(str(words), 128), seconds_of)
     tokens, passes = config.harvest.num_tokens, config.groups[0].num_tokens // config.harvest.num_tokens
     assert tokens >= LEAST_TOKENS
     assert config.groups[0].num_tokens == passes * tokens
     assert hours_of(config) <= hours
-    more = automatic("m", SHAPE, CPU, Wishes(tokens=2 * tokens, passes=passes), text_of(str(words), 128), seconds_of)
+    more = automatic("m", SHAPE, CPU, UserChoices(tokens=2 * tokens, passes=passes), text_of(str(words), 128), seconds_of)
     assert hours_of(more) > hours or tokens == MOST_TOKENS
 
 
@@ -96,25 +96,25 @@ def test_rows_are_read_as_often_as_pays(harvest, train, passes):
 
 def test_passes_are_wished_or_chosen(words):
     text = text_of(str(words), 64)
-    chosen = automatic("m", SHAPE, CPU, Wishes(tokens=10**6), text, seconds_of)
+    chosen = automatic("m", SHAPE, CPU, UserChoices(tokens=10**6), text, seconds_of)
     assert (chosen.harvest.num_tokens, chosen.groups[0].num_tokens) == (10**6, 2 * 10**6)
-    wished = automatic("m", SHAPE, CPU, Wishes(tokens=10**6, passes=5), text, seconds_of)
+    wished = automatic("m", SHAPE, CPU, UserChoices(tokens=10**6, passes=5), text, seconds_of)
     assert (wished.harvest.num_tokens, wished.groups[0].num_tokens) == (10**6, 5 * 10**6)
     with pytest.raises(ConfigError, match="--passes 0: expected at least 1"):
-        automatic("m", SHAPE, CPU, Wishes(passes=0), text, seconds_of)
+        automatic("m", SHAPE, CPU, UserChoices(passes=0), text, seconds_of)
 
 
 def test_wishes_are_kept_and_too_few_hours_are_refused(words):
     text = text_of(str(words), 64)
-    wishes = Wishes(sites=("mlp_out",), layers=(3,), widths=(256, 512), l0s=(7.0,), tokens=10**6, passes=1)
-    (group,) = automatic("m", SHAPE, CPU, wishes, text, seconds_of).groups
+    choices = UserChoices(sites=("mlp_out",), layers=(3,), widths=(256, 512), l0s=(7.0,), tokens=10**6, passes=1)
+    (group,) = automatic("m", SHAPE, CPU, choices, text, seconds_of).groups
     assert (group.sites, group.layers, group.widths, group.target_l0s, group.num_tokens) == (
         ("mlp_out",), (3,), (256, 512), (7,), 10**6,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"--hours 0.001: the smallest run takes about"):
-        automatic("m", SHAPE, CPU, Wishes(hours=0.001), text, seconds_of)
+        automatic("m", SHAPE, CPU, UserChoices(hours=0.001), text, seconds_of)
     with pytest.raises(ConfigError, match="expected a time above 0"):
-        automatic("m", SHAPE, CPU, Wishes(hours=0), text, seconds_of)
+        automatic("m", SHAPE, CPU, UserChoices(hours=0), text, seconds_of)
 
 
 def test_texts_are_files_or_datasets_and_never_a_guess(words, monkeypatch):
@@ -130,10 +130,10 @@ def test_texts_are_files_or_datasets_and_never_a_guess(words, monkeypatch):
 def test_the_printed_recipe_is_the_same_run(tiny_random_model_folder, words):
     name = str(tiny_random_model_folder)
     shape = shape_of(ModelConfig(name=name))
-    wishes = Wishes(tokens=2**16)
-    config = automatic(name, shape, CPU, wishes, text_of(str(words), 32), seconds_of)
+    choices = UserChoices(tokens=2**16)
+    config = automatic(name, shape, CPU, choices, text_of(str(words), 32), seconds_of)
     scope: dict = {}
-    exec(recipe_text(config, wishes), scope)
+    exec(recipe_text(config, choices), scope)
     of_a_recipe: dict = {"public_model": None, "sized_for_hours": None}
     assert with_shape(scope["recipe"]()) == config.model_copy(update=of_a_recipe)
 

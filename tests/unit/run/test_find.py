@@ -47,29 +47,29 @@ def test_a_bad_file_is_one_clear_error(tmp_path, text, complaint):
         find_recipe(str(tmp_path / "absent.py"))
 
 
-def test_each_site_and_budget_is_one_bank_with_all_its_saes(tmp_path):
+def test_each_site_and_budget_is_one_group_with_all_its_saes(tmp_path):
     config = find_recipe("gemma_2_2b")
-    banks = config.train_configs(tmp_path)
-    assert len({(bank.site, bank.num_tokens) for bank in banks}) == len(banks)
-    assert sum(len(bank.saes) for bank in banks) == sum(
+    groups = config.train_configs(tmp_path)
+    assert len({(group.site, group.num_tokens) for group in groups}) == len(groups)
+    assert sum(len(group.saes) for group in groups) == sum(
         len(config.sites(group)) * len(config.saes_of(group)) for group in config.groups
     )
-    at_twelve = [bank for bank in banks if bank.site == Site("resid_post", 12)]
-    assert sorted({sae.width for bank in at_twelve for sae in bank.saes}) == [2**power for power in range(14, 21)]
+    at_twelve = [group for group in groups if group.site == Site("resid_post", 12)]
+    assert sorted({sae.width for group in at_twelve for sae in group.saes}) == [2**power for power in range(14, 21)]
 
 
-def test_a_group_may_have_banks_of_its_own_on_several_devices(tmp_path):
+def test_a_group_may_have_groups_of_its_own_on_several_devices(tmp_path):
     config = find_recipe("gemma_2_2b")
     *others, widest = config.groups
-    own = widest.model_copy(update={"saes_per_bank": 4, "shards": 8})
-    banks = config.model_copy(update={"groups": (*others, own)}).train_configs(tmp_path)
-    split = [bank for bank in banks if bank.settings.shards == 8]
-    assert [len(bank.saes) for bank in split] == [4, 2] * 3
-    assert {sae.width for bank in split for sae in bank.saes} == {2**20}
+    own = widest.model_copy(update={"saes_per_training_group": 4, "shards": 8})
+    groups = config.model_copy(update={"groups": (*others, own)}).train_configs(tmp_path)
+    split = [group for group in groups if group.settings.shards == 8]
+    assert [len(group.saes) for group in split] == [4, 2] * 3
+    assert {sae.width for group in split for sae in group.saes} == {2**20}
     usual = config.train_configs(tmp_path)
-    assert [bank for bank in banks if bank not in split] == [bank for bank in usual if bank.num_tokens < widest.num_tokens]
-    assert sorted(str(sae) for bank in banks for sae in bank.saes) == sorted(str(sae) for bank in usual for sae in bank.saes)
-    assert len({bank.bank_id for bank in banks}) == len(banks)
+    assert [group for group in groups if group not in split] == [group for group in usual if group.num_tokens < widest.num_tokens]
+    assert sorted(str(sae) for group in groups for sae in group.saes) == sorted(str(sae) for group in usual for sae in group.saes)
+    assert len({group.group_id for group in groups}) == len(groups)
 
 
 def test_an_sae_asked_for_twice_is_refused(tmp_path):

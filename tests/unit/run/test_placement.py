@@ -7,11 +7,11 @@ import pytest
 
 from everyscope.base.errors import ConfigError
 from everyscope.run.find import find_recipe
-from everyscope.run.placement import Devices, placed, work_of
+from everyscope.run.placement import Devices, group_work, placed
 from everyscope.run.stages import stages_of
 from everyscope.sae.config import SaeConfig
 from everyscope.sites.names import Site
-from everyscope.train.config import BankSettings, TrainConfig, sae_name
+from everyscope.train.config import TrainConfig, TrainSettings, sae_name
 from everyscope.train.memory import bytes_of
 
 GIB = 2**30
@@ -24,7 +24,7 @@ def group(widths, d_in=256, tokens=10**6, batch=1024, layer=0, **settings) -> Tr
         shards=Path("shards"),
         saes=tuple(SaeConfig(width=width, sparsity_coefficient=1.0, seed=seed) for seed, width in enumerate(widths)),
         num_tokens=tokens,
-        settings=BankSettings(device="cuda", batch_rows=batch, **settings),
+        settings=TrainSettings(device="cuda", batch_rows=batch, **settings),
         out=Path("train"),
     )
 
@@ -55,7 +55,7 @@ def test_every_sae_is_trained_once_and_every_group_fits(seed, count, mib):
     assert saes_of(cut) == saes_of(groups)
     assert all(bytes_of(one, 256) <= devices.usable_bytes for one in cut)
     assert all(one.settings.ranks <= 4 for one in cut)
-    assert len({one.bank_id for one in cut}) == len(cut)
+    assert len({one.group_id for one in cut}) == len(cut)
     whole = [one for one in groups if bytes_of(one, 256) <= devices.usable_bytes]
     if count is None:
         assert all(one in cut for one in whole)  # what fits stays as it is
@@ -65,14 +65,14 @@ def test_every_sae_is_trained_once_and_every_group_fits(seed, count, mib):
 def test_no_group_that_could_be_divided_keeps_all_gpus_waiting(seed):
     groups = some_groups(seed)
     cut = placed(groups, lambda one: 256, Devices(80 * GIB, 8, 32))
-    total = sum(work_of(one, 256) * one.settings.ranks for one in cut)
+    total = sum(group_work(one, 256) * one.settings.ranks for one in cut)
     for one in cut:
         narrow = one.saes[0].width // (2 * one.settings.shards) < 2**12
-        assert work_of(one, 256) <= total / 32 or (len(one.saes) == 1 and (narrow or one.settings.ranks == 8))
+        assert group_work(one, 256) <= total / 32 or (len(one.saes) == 1 and (narrow or one.settings.ranks == 8))
 
 
 def test_groups_on_the_cpu_and_unknown_gpus_are_left_alone():
-    on_cpu = group([2**18] * 3).model_copy(update={"settings": BankSettings(batch_rows=1024)})
+    on_cpu = group([2**18] * 3).model_copy(update={"settings": TrainSettings(batch_rows=1024)})
     assert placed([on_cpu], lambda one: 256, Devices(1 << 30, 1)) == [on_cpu]
     assert placed([group([2**18] * 3)], lambda one: 256, None) == [group([2**18] * 3)]
 
@@ -92,9 +92,9 @@ def test_what_is_said_to_fit_fits():
     small = Devices(24 * GIB, 1)
     with pytest.raises(ConfigError, match=r"set --train.batch-rows 1024 \(19.5 GiB\)"):
         placed([wide], lambda one: 2304, small)
-    placed([wide.model_copy(update={"settings": BankSettings(device="cuda", batch_rows=1024)})], lambda one: 2304, small)
+    placed([wide.model_copy(update={"settings": TrainSettings(device="cuda", batch_rows=1024)})], lambda one: 2304, small)
     with pytest.raises(ConfigError, match="batch-rows"):
-        placed([wide.model_copy(update={"settings": BankSettings(device="cuda", batch_rows=2048)})], lambda one: 2304, small)
+        placed([wide.model_copy(update={"settings": TrainSettings(device="cuda", batch_rows=2048)})], lambda one: 2304, small)
 
 
 def test_gemma_2_2b_on_eight_gpus_is_split_and_sharded_to_fit():
@@ -113,7 +113,7 @@ def test_an_sae_is_the_same_in_whatever_group_it_trains():
     together = group([64, 128, 256])
     alone = [together.model_copy(update={"saes": (sae,)}) for sae in together.saes]
     for one in alone:
-        assert one.bank_id != together.bank_id
+        assert one.group_id != together.group_id
         assert one.identity_of(one.saes[0], "rows") == together.identity_of(one.saes[0], "rows")
     sae = together.saes[0]
     others = [

@@ -12,7 +12,7 @@ from everyscope.run.checks import check
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.run.jobs.config import EngineConfig
-from everyscope.run.stages import Servers, stages_of
+from everyscope.run.stages import ActivationSource, stages_of
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -33,7 +33,7 @@ def test_all_stages_of_every_shipped_recipe_are_derived_and_no_sae_is_lost(name,
 
 def test_where_training_reads_from_servers_there_may_be_no_shards(tmp_path):
     config = find_recipe("tiny")
-    stages = stages_of(config, tmp_path, servers=Servers("flight://10.0.0.1:8815", "any"), harvests=False)
+    stages = stages_of(config, tmp_path, servers=ActivationSource("flight://10.0.0.1:8815", "any"), harvests=False)
     assert {group.order for group in stages.groups} == {"any"}
     assert all(group.source == f"flight://10.0.0.1:8815/{group.site.folder}" for group in stages.groups)
     assert stages.parts[0].evaluate.shards is None
@@ -50,7 +50,7 @@ def test_where_training_reads_from_servers_there_may_be_no_shards(tmp_path):
         ("--train.shards 4096", "settings.shards=4096: an SAE of width 512"),
         ("--train.replicas 3", "batch_rows=256 does not divide by replicas=3"),
         ("--groups.0.layers 4", "layers 0 to 3"),
-        ("--recipe.prefix-shares 0.0001 0.0002 1.0", "too narrow"),
+        ("--preset.prefix-shares 0.0001 0.0002 1.0", "too narrow"),
     ],
 )
 def test_a_contradiction_is_one_short_line_before_anything_is_written(flags, words, tmp_path, capsys):

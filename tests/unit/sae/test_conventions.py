@@ -40,7 +40,7 @@ def test_it_computes_what_it_says(has_skip):
     torch.testing.assert_close(coder(x), want)
     torch.testing.assert_close(coder.encode(x), f)
     assert (coder.d_in, coder.d_sae, coder.d_out, coder.is_transcoder) == (D_IN, D_SAE, D_OUT, True)
-    assert coder.metadata.seat == Site("transcoder", 3)
+    assert coder.metadata.coder_site == Site("transcoder", 3)
 
 
 def test_a_skip_needs_what_it_skips_from():

@@ -77,8 +77,8 @@ def test_it_is_a_module_among_modules():
         other.W_enc.zero_()
     other.load_state_dict(sae.state_dict())
     assert torch.equal(other.W_enc, sae.W_enc)
-    assert sae.w_enc is sae.W_enc
-    assert sae.w_dec is sae.W_dec
+    assert sae.W_enc is sae.W_enc
+    assert sae.W_dec is sae.W_dec
 
 
 def test_unfrozen_it_learns():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from everyscope.sae import pairs_cpu
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.kernels.cpu import Candidates, Rows, centre_rows, screen_rows
 from everyscope.sae.pairs_cpu import CpuPairs, as_bfloat16, latents_of
 from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update, new_sae
@@ -33,7 +33,7 @@ def sae_of(d_in, width, threshold=0.4, **changes) -> TrainableSae:
         "bandwidth": 0.05,
         "initial_threshold": threshold,
     }
-    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=1e-2, recipe=SaeRecipe(**fields | changes)), d_in)
+    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=1e-2, preset=SaePreset(**fields | changes)), d_in)
     generator = torch.Generator().manual_seed(1)
     for name in ("b_enc", "b_dec"):
         sae.parameters[name].normal_(0, 0.05, generator=generator)
@@ -51,7 +51,7 @@ def in_float64(sae: TrainableSae) -> TrainableSae:
 
 def gradients_seen(after: TrainableSae, before: TrainableSae) -> dict[str, torch.Tensor]:
     """Squared gradients of a first step, from the means it left."""
-    return {name: after.squared[name].double() / (1 - before.config.recipe.beta2) for name in TENSORS}
+    return {name: after.squared[name].double() / (1 - before.config.preset.beta2) for name in TENSORS}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_one_step_equals_the_float64_oracle(monkeypatch, batch, d_in, width, thr
         seen, expected = gradients_seen(sae, before)[name].sqrt(), gradients_seen(oracle, before)[name].sqrt()
         assert (seen - expected).abs().max() <= ROUNDING * expected.max() + 1e-12, name
     untouched = sae.touched == 0
-    assert torch.equal(sae.parameters["w_dec"][untouched], before.parameters["w_dec"][untouched])
+    assert torch.equal(sae.parameters["W_dec"][untouched], before.parameters["W_dec"][untouched])
 
 
 @pytest.mark.parametrize("changes", [{}, BY_ROW])
@@ -149,7 +149,7 @@ def test_the_screen_never_loses_a_pair(scale):
     numbers = mantissas.view(torch.float32) * torch.where(bits < 0, -1.0, 1.0) * scale
     x, w = numbers[:batch].contiguous(), numbers[batch:].contiguous()
     sae = sae_of(d_in, width, bandwidth=1e-6 * scale)
-    sae.parameters["w_enc"].copy_(w.T)
+    sae.parameters["W_enc"].copy_(w.T)
     sae.parameters["b_enc"].zero_()
     sae.parameters["b_dec"].zero_()
     pre = x.double() @ w.double().T
@@ -157,7 +157,7 @@ def test_the_screen_never_loses_a_pair(scale):
         sae.parameters["threshold"].copy_((pre[row] - 1e-6 * pre[row].abs()).float())
         latents = latents_of(sae)
         pairs_cpu.round_weights(latents)
-        found = screened_candidates(x[row : row + 1], latents, sae.config.recipe.bandwidth)
+        found = screened_candidates(x[row : row + 1], latents, sae.config.preset.bandwidth)
         assert found.tolist() == list(range(width))
 
 
@@ -199,7 +199,7 @@ def test_a_screen_that_lets_almost_all_through_is_of_no_use(monkeypatch):
     sae = sae_of(64, 500, threshold=0.5)
     latents = CpuPairs([sae])._latents[0]
     found = screened_candidates(rows(1, 64), latents, 0.001)
-    pre = rows(1, 64) @ sae.parameters["w_enc"] + sae.parameters["b_enc"]
+    pre = rows(1, 64) @ sae.parameters["W_enc"] + sae.parameters["b_enc"]
     assert (pre > 0.5).sum() <= len(found) <= (pre > 0.48).sum()
 
 
@@ -221,10 +221,10 @@ def test_a_dense_code_is_stepped_densely_and_a_sparse_one_by_pairs_again():
     got = engine.step(x, 4, 20)[0]
     want = dense_update(before, x, 4, 20)
     assert got.l0 == want.l0
-    torch.testing.assert_close(sae.parameters["w_dec"], before.parameters["w_dec"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sae.parameters["W_dec"], before.parameters["W_dec"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("spoil", ["x", "w_enc", "w_dec", "b_enc", "b_dec"])
+@pytest.mark.parametrize("spoil", ["x", "W_enc", "W_dec", "b_enc", "b_dec"])
 def test_what_is_no_number_shows_in_the_loss(spoil):
     sae, x = sae_of(16, 64), rows(50, 16)
     (x if spoil == "x" else sae.parameters[spoil])[..., 3] = torch.nan

@@ -4,11 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.thresholds import coordinate_weights, drive_thresholds, warm_start
 from everyscope.sae.trainable import dense_update, new_sae
 
-RECIPE = SaeRecipe(
+RECIPE = SaePreset(
     learning_rate=1e-3, learning_rate_warmup_steps=0, sparsity_warmup_steps=0, bandwidth=0.05, warm_start=True, driven_share=0.5
 )
 
@@ -19,7 +19,7 @@ def rows(count, seed=0) -> torch.Tensor:
 
 
 def test_a_warm_start_meets_the_target_on_its_batch_and_centres_it():
-    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, recipe=RECIPE), 24)
+    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, preset=RECIPE), 24)
     x = rows(500)
     warm_start(sae, x)
     torch.testing.assert_close(sae.parameters["b_dec"], x.mean(0))
@@ -37,18 +37,18 @@ def test_coordinates_are_weighed_by_the_inverse_root_of_their_variance():
 
 
 def test_a_warm_start_weighs_encoders_that_follow():
-    recipe = RECIPE.model_copy(update={"encoder_follows": True, "direction_rate": 0.1, "encoder_scale": 0.5})
-    sae = new_sae(SaeConfig(width=200, target_l0=9, recipe=recipe), 24)
+    preset = RECIPE.model_copy(update={"encoder_follows": True, "direction_rate": 0.1, "encoder_scale": 0.5})
+    sae = new_sae(SaeConfig(width=200, target_l0=9, preset=preset), 24)
     x = rows(500) * torch.linspace(0.1, 3, 24)
     warm_start(sae, x)
-    want = 0.5 * (sae.parameters["w_dec"] * coordinate_weights(x)).T
-    torch.testing.assert_close(sae.parameters["w_enc"], want)
-    assert sae.parameters["w_enc"].T.is_contiguous()
+    want = 0.5 * (sae.parameters["W_dec"] * coordinate_weights(x)).T
+    torch.testing.assert_close(sae.parameters["W_enc"], want)
+    assert sae.parameters["W_enc"].T.is_contiguous()
     assert (sae.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(9, abs=0.01)
 
 
 def test_driven_thresholds_come_to_the_target_and_stay():
-    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, recipe=RECIPE), 24)
+    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, preset=RECIPE), 24)
     warm_start(sae, rows(500))
     sae.parameters["threshold"].mul_(0.5)
     history = []
@@ -63,12 +63,12 @@ def test_driven_thresholds_come_to_the_target_and_stay():
 
 def test_driving_needs_a_target():
     with pytest.raises(ValidationError, match="needs target_l0"):
-        SaeConfig(width=4, sparsity_coefficient=0, recipe=RECIPE)
+        SaeConfig(width=4, sparsity_coefficient=0, preset=RECIPE)
 
 
 def test_silent_latents_come_down_until_they_fire():
-    recipe = RECIPE.model_copy(update={"revive_steps": 3})
-    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, recipe=recipe), 24)
+    preset = RECIPE.model_copy(update={"revive_steps": 3})
+    sae = new_sae(SaeConfig(width=200, target_l0=9, target_weight=0, preset=preset), 24)
     warm_start(sae, rows(500))
     sae.parameters["threshold"][7] = 5.0
     losses = dense_update(sae, rows(500), 0, 1000)
@@ -86,4 +86,4 @@ def test_silent_latents_come_down_until_they_fire():
 
 def test_reviving_needs_a_phase_to_act_in():
     with pytest.raises(ValidationError, match="driven_share"):
-        SaeRecipe(revive_steps=5)
+        SaePreset(revive_steps=5)

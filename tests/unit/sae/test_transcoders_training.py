@@ -9,14 +9,14 @@ import torch
 
 from everyscope.base.errors import ConfigError
 from everyscope.sae import pairs_cpu
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.normalisation import Normalisation, normalised_pair
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.presets import fast, fast_transcoder
 from everyscope.sae.thresholds import warm_start
 from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update, fold, new_sae
-from everyscope.train.bank import Bank, TargetSide
 from everyscope.train.engines import Dense
+from everyscope.train.training_group import TargetSide, TrainingGroup
 
 BY_ROW = {"direction_rate": 0.02, "warm_start": True, "largest_step": 1.5}
 ROUNDING = 2e-6
@@ -36,8 +36,8 @@ def sae_of(d_in, width, d_out=None, *, skip=False, threshold=0.4, **changes) -> 
         "bandwidth": 0.05,
         "initial_threshold": threshold,
     }
-    recipe = SaeRecipe(**fields | changes)
-    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=1e-2, recipe=recipe, skip=skip), d_in, d_out=d_out)
+    preset = SaePreset(**fields | changes)
+    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=1e-2, preset=preset, skip=skip), d_in, d_out=d_out)
     generator = torch.Generator().manual_seed(1)
     for name in ("b_enc", "b_dec", *(["w_skip"] if skip else [])):
         sae.parameters[name].normal_(0, 0.05, generator=generator)
@@ -73,7 +73,7 @@ def test_one_step_by_pairs_equals_the_float64_oracle(monkeypatch, batch, d_in, d
         seen, expected = (one.squared[name].double().sqrt() for one in (sae, oracle))
         assert (seen - expected).abs().max() <= ROUNDING * expected.max() + 1e-12, name
     untouched = sae.touched == 0
-    assert torch.equal(sae.parameters["w_dec"][untouched], before.parameters["w_dec"][untouched])
+    assert torch.equal(sae.parameters["W_dec"][untouched], before.parameters["W_dec"][untouched])
 
 
 @pytest.mark.parametrize("changes", [{}, BY_ROW])
@@ -137,19 +137,19 @@ def test_results_do_not_depend_on_threads():
 def test_the_skip_alone_learns_a_linear_map(engine):
     """With thresholds that nothing reaches, y = x @ M is left to the skip: FVU 0 to 1e-6."""
     steps, d_in, d_out = 1500, 12, 10
-    recipe = SaeRecipe(
+    preset = SaePreset(
         learning_rate=3e-2, learning_rate_warmup_steps=0, learning_rate_decay=0.6, initial_threshold=1e3, sparsity_warmup_steps=0
     )
     m = torch.randn(d_in, d_out, generator=torch.Generator().manual_seed(3))
     x = torch.randn(4000, d_in, generator=torch.Generator().manual_seed(4)) + 0.5
     y = x @ m + 2.0
     sides = [Normalisation(float(side.square().sum(1).mean().sqrt())) for side in (x, y)]
-    config = SaeConfig(width=8, sparsity_coefficient=0.0, recipe=recipe, skip=True)
-    bank = Bank([config], d_in, sides[0], steps, engine=engine, target=TargetSide(d_out, sides[1]))
+    config = SaeConfig(width=8, sparsity_coefficient=0.0, preset=preset, skip=True)
+    group = TrainingGroup([config], d_in, sides[0], steps, engine=engine, target=TargetSide(d_out, sides[1]))
     for step in range(steps):
         some = torch.arange(step * 256, (step + 1) * 256) % len(x)
-        bank.step(x[some], y[some])
-    coder = bank.folded()[0]
+        group.step(x[some], y[some])
+    coder = group.folded()[0]
     fvu = (coder(x) - y).square().sum() / (y - y.mean(0)).square().sum()
     assert fvu < 1e-6
     assert coder.W_skip is not None
@@ -202,11 +202,11 @@ def test_each_side_is_shortened_by_its_own_norm():
 
 def test_a_warm_start_takes_its_bias_from_the_target_and_its_thresholds_from_the_input():
     x, y = rows(256, 16) + 0.3, rows(256, 9, seed=4) - 0.2
-    recipe = SaeRecipe(warm_start=True)
-    sae = new_sae(SaeConfig(width=100, target_l0=7, recipe=recipe), 16, d_out=9)
+    preset = SaePreset(warm_start=True)
+    sae = new_sae(SaeConfig(width=100, target_l0=7, preset=preset), 16, d_out=9)
     warm_start(sae, x, target=y)
     torch.testing.assert_close(sae.parameters["b_dec"], y.mean(0))
-    active = (x @ sae.parameters["w_enc"] > sae.parameters["threshold"]).sum(1).float().mean()
+    active = (x @ sae.parameters["W_enc"] > sae.parameters["threshold"]).sum(1).float().mean()
     assert float(active) == pytest.approx(7, abs=0.02)
 
 
@@ -214,18 +214,18 @@ def test_a_warm_start_takes_its_bias_from_the_target_and_its_thresholds_from_the
 def test_the_start_is_drawn_by_seed_alone_and_shards_are_parts_of_it(d_out):
     config = SaeConfig(width=50, sparsity_coefficient=0, seed=3)
     whole, part = new_sae(config, 16, d_out=d_out), new_sae(config, 16, latents=range(20, 35), d_out=d_out)
-    for name, axis in (("w_enc", 1), ("w_dec", 0)):
+    for name, axis in (("W_enc", 1), ("W_dec", 0)):
         assert torch.equal(whole.parameters[name].narrow(axis, 20, 15), part.parameters[name]), name
-    rows_of_w_enc = whole.parameters["w_enc"].T
+    rows_of_w_enc = whole.parameters["W_enc"].T
     torch.testing.assert_close(rows_of_w_enc.norm(dim=1), torch.ones(50))
-    assert torch.equal(rows_of_w_enc, whole.parameters["w_dec"]) == (d_out == 16)
+    assert torch.equal(rows_of_w_enc, whole.parameters["W_dec"]) == (d_out == 16)
 
 
 def test_what_is_not_a_transcoders_is_refused():
     side = TargetSide(8, Normalisation(1.0))
-    follows = SaeConfig(width=8, target_l0=2, recipe=fast(8))
+    follows = SaeConfig(width=8, target_l0=2, preset=fast(8))
     with pytest.raises(ConfigError, match="fast_transcoder"):
-        Bank([follows], 8, Normalisation(1.0), 5, target=side)
-    Bank([SaeConfig(width=8, target_l0=2, recipe=fast_transcoder(8))], 8, Normalisation(1.0), 5, target=side)
+        TrainingGroup([follows], 8, Normalisation(1.0), 5, target=side)
+    TrainingGroup([SaeConfig(width=8, target_l0=2, preset=fast_transcoder(8))], 8, Normalisation(1.0), 5, target=side)
     with pytest.raises(ConfigError, match="skip=True of an SAE"):
-        Bank([SaeConfig(width=8, target_l0=2, skip=True)], 8, Normalisation(1.0), 5)
+        TrainingGroup([SaeConfig(width=8, target_l0=2, skip=True)], 8, Normalisation(1.0), 5)

@@ -6,7 +6,7 @@ import torch
 from everyscope.base.errors import ConfigError
 from everyscope.sites.capture import capture, capturing
 from everyscope.sites.names import SUBLAYERS, Site, sites_of
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 from everyscope.sites.splice import splice
 
 
@@ -14,7 +14,7 @@ def test_the_residual_stream_is_what_the_model_itself_reports(model, input_ids):
     with torch.no_grad():
         # A copy, for transformers leaves hooks of its own behind when it reports hidden states.
         reported = deepcopy(model)(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
-    last = anatomy_of(model).num_layers - 1
+    last = adapter_of(model).num_layers - 1
     found = capture(model, [Site("embed", 0), *(Site("resid_post", layer) for layer in range(last))], input_ids)
     for site, x in found.items():
         # The model's own list ends behind the final norm, so the last layer is not compared.
@@ -22,7 +22,7 @@ def test_the_residual_stream_is_what_the_model_itself_reports(model, input_ids):
 
 
 def test_sites_captured_together_or_one_by_one_are_the_same(model, input_ids):
-    sites = sites_of(("embed", *SUBLAYERS), None, anatomy_of(model).num_layers)
+    sites = sites_of(("embed", *SUBLAYERS), None, adapter_of(model).num_layers)
     together = capture(model, sites, input_ids)
     assert tuple(together) == sites
     for site in sites:
@@ -30,11 +30,11 @@ def test_sites_captured_together_or_one_by_one_are_the_same(model, input_ids):
 
 
 def test_capture_stops_behind_the_last_wanted_site(model, input_ids):
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     ran = set()
     handles = [
         block.register_forward_pre_hook(lambda module, args, layer=layer: ran.add(layer))
-        for layer, block in enumerate(anatomy.blocks)
+        for layer, block in enumerate(adapter.blocks)
     ]
     capture(model, [Site("resid_post", 1), Site("mlp_out", 0)], input_ids)
     for handle in handles:
@@ -43,7 +43,7 @@ def test_capture_stops_behind_the_last_wanted_site(model, input_ids):
 
 
 def test_capturing_gives_activations_beside_unchanged_logits(model, input_ids, run):
-    sites = sites_of(SUBLAYERS, None, anatomy_of(model).num_layers)
+    sites = sites_of(SUBLAYERS, None, adapter_of(model).num_layers)
     clean = run(model, input_ids)
     with capturing(model, sites) as found:
         assert torch.equal(run(model, input_ids), clean)

@@ -14,7 +14,7 @@ from torch.func import jvp
 from everyscope.base.errors import ModelError, ShapeMismatch
 from everyscope.sites.logits import final_norm, gain_of, logit_path
 from everyscope.sites.names import Site
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 
 SUBLAYERS = ("attn_out", "mlp_out", "resid_post")
 
@@ -40,19 +40,19 @@ def through(norm: nn.Module, direction: Tensor, is_centring: bool, seed: int) ->
 @pytest.mark.parametrize("kind", SUBLAYERS)
 def test_logits_are_those_of_the_linearised_model(model, family, kind):
     model = deepcopy(model).double()
-    anatomy, site = anatomy_of(model), Site(kind, 2)
+    adapter, site = adapter_of(model), Site(kind, 2)
     path = logit_path(model, site)
     is_centring = family in ("gpt2", "gpt_neox")
-    direction = torch.randn(anatomy.width(site), generator=torch.Generator().manual_seed(3)).double()
+    direction = torch.randn(adapter.width(site), generator=torch.Generator().manual_seed(3)).double()
     residual = direction
     if kind == "attn_out":
-        projection = anatomy.projected(2).module
+        projection = adapter.projected(2).module
         zero = torch.zeros_like(direction)
         residual = projection((direction)[None])[0] - projection(zero[None])[0]
         if family in ("gemma2", "gemma3_text", "olmo2"):
-            residual = through(anatomy.attention_added(2).module, residual, is_centring, seed=4)
+            residual = through(adapter.attention_added(2).module, residual, is_centring, seed=4)
     head = model.get_output_embeddings()
-    want = head(through(final_norm(model, anatomy), residual, is_centring, seed=5)[None])[0]
+    want = head(through(final_norm(model, adapter), residual, is_centring, seed=5)[None])[0]
     got = (path.through_norms(direction[None]) @ path.unembedding.float().T)[0].double()
     torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3 * float(want.abs().max()))  # the norms' epsilon, and float32
 
@@ -60,14 +60,14 @@ def test_logits_are_those_of_the_linearised_model(model, family, kind):
 def test_the_whole_models_logits_move_as_told(gemma2):
     """Through the whole model: at the last layer's output nothing but the final norm and the head is left."""
     model = deepcopy(gemma2).double()
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     path = logit_path(model, Site("resid_post", 2))
-    direction = torch.randn(anatomy.d_model, generator=torch.Generator().manual_seed(1)).double()
+    direction = torch.randn(adapter.d_model, generator=torch.Generator().manual_seed(1)).double()
     base = orthogonal_base(direction, False, seed=2)
     step = 3e-3  # transformers computes norms in float32, whatever the model is in
 
     def logits(x: Tensor) -> Tensor:
-        hook = anatomy.blocks[-1].register_forward_hook(
+        hook = adapter.blocks[-1].register_forward_hook(
             lambda module, args, output: (
                 (x.expand_as(output[0]), *output[1:]) if isinstance(output, tuple) else x.expand_as(output)
             )
@@ -87,11 +87,11 @@ def test_the_whole_models_logits_move_as_told(gemma2):
 
 @pytest.mark.parametrize("kind", SUBLAYERS)
 def test_raw_logits_know_no_norm(model, kind):
-    anatomy, site = anatomy_of(model), Site(kind, 1)
-    direction = torch.randn(2, anatomy.width(site), generator=torch.Generator().manual_seed(3))
+    adapter, site = adapter_of(model), Site(kind, 1)
+    direction = torch.randn(2, adapter.width(site), generator=torch.Generator().manual_seed(3))
     residual = direction
     if kind == "attn_out":
-        projection = anatomy.projected(1).module
+        projection = adapter.projected(1).module
         residual = projection(direction) - projection(torch.zeros_like(direction))
     want = residual @ model.get_output_embeddings().weight.T
     path = logit_path(model, site)
@@ -99,7 +99,7 @@ def test_raw_logits_know_no_norm(model, kind):
 
 
 def test_gains_of_both_kinds_of_gemma_and_llama_differ_by_one(model, family):
-    norm = final_norm(model, anatomy_of(model))
+    norm = final_norm(model, adapter_of(model))
     found = gain_of(norm, 32)
     offset = 1 if family.startswith("gemma") else 0
     torch.testing.assert_close(found.gain, torch.as_tensor(norm.weight) + offset, rtol=1e-3, atol=1e-3)

@@ -11,7 +11,7 @@ from everyscope.sites.capture import capture
 from everyscope.sites.identity import check_residual_identity
 from everyscope.sites.names import Site, places_of, site_of
 from everyscope.sites.norms import mlp_norm_of
-from everyscope.sites.registry import FAMILIES, anatomy_of, dissect
+from everyscope.sites.registry import FAMILIES, adapter_of, inspect_blocks
 
 LAYER = 1
 WITHOUT_NORM = ("olmo2",)
@@ -19,20 +19,20 @@ WITHOUT_NORM = ("olmo2",)
 
 @torch.no_grad()
 def test_the_mlp_makes_mlp_out_of_mlp_in(model, family, input_ids):
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     found = capture(model, [f"{kind}.{LAYER}" for kind in ("resid_mid", "mlp_in", "mlp_out")], input_ids)
-    block: Any = anatomy.block(LAYER)
+    block: Any = adapter.block(LAYER)
     made = block.mlp(found["mlp_in.1"])
     if family in ("gemma2", "gemma3_text", "olmo2"):
         made = block.post_feedforward_layernorm(made)
     torch.testing.assert_close(made, found["mlp_out.1"], rtol=1e-6, atol=1e-6)
-    assert anatomy.width(Site("mlp_in", LAYER)) == anatomy.width(Site("transcoder", LAYER)) == found["mlp_in.1"].shape[-1]
+    assert adapter.width(Site("mlp_in", LAYER)) == adapter.width(Site("transcoder", LAYER)) == found["mlp_in.1"].shape[-1]
 
 
 @torch.no_grad()
 def test_resid_mid_is_the_stream_that_the_norm_reads(model, family, input_ids):
     """Where blocks are sequential it is what attention leaves; in GPT-NeoX, attention and MLP read the same stream."""
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     found = capture(model, [f"{kind}.{LAYER}" for kind in ("resid_post", "mlp_out", "resid_mid", "mlp_in")], input_ids)
     behind_attention = found["resid_post.1"] - found["mlp_out.1"]
     want = capture(model, "resid_post.0", input_ids) if family == "gpt_neox" else behind_attention
@@ -40,9 +40,9 @@ def test_resid_mid_is_the_stream_that_the_norm_reads(model, family, input_ids):
     if family in WITHOUT_NORM:
         assert torch.equal(found["resid_mid.1"], found["mlp_in.1"])
         with pytest.raises(ModelError, match="without a norm"):
-            mlp_norm_of(anatomy, LAYER)
+            mlp_norm_of(adapter, LAYER)
         return
-    norm = mlp_norm_of(anatomy, LAYER)
+    norm = mlp_norm_of(adapter, LAYER)
     x = found["resid_mid.1"].double()
     is_centring = family in ("gpt2", "gpt_neox")
     x = x - x.mean(-1, keepdim=True) if is_centring else x
@@ -52,12 +52,12 @@ def test_resid_mid_is_the_stream_that_the_norm_reads(model, family, input_ids):
 
 
 def test_the_norms_gain_is_exact(model, family):
-    anatomy = anatomy_of(model)
-    norm: Any = anatomy.mlp_norm(LAYER)
+    adapter = adapter_of(model)
+    norm: Any = adapter.mlp_norm(LAYER)
     if norm is None:
         return
     want = 1 + norm.weight if family.startswith("gemma") else norm.weight
-    torch.testing.assert_close(mlp_norm_of(anatomy, LAYER).gain, want, rtol=3e-7, atol=0)
+    torch.testing.assert_close(mlp_norm_of(adapter, LAYER).gain, want, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_the_norms_gain_is_exact(model, family):
     ],
 )
 def test_a_wrong_place_for_what_the_mlp_reads_is_refused(gemma2, change, complaint):
-    wrong = dissect(gemma2, replace(FAMILIES["gemma2"], **change))
+    wrong = inspect_blocks(gemma2, replace(FAMILIES["gemma2"], **change))
     with pytest.raises(ModelError, match=complaint):
-        check_residual_identity(gemma2, anatomy=wrong)
+        check_residual_identity(gemma2, adapter=wrong)
 
 
 def test_a_transcoders_site_is_two_places(gemma2):
@@ -88,7 +88,7 @@ def test_a_transcoders_site_is_two_places(gemma2):
     input_ids = torch.ones(1, 3, dtype=torch.int64)
     assert torch.equal(capture(gemma2, site, input_ids), capture(gemma2, "mlp_in.1", input_ids)), "what a transcoder there reads"
     with pytest.raises(ConfigError, match="layer 3"):
-        anatomy_of(gemma2).width(Site("transcoder", 3))
+        adapter_of(gemma2).width(Site("transcoder", 3))
 
 
 def test_where_a_coder_sits_follows_from_what_it_reads_and_writes():

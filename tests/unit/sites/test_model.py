@@ -25,7 +25,7 @@ def test_a_loaded_model_is_frozen_eager_and_of_the_dtype_asked_for(folder, dtype
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.model.config._attn_implementation == "eager"  # pyright: ignore[reportAttributeAccessIssue]
-    assert loaded.anatomy.width(Site("attn_out", 0)) == 48
+    assert loaded.adapter.width(Site("attn_out", 0)) == 48
     assert loaded.name == str(folder)
 
 

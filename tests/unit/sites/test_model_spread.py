@@ -52,16 +52,16 @@ def logits(model, ids):
 
 @needs_accelerate
 def test_blocks_are_where_the_map_says(spread):
-    assert [next(block.parameters()).is_meta for block in spread.anatomy.blocks] == [True, False, True, True]
+    assert [next(block.parameters()).is_meta for block in spread.adapter.blocks] == [True, False, True, True]
     assert not any(parameter.requires_grad for parameter in spread.model.parameters())
 
 
 @needs_accelerate
 def test_every_site_has_the_same_bits(plain, spread, ids):
-    sites = [Site("embed", 0), *(Site(kind, layer) for layer in range(plain.anatomy.num_layers) for kind in SUBLAYERS)]
+    sites = [Site("embed", 0), *(Site(kind, layer) for layer in range(plain.adapter.num_layers) for kind in SUBLAYERS)]
     whole, parts = capture(plain.model, sites, ids), capture(spread.model, sites, ids)
     assert all(torch.equal(whole[site], parts[site]) for site in sites)
-    assert {site: spread.anatomy.width(site) for site in sites} == {site: plain.anatomy.width(site) for site in sites}
+    assert {site: spread.adapter.width(site) for site in sites} == {site: plain.adapter.width(site) for site in sites}
 
 
 @needs_accelerate

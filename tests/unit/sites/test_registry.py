@@ -7,22 +7,22 @@ from everyscope.base.errors import ConfigError, ModelError
 from everyscope.sites.capture import capture
 from everyscope.sites.identity import check_residual_identity
 from everyscope.sites.names import SUBLAYERS, Site, sites_of
-from everyscope.sites.registry import FAMILIES, anatomy_of
+from everyscope.sites.registry import FAMILIES, adapter_of
 
 
 def test_every_site_has_the_width_that_the_anatomy_says(model, input_ids, attention_width):
-    anatomy = anatomy_of(model)
-    sites = sites_of(("embed", *SUBLAYERS), None, anatomy.num_layers)
+    adapter = adapter_of(model)
+    sites = sites_of(("embed", *SUBLAYERS), None, adapter.num_layers)
     found = capture(model, sites, input_ids)
-    assert len(found) == 1 + 3 * anatomy.num_layers
+    assert len(found) == 1 + 3 * adapter.num_layers
     for site, x in found.items():
-        assert x.shape == (*input_ids.shape, anatomy.width(site))
-    assert anatomy.width(Site("attn_out", 0)) == attention_width
+        assert x.shape == (*input_ids.shape, adapter.width(site))
+    assert adapter.width(Site("attn_out", 0)) == attention_width
 
 
 def test_an_unknown_type_is_refused_with_the_list_of_known_ones(bloom):
     with pytest.raises(ModelError) as caught:
-        anatomy_of(bloom)
+        adapter_of(bloom)
     message = str(caught.value)
     assert "'bloom'" in message
     assert "\n" not in message
@@ -31,18 +31,18 @@ def test_an_unknown_type_is_refused_with_the_list_of_known_ones(bloom):
 
 def test_a_module_that_is_no_language_model_is_refused():
     with pytest.raises(ModelError, match="Linear"):
-        anatomy_of(nn.Linear(2, 2))
+        adapter_of(nn.Linear(2, 2))
 
 
 def test_a_model_without_its_head_is_refused(gemma2):
     with pytest.raises(ModelError, match="AutoModelForCausalLM"):
-        anatomy_of(gemma2.model)
+        adapter_of(gemma2.model)
 
 
 @pytest.mark.parametrize("kind", SUBLAYERS)
 def test_a_layer_out_of_range_is_named_with_the_range(gemma2, kind):
     with pytest.raises(ConfigError, match=r"layer 3 .* 0 to 2"):
-        anatomy_of(gemma2).place(Site(kind, 3))
+        adapter_of(gemma2).hook_point(Site(kind, 3))
 
 
 def test_multimodal_gemma3_is_read_through_its_language_part():
@@ -62,6 +62,6 @@ def test_multimodal_gemma3_is_read_through_its_language_part():
         attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
     model = Gemma3ForConditionalGeneration(config).eval()
-    assert anatomy_of(model).num_layers == 2
-    assert anatomy_of(model).width(Site("attn_out", 1)) == 48
+    assert adapter_of(model).num_layers == 2
+    assert adapter_of(model).width(Site("attn_out", 1)) == 48
     assert check_residual_identity(model) < 1e-5

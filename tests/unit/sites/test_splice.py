@@ -7,7 +7,7 @@ import torch
 from everyscope.base.errors import ConfigError, ModelError, ShapeMismatch
 from everyscope.sites.capture import capture, capturing
 from everyscope.sites.names import SUBLAYERS, Site, sites_of
-from everyscope.sites.registry import anatomy_of
+from everyscope.sites.registry import adapter_of
 from everyscope.sites.splice import resuming, special_ids, splice
 
 KINDS = ("embed", *SUBLAYERS)
@@ -16,7 +16,7 @@ KINDS = ("embed", *SUBLAYERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_splicing_the_identity_changes_no_bit_and_zeros_change_the_logits(model, input_ids, run, kind):
     clean = run(model, input_ids)
-    for site in sites_of((kind,), None, anatomy_of(model).num_layers):
+    for site in sites_of((kind,), None, adapter_of(model).num_layers):
         with splice(model, {site: lambda x: x.clone()}):
             assert torch.equal(run(model, input_ids), clean)
         with splice(model, {site: torch.zeros_like}):
@@ -24,7 +24,7 @@ def test_splicing_the_identity_changes_no_bit_and_zeros_change_the_logits(model,
 
 
 def test_splicing_the_identity_everywhere_at_once_changes_no_bit(model, input_ids, run):
-    sites = sites_of(KINDS, None, anatomy_of(model).num_layers)
+    sites = sites_of(KINDS, None, adapter_of(model).num_layers)
     with splice(model, dict.fromkeys(sites, torch.clone)):
         spliced = run(model, input_ids)
     assert torch.equal(spliced, run(model, input_ids))
@@ -111,23 +111,23 @@ def test_an_error_in_an_edit_leaves_no_trace(model, input_ids, run):
     def fail(x):
         raise ZeroDivisionError
 
-    sites = sites_of(KINDS, None, anatomy_of(model).num_layers)
+    sites = sites_of(KINDS, None, adapter_of(model).num_layers)
     with pytest.raises(ZeroDivisionError), splice(model, dict.fromkeys(sites, fail)):
         run(model, input_ids)
     assert torch.equal(run(model, input_ids), clean)
 
 
 def test_resuming_gives_the_same_bits_and_skips_the_layers_below(model, input_ids, run):
-    anatomy = anatomy_of(model)
+    adapter = adapter_of(model)
     clean = run(model, input_ids)
-    with resuming(model, -1, torch.zeros(1, 1, anatomy.d_model)):
+    with resuming(model, -1, torch.zeros(1, 1, adapter.d_model)):
         assert torch.equal(run(model, input_ids), clean)
-    for layer in range(anatomy.num_layers):
+    for layer in range(adapter.num_layers):
         site = Site("resid_post", layer)
         resid = capture(model, [site], input_ids)[site]
-        with resuming(model, layer, resid), capturing(model, sites_of(SUBLAYERS, None, anatomy.num_layers)) as found:
+        with resuming(model, layer, resid), capturing(model, sites_of(SUBLAYERS, None, adapter.num_layers)) as found:
             assert torch.equal(run(model, input_ids), clean)
-        assert {seen.layer for seen in found if seen.kind == "mlp_out"} == set(range(layer + 1, anatomy.num_layers))
+        assert {seen.layer for seen in found if seen.kind == "mlp_out"} == set(range(layer + 1, adapter.num_layers))
 
 
 def test_splicing_above_or_at_the_resumed_layer_is_splicing_a_full_pass(model, input_ids, run):

@@ -12,12 +12,12 @@ from small_scope import random_sae
 from torch.testing import assert_close
 
 from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMismatch
-from everyscope.formats import gemma_scope
 from everyscope.publish.formats import write_saelens
 from everyscope.sae.files import write_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site
+from everyscope.suite.formats import gemma_scope
 from everyscope.suite.reader import load_sae
 
 SAE = random_sae(6, 40, 0.2, torch.linspace(-1, 1, 6), seed=0)
@@ -49,7 +49,7 @@ def test_every_format_gives_identical_reconstructions(tmp_path: Path):
 @pytest.mark.parametrize("flag", [True, "absent"])
 def test_a_subtracted_b_dec_is_folded_into_b_enc(tmp_path: Path, flag: bool | str):
     """SAELens computes (x - b_dec) @ W_enc + b_enc where the flag is true, or not given at all."""
-    unfolded = Sae(SAE.w_enc, SAE.w_dec, SAE.b_enc + SAE.b_dec @ SAE.w_enc, SAE.b_dec, SAE.threshold)
+    unfolded = Sae(SAE.W_enc, SAE.W_dec, SAE.b_enc + SAE.b_dec @ SAE.W_enc, SAE.b_dec, SAE.threshold)
     read = load_sae(saelens_folder(tmp_path, unfolded, apply_b_dec_to_input=flag))
     assert_close(read.encode(X), unfolded.encode(X - SAE.b_dec), rtol=1e-5, atol=1e-6)
     assert_close(read(X), SAE(X), rtol=1e-5, atol=1e-6)
@@ -118,7 +118,7 @@ def test_another_kind_of_saelens_sae_is_refused(tmp_path: Path, changes: dict[st
 
 def test_damaged_saelens_weights_are_refused(tmp_path: Path):
     saelens_folder(tmp_path)
-    save_file({"W_enc": SAE.w_enc}, tmp_path / "sae_weights.safetensors")
+    save_file({"W_enc": SAE.W_enc}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ShapeMismatch, match="W_dec"):
         load_sae(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"damaged")

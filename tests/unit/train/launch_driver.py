@@ -9,43 +9,43 @@ import torch
 
 from everyscope.base.errors import ConfigError
 from everyscope.sae.mesh import Mesh
-from everyscope.train.launch import Seat
-from everyscope.train.process_group import Group, file_store, socket_store
+from everyscope.train.launch import RankInfo
+from everyscope.train.process_group import ProcessGroup, file_store, socket_store
 
 Progress = Callable[[int], None]
 
 
-def die_while_told(folder: Path, seat: Seat, progress: Progress) -> None:
+def die_while_told(folder: Path, rank_info: RankInfo, progress: Progress) -> None:
     """Count the starts; rank 1 kills itself as often as the file `kills` says, and gets a step further each time it `moves`."""
-    path = folder / f"starts_{seat.rank}"
+    path = folder / f"starts_{rank_info.rank}"
     starts = int(path.read_text()) + 1 if path.exists() else 1
     path.write_text(str(starts))
-    group = Group(Mesh(1, seat.ranks, seat.rank), file_store(seat.meeting, seat.ranks))
+    group = ProcessGroup(Mesh(1, rank_info.ranks, rank_info.rank), file_store(rank_info.rendezvous, rank_info.ranks))
     progress(starts if (folder / "moves").exists() else 1)
     group.barrier()
-    if seat.rank == 1 and starts <= int((folder / "kills").read_text()):
+    if rank_info.rank == 1 and starts <= int((folder / "kills").read_text()):
         os.kill(os.getpid(), signal.SIGKILL)
     group.barrier()
 
 
-def refuse(folder: Path, seat: Seat, progress: Progress) -> None:
+def refuse(folder: Path, rank_info: RankInfo, progress: Progress) -> None:
     """Rank 1 finds something wrong, while the other waits for it."""
-    group = Group(Mesh(2, 1, seat.rank), file_store(seat.meeting, seat.ranks))
-    if seat.rank == 1:
+    group = ProcessGroup(Mesh(2, 1, rank_info.rank), file_store(rank_info.rendezvous, rank_info.ranks))
+    if rank_info.rank == 1:
         raise ConfigError("colour='green': expected blue; set colour=blue")
     group.barrier()
 
 
-def stumble(folder: Path, seat: Seat, progress: Progress) -> None:
+def stumble(folder: Path, rank_info: RankInfo, progress: Progress) -> None:
     """A mistake of ours."""
     raise ZeroDivisionError("by nothing")
 
 
-def meet_by_socket(address: tuple[str, int], seat: Seat, progress: Progress) -> None:
+def meet_by_socket(address: tuple[str, int], rank_info: RankInfo, progress: Progress) -> None:
     """Meet at a bound socket, and sum."""
     host, port = address
-    group = Group(Mesh(1, 2, seat.rank), socket_store(host, port, seat.rank, seat.ranks, wait_seconds=60))
-    x = torch.arange(4, dtype=torch.float64) + seat.rank
+    group = ProcessGroup(Mesh(1, 2, rank_info.rank), socket_store(host, port, rank_info.rank, rank_info.ranks, wait_seconds=60))
+    x = torch.arange(4, dtype=torch.float64) + rank_info.rank
     group.sum_(x, "replicas")
     group.sum_(x, "shards")
     assert x.tolist() == [1, 3, 5, 7]

@@ -10,7 +10,7 @@ import torch
 
 from everyscope.sae import pairs_cpu
 from everyscope.sae.across_ranks import shared_gradients
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.functional import loss_gradients
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.normalisation import Normalisation
@@ -18,15 +18,15 @@ from everyscope.sae.objective import penalty
 from everyscope.sae.presets import fast
 from everyscope.sae.thresholds import warm_start
 from everyscope.sae.trainable import TENSORS, new_sae
-from everyscope.train.bank import Bank
+from everyscope.train.training_group import TrainingGroup
 
 D_IN, ROWS, STEPS, TOLERANCE = 12, 48, 25, 1e-5
 FIXED = {"learning_rate": 2e-3, "learning_rate_warmup_steps": 3, "sparsity_warmup_steps": 5}
-NESTED = SaeRecipe(bandwidth=0.1, initial_threshold=0.4, frequency_limit=0.1, prefix_shares=(0.1, 0.5, 1.0), **FIXED)
+NESTED = SaePreset(bandwidth=0.1, initial_threshold=0.4, frequency_limit=0.1, prefix_shares=(0.1, 0.5, 1.0), **FIXED)
 SAES = (
-    SaeConfig(width=64, sparsity_coefficient=1e-2, recipe=SaeRecipe(bandwidth=0.05, initial_threshold=0.5, **FIXED)),
-    SaeConfig(width=61, target_l0=4, recipe=fast(D_IN)),
-    SaeConfig(width=50, target_l0=6, target_weight=1, recipe=NESTED),
+    SaeConfig(width=64, sparsity_coefficient=1e-2, preset=SaePreset(bandwidth=0.05, initial_threshold=0.5, **FIXED)),
+    SaeConfig(width=61, target_l0=4, preset=fast(D_IN)),
+    SaeConfig(width=50, target_l0=6, target_weight=1, preset=NESTED),
 )
 MESHES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (3, 2)]
 
@@ -40,18 +40,18 @@ def own(x: torch.Tensor, collective: Collective) -> torch.Tensor:
     return x.chunk(collective.mesh.replicas)[collective.mesh.replica].contiguous()
 
 
-def trained(collective: Collective, engine: str, steps: int = STEPS, saes=SAES) -> tuple[Bank, list[list[float]]]:
-    bank, seen = Bank(saes, D_IN, Normalisation(2.0), steps, "cpu", engine, collective), []
+def trained(collective: Collective, engine: str, steps: int = STEPS, saes=SAES) -> tuple[TrainingGroup, list[list[float]]]:
+    group, seen = TrainingGroup(saes, D_IN, Normalisation(2.0), steps, "cpu", engine, collective), []
     for step in range(steps):
-        losses = bank.step(own(rows(step), collective))
+        losses = group.step(own(rows(step), collective))
         seen.append([value.item() for loss in losses for value in (loss.reconstruction, loss.l0, loss.pairs)])
-    return bank, seen
+    return group, seen
 
 
-def whole(banks: list[Bank], name: str) -> torch.Tensor:
+def whole(groups: list[TrainingGroup], name: str) -> torch.Tensor:
     """A tensor of the SAEs that shards hold together."""
-    axis, _ = banks[0].latents_of(name)
-    parts = [bank.tensors()[name] for bank in banks if bank.collective.mesh.replica == 0]
+    axis, _ = groups[0].latents_of(name)
+    parts = [group.tensors()[name] for group in groups if group.collective.mesh.replica == 0]
     return parts[0] if axis is None else torch.cat(parts, axis)
 
 
@@ -59,26 +59,26 @@ def whole(banks: list[Bank], name: str) -> torch.Tensor:
 @pytest.mark.parametrize(("shards", "replicas"), MESHES)
 def test_many_ranks_step_as_one(in_threads, engine, shards, replicas):
     alone, losses = trained(ALONE, engine)
-    start = Bank(SAES, D_IN, Normalisation(2.0), STEPS, "cpu", engine)
+    start = TrainingGroup(SAES, D_IN, Normalisation(2.0), STEPS, "cpu", engine)
     done = in_threads(lambda collective: trained(collective, engine), shards, replicas)
-    banks = [bank for bank, _ in done]
+    groups = [group for group, _ in done]
     for _, seen in done:
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(losses), rtol=1e-5, atol=1e-6)
     for name, tensor in alone.tensors().items():
         if name.rpartition(".")[2] in TENSORS:
-            apart, moved = (whole(banks, name) - tensor).norm(), (tensor - start.tensors()[name]).norm()
+            apart, moved = (whole(groups, name) - tensor).norm(), (tensor - start.tensors()[name]).norm()
             assert apart <= TOLERANCE * moved, (name, (apart / moved).item())
         elif name.endswith("last_fired"):
-            assert torch.equal(whole(banks, name), tensor)
+            assert torch.equal(whole(groups, name), tensor)
 
 
 @pytest.mark.parametrize("engine", ["pairs", "dense"])
 def test_what_ranks_hold_in_common_is_the_same_bits(in_threads, engine):
-    banks = [bank for bank, _ in in_threads(lambda collective: trained(collective, engine), 2, 2)]
-    for bank in banks:
-        twin = banks[bank.collective.mesh.shard]  # the first replica of the same shard
-        for name, tensor in bank.tensors().items():
-            other = twin if bank.latents_of(name)[0] is not None else banks[0]
+    groups = [group for group, _ in in_threads(lambda collective: trained(collective, engine), 2, 2)]
+    for group in groups:
+        twin = groups[group.collective.mesh.shard]  # the first replica of the same shard
+        for name, tensor in group.tensors().items():
+            other = twin if group.latents_of(name)[0] is not None else groups[0]
             assert torch.equal(tensor, other.tensors()[name]), name
 
 
@@ -89,12 +89,12 @@ def test_shared_gradients_are_those_of_the_whole_loss(in_threads, config, shards
     sae = new_sae(config, D_IN)
     sae.parameters["b_dec"].normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     p = {name: tensor.double() for name, tensor in sae.parameters.items()}
-    coefficient = config.sparsity_weight * (min(1, step / 5) if config.recipe.sparsity_warmup_steps else 1)
+    coefficient = config.sparsity_weight * (min(1, step / 5) if config.preset.sparsity_warmup_steps else 1)
     want = loss_gradients(
         x,
         **p,
         penalty=lambda rates: penalty(config, coefficient, rates),
-        bandwidth=config.recipe.bandwidth,
+        bandwidth=config.preset.bandwidth,
         prefixes=config.prefixes,
     )
 
@@ -106,7 +106,7 @@ def test_shared_gradients_are_those_of_the_whole_loss(in_threads, config, shards
         return shared_gradients(part, own(x, collective), step, collective)[0]
 
     got = in_threads(gradients, shards, replicas)
-    for name, axis in {"w_enc": 1, "w_dec": 0, "b_enc": 0, "threshold": 0, "fired": 0}.items():
+    for name, axis in {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "fired": 0}.items():
         together = torch.cat([getattr(each, name) for each in got[:shards]], axis)
         torch.testing.assert_close(together, getattr(want, name), rtol=1e-9, atol=1e-12)
     for each in got:
@@ -139,9 +139,9 @@ def test_shards_draw_the_whole_saes_parameters(monkeypatch, parts):
     config = SAES[1]
     sae = new_sae(config, D_IN)
     pieces = [new_sae(config, D_IN, latents=range(61 * part // parts, 61 * (part + 1) // parts)) for part in range(parts)]
-    for name, axis in {"w_enc": 1, "w_dec": 0, "b_enc": 0, "threshold": 0}.items():
+    for name, axis in {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}.items():
         assert torch.equal(torch.cat([piece.parameters[name] for piece in pieces], axis), sae.parameters[name])
-    assert all(piece.parameters["w_enc"].T.is_contiguous() for piece in pieces)
+    assert all(piece.parameters["W_enc"].T.is_contiguous() for piece in pieces)
     nested = [new_sae(SAES[2], D_IN, latents=latents).prefixes for latents in (range(4), range(4, 30), range(30, 50))]
     assert nested == [(4, 4, 4), (1, 21, 26), (0, 0, 20)]
 
@@ -150,18 +150,18 @@ def test_a_crowded_shard_does_not_send_all_to_and_fro(in_threads, monkeypatch):
     """The first latents fire on every row, so that their shard alone is full of pairs: all step densely, and stay with it."""
     monkeypatch.setattr(pairs_cpu, "PAIRS_SHARE", 0.3)
     monkeypatch.setattr(pairs_cpu, "DENSE_SHARE", 0.4)
-    config = SaeConfig(width=64, sparsity_coefficient=0, recipe=SaeRecipe(bandwidth=0.01, initial_threshold=1.0, **FIXED))
+    config = SaeConfig(width=64, sparsity_coefficient=0, preset=SaePreset(bandwidth=0.01, initial_threshold=1.0, **FIXED))
     tries = []
 
     def work(collective: Collective) -> list[bool]:
-        bank = Bank([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
-        first = bank.saes[0].first
-        bank.saes[0].parameters["b_enc"][: max(0, 9 - first)] = 50.0
+        group = TrainingGroup([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
+        first = group.saes[0].first
+        group.saes[0].parameters["b_enc"][: max(0, 9 - first)] = 50.0
         uses = []
         for step in range(4):
-            tries.append(bool(bank.tensors()["engine.uses_pairs"][0]))
-            bank.step(own(rows(step), collective))
-            uses.append(bool(bank.tensors()["engine.uses_pairs"][0]))
+            tries.append(bool(group.tensors()["engine.uses_pairs"][0]))
+            group.step(own(rows(step), collective))
+            uses.append(bool(group.tensors()["engine.uses_pairs"][0]))
         return uses
 
     assert in_threads(work, 4, 1) == [[False] * 4] * 4
@@ -172,19 +172,19 @@ def test_a_crowded_shard_does_not_send_all_to_and_fro(in_threads, monkeypatch):
 @pytest.mark.parametrize(("shards", "replicas"), MESHES)
 def test_bytes_summed_are_those_of_the_formula(in_threads, shards, replicas):
     """Per step and SAE: errors and counts over shards; counts, gradients of latents with pairs, and b_dec's over replicas."""
-    config = SaeConfig(width=60, sparsity_coefficient=0, recipe=SaeRecipe(bandwidth=0.01, initial_threshold=0.8, **FIXED))
-    bank_of = {}
+    config = SaeConfig(width=60, sparsity_coefficient=0, preset=SaePreset(bandwidth=0.01, initial_threshold=0.8, **FIXED))
+    group_of = {}
 
     def work(collective: Any) -> dict[str, int]:
-        bank = Bank([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
-        bank.step(own(rows(0), collective))
-        bank_of[collective.mesh.rank] = bank
+        group = TrainingGroup([config], D_IN, Normalisation(2.0), 9, "cpu", "pairs", collective)
+        group.step(own(rows(0), collective))
+        group_of[collective.mesh.rank] = group
         return collective.bytes_reduced
 
     for rank, got in enumerate(in_threads(work, shards, replicas)):
-        bank = bank_of[rank]
-        assert bank.tensors()["engine.uses_pairs"]
-        width, moving = bank.saes[0].width, int((bank.saes[0].touched > 0).sum())
+        group = group_of[rank]
+        assert group.tensors()["engine.uses_pairs"]
+        width, moving = group.saes[0].width, int((group.saes[0].touched > 0).sum())
         over_shards = 4 * (ROWS // replicas * D_IN + 1) + 8 * 3 + 4 * D_IN
         over_replicas = 8 * (2 * width + 2) + 4 * (moving * (2 * D_IN + 2) + D_IN)
         assert got == {"shards": over_shards * (shards > 1), "replicas": over_replicas * (replicas > 1), "all": 0}

@@ -39,7 +39,7 @@ def trained(rows=ROWS, configs=CONFIG, **changes) -> TrainedSaes:
         ({"configs": [4096]}, "expected SaeConfig"),
         ({"configs": 4096}, "expected SaeConfig"),
         ({"preset": "quick"}, "preset='quick': expected one of fast, fast_transcoder, gemma_scope, gemma_scope_2"),
-        ({"preset": "fast", "configs": SaeConfig(width=16, target_l0=3, recipe=fast(8))}, "recipe of their own"),
+        ({"preset": "fast", "configs": SaeConfig(width=16, target_l0=3, preset=fast(8))}, "preset of their own"),
         ({"report_to": ["mlflow"]}, "report_to='mlflow': expected wandb or tensorboard"),
         ({"site": "resid_pots.3"}, "did you mean"),
     ],
@@ -94,9 +94,9 @@ def test_what_is_trained_knows_what_it_is_of():
 
 @pytest.mark.parametrize("name", ["fast", "gemma_scope", "gemma_scope_2"])
 def test_a_preset_is_the_recipe_of_its_name(name):
-    recipe = {"fast": fast(8), "gemma_scope": gemma_scope(), "gemma_scope_2": gemma_scope_2()}[name]
-    assert preset_of(name, 8) == recipe
-    own = SaeConfig(width=16, target_l0=3, seed=5, recipe=recipe)
+    preset = {"fast": fast(8), "gemma_scope": gemma_scope(), "gemma_scope_2": gemma_scope_2()}[name]
+    assert preset_of(name, 8) == preset
+    own = SaeConfig(width=16, target_l0=3, seed=5, preset=preset)
     by_name = trained(configs=SaeConfig(width=16, target_l0=3, seed=5), preset=name)
     assert torch.equal(by_name[0].W_enc, trained(configs=own)[0].W_enc)
 

@@ -8,14 +8,13 @@ import torch
 
 from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import read_json
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.files import TENSOR_FILE, read_sae, write_sae
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
 from everyscope.sae.trainable import fold
 from everyscope.train import assembly
-from everyscope.train.bank import Bank
 from everyscope.train.checkpoint import (
     MANIFEST,
     find_checkpoint,
@@ -25,44 +24,45 @@ from everyscope.train.checkpoint import (
     opened,
     save_checkpoint,
 )
+from everyscope.train.training_group import TrainingGroup
 
 D_IN, ROWS, STEPS = 10, 24, 8
-RECIPE = SaeRecipe(learning_rate=1e-2, learning_rate_warmup_steps=2, bandwidth=0.1, initial_threshold=0.4)
+RECIPE = SaePreset(learning_rate=1e-2, learning_rate_warmup_steps=2, bandwidth=0.1, initial_threshold=0.4)
 SAES = (
-    SaeConfig(width=37, sparsity_coefficient=0.1, recipe=RECIPE),
-    SaeConfig(width=24, target_l0=3, recipe=fast(D_IN)),
+    SaeConfig(width=37, sparsity_coefficient=0.1, preset=RECIPE),
+    SaeConfig(width=24, target_l0=3, preset=fast(D_IN)),
 )
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
 
 
-def new_bank(collective: Collective = ALONE, engine: str = "pairs") -> Bank:
-    return Bank(SAES, D_IN, Normalisation(3.0), STEPS, "cpu", engine, collective)
+def new_group(collective: Collective = ALONE, engine: str = "pairs") -> TrainingGroup:
+    return TrainingGroup(SAES, D_IN, Normalisation(3.0), STEPS, "cpu", engine, collective)
 
 
-def step(bank: Bank) -> None:
-    mesh, generator = bank.collective.mesh, torch.Generator().manual_seed(bank.num_steps_done)
+def step(group: TrainingGroup) -> None:
+    mesh, generator = group.collective.mesh, torch.Generator().manual_seed(group.num_steps_done)
     x = torch.randn(ROWS, D_IN, generator=generator)
-    bank.step(x.chunk(mesh.replicas)[mesh.replica].contiguous())
+    group.step(x.chunk(mesh.replicas)[mesh.replica].contiguous())
 
 
-def write(in_threads, path: Path, shards: int, replicas: int, steps: int) -> list[Bank]:
-    """Train so many steps on so many ranks, and save; the ranks' banks."""
+def write(in_threads, path: Path, shards: int, replicas: int, steps: int) -> list[TrainingGroup]:
+    """Train so many steps on so many ranks, and save; the ranks' training groups."""
 
-    def work(collective: Collective) -> Bank:
-        bank = new_bank(collective)
+    def work(collective: Collective) -> TrainingGroup:
+        group = new_group(collective)
         for _ in range(steps):
-            step(bank)
-        save_checkpoint(path, bank, "run", 11 if collective.mesh.rank == 0 else 0)
-        return bank
+            step(group)
+        save_checkpoint(path, group, "run", 11 if collective.mesh.rank == 0 else 0)
+        return group
 
     return in_threads(work, shards, replicas)
 
 
-def whole(banks: list[Bank]) -> dict[str, torch.Tensor]:
+def whole(groups: list[TrainingGroup]) -> dict[str, torch.Tensor]:
     state = {}
-    for name, tensor in banks[0].tensors().items():
-        axis, _ = banks[0].latents_of(name)
-        parts = [bank.tensors()[name] for bank in banks[: banks[0].collective.mesh.shards]]
+    for name, tensor in groups[0].tensors().items():
+        axis, _ = groups[0].latents_of(name)
+        parts = [group.tensors()[name] for group in groups[: groups[0].collective.mesh.shards]]
         state[name] = tensor if axis is None else torch.cat(parts, axis)
     return state
 
@@ -70,44 +70,44 @@ def whole(banks: list[Bank]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("written", MESHES)
 @pytest.mark.parametrize("read", MESHES)
 def test_what_some_ranks_wrote_any_number_reads_to_the_bit(in_threads, tmp_path, written, read):
-    path = tmp_path / "bank.safetensors"
+    path = tmp_path / "group.safetensors"
     want = whole(write(in_threads, path, *written, steps=3))
     assert path.exists() == (written == (1, 1))
 
-    def work(collective: Collective) -> Bank:
-        bank = new_bank(collective)
-        place = load_checkpoint(path, bank, "run")
-        assert (place.num_steps_done, place.log_bytes, bank.num_steps_done) == (3, 11, 3)
-        return bank
+    def work(collective: Collective) -> TrainingGroup:
+        group = new_group(collective)
+        place = load_checkpoint(path, group, "run")
+        assert (place.num_steps_done, place.log_bytes, group.num_steps_done) == (3, 11, 3)
+        return group
 
-    banks = in_threads(work, *read)
-    got = whole(banks)
+    groups = in_threads(work, *read)
+    got = whole(groups)
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-    for bank in banks:
-        twin = banks[bank.collective.mesh.shard]
-        assert all(torch.equal(tensor, twin.tensors()[name]) for name, tensor in bank.tensors().items())
+    for group in groups:
+        twin = groups[group.collective.mesh.shard]
+        assert all(torch.equal(tensor, twin.tensors()[name]) for name, tensor in group.tensors().items())
 
 
 def test_going_on_is_going_through(in_threads, tmp_path):
     """The same ranks come to the same bits, stopped or not."""
-    path = tmp_path / "bank.safetensors"
+    path = tmp_path / "group.safetensors"
     want = whole(write(in_threads, path, 2, 2, steps=6))
     write(in_threads, path, 2, 2, steps=2)
 
-    def work(collective: Collective) -> Bank:
-        bank = new_bank(collective)
-        load_checkpoint(path, bank, "run")
-        while bank.num_steps_done < 6:
-            step(bank)
-        return bank
+    def work(collective: Collective) -> TrainingGroup:
+        group = new_group(collective)
+        load_checkpoint(path, group, "run")
+        while group.num_steps_done < 6:
+            step(group)
+        return group
 
     got = whole(in_threads(work, 2, 2))
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 def test_a_set_half_written_is_not_used_and_the_one_before_stands(in_threads, tmp_path, monkeypatch):
-    path, folder = tmp_path / "bank.safetensors", folder_of_ranks(tmp_path / "bank.safetensors")
+    path, folder = tmp_path / "group.safetensors", folder_of_ranks(tmp_path / "group.safetensors")
     want = whole(write(in_threads, path, 2, 1, steps=2))
     files = {file.name for file in folder.iterdir()}
 
@@ -122,35 +122,35 @@ def test_a_set_half_written_is_not_used_and_the_one_before_stands(in_threads, tm
     kept = find_checkpoint(path)
     assert kept is not None
     assert kept.place.num_steps_done == 2
-    bank = new_bank()
-    load_checkpoint(path, bank, "run")
-    assert all(torch.equal(bank.tensors()[name], tensor) for name, tensor in want.items())
+    group = new_group()
+    load_checkpoint(path, group, "run")
+    assert all(torch.equal(group.tensors()[name], tensor) for name, tensor in want.items())
     write(in_threads, path, 2, 1, steps=5)
     assert {file.name for file in folder.iterdir()} == {MANIFEST, *read_json(folder / MANIFEST)["files"]}
 
 
 def test_of_two_forms_the_one_of_more_steps_counts_and_saving_takes_the_other_away(in_threads, tmp_path):
-    path = tmp_path / "bank.safetensors"
+    path = tmp_path / "group.safetensors"
     write(in_threads, path, 2, 1, steps=4)
     shutil.copytree(folder_of_ranks(path), tmp_path / "kept")
-    bank = new_bank()
-    step(bank)
-    save_checkpoint(path, bank, "run", 0)
+    group = new_group()
+    step(group)
+    save_checkpoint(path, group, "run", 0)
     assert not folder_of_ranks(path).exists()
     shutil.move(tmp_path / "kept", folder_of_ranks(path))  # as if a kill had come between writing and taking away
-    assert load_checkpoint(path, new_bank(), "run").num_steps_done == 4
+    assert load_checkpoint(path, new_group(), "run").num_steps_done == 4
     write(in_threads, path, 2, 1, steps=5)
     assert not path.exists()
     with pytest.raises(DataError, match="another run"):
-        load_checkpoint(path, new_bank(), "another run")
+        load_checkpoint(path, new_group(), "another run")
     forget_checkpoint(path)
     assert list(tmp_path.iterdir()) == []
-    assert load_checkpoint(path, new_bank(), "run").num_steps_done == 0
+    assert load_checkpoint(path, new_group(), "run").num_steps_done == 0
 
 
 @pytest.mark.parametrize("spoil", ["cut", "gone"])
 def test_a_damaged_set_is_refused_by_name(in_threads, tmp_path, spoil):
-    path = tmp_path / "bank.safetensors"
+    path = tmp_path / "group.safetensors"
     write(in_threads, path, 2, 1, steps=1)
     part = folder_of_ranks(path) / read_json(folder_of_ranks(path) / MANIFEST)["files"][1]
     if spoil == "cut":
@@ -158,7 +158,7 @@ def test_a_damaged_set_is_refused_by_name(in_threads, tmp_path, spoil):
     else:
         part.unlink()
     with pytest.raises(DamagedData, match=r"shard_1_of_2\.safetensors.*run the same command again"):
-        load_checkpoint(path, new_bank(), "run")
+        load_checkpoint(path, new_group(), "run")
 
 
 @pytest.mark.parametrize(("shards", "replicas"), MESHES[1:])
@@ -168,15 +168,15 @@ def test_what_is_published_is_the_same_bytes_for_any_number_of_ranks(
 ):
     """Given the same trained bits; assembled from ranges of one latent, of seven, and of all."""
     monkeypatch.setattr(assembly, "RANGE_NUMBERS", numbers)
-    path, trained = tmp_path / "bank.safetensors", new_bank()
+    path, trained = tmp_path / "group.safetensors", new_group()
     for _ in range(4):
         step(trained)
     save_checkpoint(path, trained, "run", 0)
 
     def work(collective: Collective) -> None:
-        bank = new_bank(collective)
-        load_checkpoint(path, bank, "run")
-        save_checkpoint(tmp_path / "shared.safetensors", bank, "run", 0)
+        group = new_group(collective)
+        load_checkpoint(path, group, "run")
+        save_checkpoint(tmp_path / "shared.safetensors", group, "run", 0)
 
     in_threads(work, shards, replicas)
     kept = find_checkpoint(tmp_path / "shared.safetensors")

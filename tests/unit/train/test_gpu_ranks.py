@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.mesh import Collective
 from everyscope.sae.trainable import TENSORS, TrainableSae, dense_update, new_sae
 
@@ -24,7 +24,7 @@ if INTERPRETED or torch.cuda.is_available():
     from everyscope.sae.pairs_gpu import GpuPairs
 
 D_IN, ROWS, STEPS = 20, 12, 3
-RECIPE = SaeRecipe(
+RECIPE = SaePreset(
     learning_rate=0.05,
     threshold_learning_rate=0.02,
     learning_rate_warmup_steps=0,
@@ -35,8 +35,8 @@ RECIPE = SaeRecipe(
     epsilon=0.05,
     frequency_limit=0.3,
 )
-NESTED = SaeConfig(width=31, target_l0=3, target_weight=0.05, recipe=RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)}))
-PLAIN = SaeConfig(width=26, sparsity_coefficient=0.05, recipe=RECIPE)
+NESTED = SaeConfig(width=31, target_l0=3, target_weight=0.05, preset=RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)}))
+PLAIN = SaeConfig(width=26, sparsity_coefficient=0.05, preset=RECIPE)
 
 
 def start(config: SaeConfig, collective: Collective | None = None) -> TrainableSae:
@@ -51,7 +51,7 @@ def rows(config: SaeConfig, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     weights = torch.rand(ROWS, config.width, generator=generator) * (torch.rand(ROWS, config.width, generator=generator) < 0.1)
     noise = torch.randn(ROWS, D_IN, generator=generator) * 0.2 / D_IN**0.5
-    return (weights @ new_sae(config, D_IN).parameters["w_dec"] + noise).to(DEVICE)
+    return (weights @ new_sae(config, D_IN).parameters["W_dec"] + noise).to(DEVICE)
 
 
 def own(x: torch.Tensor, collective: Collective) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_ranks_step_as_one(in_threads, config, shards, replicas):
         twin = done[engine.collective.mesh.shard][0]
         assert all(torch.equal(tensor, twin.tensors()[name]) for name, tensor in sae.tensors().items())
         assert torch.equal(sae.parameters["b_dec"], done[0][0].parameters["b_dec"])
-    for name, axis in {"w_enc": 1, "w_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
+    for name, axis in {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
         parts = [sae.parameters[name] for sae, _, _ in done[:shards]]
         together = parts[0] if axis is None else torch.cat(parts, axis)
         assert name in TENSORS
@@ -113,7 +113,7 @@ def test_ranks_step_as_one_in_bfloat16(in_threads, config, shards, replicas, by_
     for _, got in done:
         for name in ("reconstruction", "l0", "pairs"):
             assert float(getattr(got, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5)
-    for name, axis in {"w_enc": 1, "w_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
+    for name, axis in {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
         parts = [sae.parameters[name] for sae, _ in done[:shards]]
         together = parts[0] if axis is None else torch.cat(parts, axis)
         change = alone.parameters[name] - before.parameters[name]

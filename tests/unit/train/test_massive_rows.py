@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from everyscope.base.errors import ConfigError, DataError
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.presets import fast
 from everyscope.train.arrays import train_saes
 
@@ -21,9 +21,9 @@ def clean_rows() -> torch.Tensor:
     return (fires * (0.5 + torch.rand(ROWS, DIRECTIONS, generator=generator))) @ directions
 
 
-def trained(rows: torch.Tensor, usual: torch.Tensor, recipe: SaeRecipe | None = None, **settings) -> tuple[float, float]:
+def trained(rows: torch.Tensor, usual: torch.Tensor, preset: SaePreset | None = None, **settings) -> tuple[float, float]:
     """FVU of the usual rows, and the share of latents silent on them."""
-    config = SaeConfig(width=WIDTH, target_l0=L0, recipe=recipe or fast(D_IN))
+    config = SaeConfig(width=WIDTH, target_l0=L0, preset=preset or fast(D_IN))
     (sae,) = train_saes(rows, [config], num_tokens=600 * 256, batch_rows=256, **settings)
     x = rows[usual]
     f = sae.encode(x)
@@ -77,15 +77,15 @@ def test_a_row_that_a_large_mean_hides_does_not_end_training():
 
 
 @pytest.mark.parametrize("fields", [{"is_centred": True}, {"largest_row": 5.0}])
-def test_all_saes_of_a_bank_see_the_same_rows(fields):
+def test_all_saes_of_a_group_see_the_same_rows(fields):
     rows = clean_rows()[:2000]
-    configs = [SaeConfig(width=8, sparsity_coefficient=1e-3, recipe=SaeRecipe(**chosen)) for chosen in ({}, fields)]
+    configs = [SaeConfig(width=8, sparsity_coefficient=1e-3, preset=SaePreset(**chosen)) for chosen in ({}, fields)]
     with pytest.raises(ConfigError, match=f"{next(iter(fields))} differs"):
         train_saes(rows, configs, num_tokens=1000, batch_rows=100)
 
 
 @pytest.mark.parametrize(("value", "what"), [(0.0, "zero"), (3.0, "equal")])
 def test_rows_that_do_not_vary_are_refused(value, what):
-    config = SaeConfig(width=8, sparsity_coefficient=1e-3, recipe=SaeRecipe(is_centred=True))
+    config = SaeConfig(width=8, sparsity_coefficient=1e-3, preset=SaePreset(is_centred=True))
     with pytest.raises(DataError, match=f"all 500 rows are {what}"):
         train_saes(torch.full((500, 6), value), [config], num_tokens=1000, batch_rows=100)

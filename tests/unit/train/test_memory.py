@@ -7,14 +7,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.gpu_limits import LEAST_ROOM
 from everyscope.sae.mesh import Mesh
 from everyscope.sae.trainable import new_sae
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 from everyscope.train.engines import Dense
 from everyscope.train.memory import (
-    Part,
+    DevicePart,
     batch_bytes,
     dense_bytes,
     group_bytes,
@@ -32,7 +32,7 @@ SIZES = [(16, 64, (1.0,)), (24, 100, (1.0,)), (40, 333, (0.1, 0.5, 1.0))]
 
 
 def sae_of(d_in: int, width: int, shares=(1.0,)):
-    return new_sae(SaeConfig(width=width, sparsity_coefficient=1e-3, recipe=SaeRecipe(prefix_shares=shares)), d_in)
+    return new_sae(SaeConfig(width=width, sparsity_coefficient=1e-3, preset=SaePreset(prefix_shares=shares)), d_in)
 
 
 def nbytes(value) -> int:
@@ -57,7 +57,7 @@ def _without_kernels(monkeypatch):
 def test_the_state_is_that_of_a_trainable_sae(d_in, width, shares):
     sae = sae_of(d_in, width, shares)
     assert state_bytes(d_in, width) == sum(tensor.nbytes for tensor in sae.tensors().values())
-    assert screen_bytes(d_in, width) == nbytes(pairs_gpu.Rounded(sae.parameters["w_enc"].T))
+    assert screen_bytes(d_in, width) == nbytes(pairs_gpu.Rounded(sae.parameters["W_enc"].T))
 
 
 @pytest.mark.parametrize(("d_in", "width", "shares"), SIZES)
@@ -68,7 +68,7 @@ def test_the_work_space_by_pairs_is_that_of_the_engine(d_in, width, shares, rows
     sae = sae_of(d_in, width, shares)
     engine = pairs_gpu.GpuPairs([sae])
     buffers = engine._buffers_for(rows, d_in, sae.config.prefixes)
-    assert pairs_bytes(Part(rows, d_in, width, len(shares))) == nbytes(buffers)
+    assert pairs_bytes(DevicePart(rows, d_in, width, len(shares))) == nbytes(buffers)
 
 
 @pytest.mark.parametrize(("d_in", "width", "shares"), SIZES)
@@ -82,7 +82,7 @@ def test_the_bfloat16_engine_takes_what_is_planned(d_in, width, shares, least, m
     without = nbytes(work)
     dense = work.dense
     held = without + nbytes([dense.f, dense.d_f, *dense.sums, dense.nobody.start])
-    assert rounded_work_bytes(Part(48, d_in, width, len(shares)), 3) == held
+    assert rounded_work_bytes(DevicePart(48, d_in, width, len(shares)), 3) == held
 
 
 class Peak(TorchDispatchMode):
@@ -112,22 +112,22 @@ def test_a_dense_step_takes_no_more_memory_than_planned_and_not_much_less(rows, 
     x = torch.randn(rows, d_in) / d_in**0.5
     with Peak([x, *sae.tensors().values()]) as peak:
         Dense([sae], Counting(mesh)).step(x, 3, 100)
-    planned = dense_bytes(Part(rows, d_in, width, len(shares)), is_shared=mesh.ranks > 1)
+    planned = dense_bytes(DevicePart(rows, d_in, width, len(shares)), is_shared=mesh.ranks > 1)
     assert 0.7 * planned <= peak.most <= planned
 
 
 def test_a_group_is_its_saes_the_work_space_of_each_shape_and_the_largest_dense_step():
     saes = tuple(SaeConfig(width=width, sparsity_coefficient=1.0, seed=seed) for width, seed in ((64, 0), (64, 1), (100, 0)))
-    narrow, wide = Part(128, 24, 64), Part(128, 24, 100)
+    narrow, wide = DevicePart(128, 24, 64), DevicePart(128, 24, 100)
     stays = 2 * (state_bytes(24, 64) + screen_bytes(24, 64)) + state_bytes(24, 100) + screen_bytes(24, 100)
     work = pairs_bytes(narrow) + pairs_bytes(wide) + dense_bytes(wide)
-    assert group_bytes(saes, 24, BankSettings(batch_rows=128)) == stays + work + batch_bytes(128, 24)
+    assert group_bytes(saes, 24, TrainSettings(batch_rows=128)) == stays + work + batch_bytes(128, 24)
 
 
 def test_shards_divide_what_stays_and_replicas_what_passes():
     sae = (SaeConfig(width=2**16, sparsity_coefficient=1.0),)
     one, halves, rows = (
-        group_bytes(sae, 512, BankSettings(batch_rows=1024, **ranks)) for ranks in ({}, {"shards": 2}, {"replicas": 2})
+        group_bytes(sae, 512, TrainSettings(batch_rows=1024, **ranks)) for ranks in ({}, {"shards": 2}, {"replicas": 2})
     )
     assert 0.5 * one <= halves <= 0.56 * one
     assert state_bytes(512, 2**16) < rows < one

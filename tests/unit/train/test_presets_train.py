@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.presets import fast, gemma_scope, gemma_scope_2
 from everyscope.train.arrays import train_saes
 
@@ -22,8 +22,8 @@ def activations() -> torch.Tensor:
     return (fires * sizes) @ directions * 7 + 3
 
 
-def train(activations, recipe, **fields):
-    config = SaeConfig(width=96, recipe=recipe, **fields)
+def train(activations, preset, **fields):
+    config = SaeConfig(width=96, preset=preset, **fields)
     sae = train_saes(activations, [config], num_tokens=128_000, batch_rows=128)[0]
     f = sae.encode(activations)
     fvu = (sae.decode(f) - activations).square().sum() / (activations - activations.mean(0)).square().sum()
@@ -40,7 +40,7 @@ def test_fast_meets_its_target_and_leaves_few_latents_dead(activations):
 def test_a_frequency_limit_keeps_latents_below_it(activations):
     # The limit is part of the loss that thresholds learn from, so they are given half of the run to learn in.
     recipes = [fast(D_IN).model_copy(update={"frequency_limit": limit, "driven_share": 0.5}) for limit in (None, 0.1)]
-    without, with_limit = (train(activations, recipe, target_l0=5)[0] for recipe in recipes)
+    without, with_limit = (train(activations, preset, target_l0=5)[0] for preset in recipes)
     assert (without > 0).double().mean(0).max() > 0.25  # the first direction is there on half of the rows
     assert (with_limit > 0).double().mean(0).max() < 0.13
 
@@ -49,8 +49,8 @@ def test_prefixes_reconstruct_by_themselves(activations):
     plain = fast(D_IN).model_copy(update={"is_centred": False})
     nested = plain.model_copy(update={"prefix_shares": (0.25, 1.0)})
     shares = []
-    for recipe in (plain, nested):
-        config = SaeConfig(width=96, target_l0=5, recipe=recipe)
+    for preset in (plain, nested):
+        config = SaeConfig(width=96, target_l0=5, preset=preset)
         sae = train_saes(activations, [config], num_tokens=128_000, batch_rows=128)[0]
         f = sae.encode(activations)
         f[:, 24:] = 0
@@ -60,5 +60,5 @@ def test_prefixes_reconstruct_by_themselves(activations):
 
 
 def test_the_papers_recipe_is_the_default():
-    assert gemma_scope() == SaeRecipe()
+    assert gemma_scope() == SaePreset()
     assert gemma_scope_2().prefix_shares[-1] == 1.0

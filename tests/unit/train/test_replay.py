@@ -9,8 +9,8 @@ import torch
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
-from everyscope.train.bank import Bank
 from everyscope.train.replay import MOST, TRIES, Replay
+from everyscope.train.training_group import TrainingGroup
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
@@ -24,47 +24,47 @@ STEPS = 9
 class Again:
     """A recorder that calls the function as it was when recorded, with results always in the same memory."""
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank, self.replayed = bank, 0
+    def __init__(self, group: TrainingGroup) -> None:
+        self.group, self.replayed = group, 0
 
     def record(self, function, argument):
-        before = {name: tensor.clone() for name, tensor in self.bank.tensors().items()}
+        before = {name: tensor.clone() for name, tensor in self.group.tensors().items()}
         numbers, losses = function(argument)
-        for name, tensor in self.bank.tensors().items():
+        for name, tensor in self.group.tensors().items():
             tensor.copy_(before[name])
-        self.bank._engine.refresh()
+        self.group._engine.refresh()
 
         def again() -> None:
-            known, self.bank.num_steps_done, self.bank._engine._step = self.bank.num_steps_done, None, None
+            known, self.group.num_steps_done, self.group._engine._step = self.group.num_steps_done, None, None
             numbers.copy_(function(argument)[0])  # any use of a step's number fails
-            self.bank.num_steps_done = known
+            self.group.num_steps_done = known
             self.replayed += 1
 
         return again, (numbers, losses)
 
 
-def stepped(is_recorded: bool) -> tuple[Bank, list[list[float]], int]:
+def stepped(is_recorded: bool) -> tuple[TrainingGroup, list[list[float]], int]:
     recipe = fast(8).model_copy(update={"driven_share": 0.8, "revive_steps": 2, "largest_row": 2.0})
-    configs = [SaeConfig(width=width, target_l0=2, recipe=recipe) for width in (7, 11)]
+    configs = [SaeConfig(width=width, target_l0=2, preset=recipe) for width in (7, 11)]
     mean = torch.linspace(-1, 1, 8).double().numpy()
-    bank = Bank(configs, 8, Normalisation(3.0, mean, norm_limit=20.0), STEPS, products="bfloat16")
-    recorder = Again(bank)
-    bank._replay = Replay(recorder if is_recorded else None)
+    group = TrainingGroup(configs, 8, Normalisation(3.0, mean, norm_limit=20.0), STEPS, products="bfloat16")
+    recorder = Again(group)
+    group._replay = Replay(recorder if is_recorded else None)
     generator, seen = torch.Generator().manual_seed(0), []
     for _ in range(STEPS):
-        losses = bank.step(torch.randn(6, 8, generator=generator) * 3 + torch.from_numpy(mean))
+        losses = group.step(torch.randn(6, 8, generator=generator) * 3 + torch.from_numpy(mean))
         seen.append([float(number) for loss in losses for number in (loss.reconstruction, loss.l0, loss.pairs)])
-    return bank, seen, recorder.replayed
+    return group, seen, recorder.replayed
 
 
 @needs_interpreter
 def test_a_replayed_run_has_the_bits_of_one_that_is_not():
     plain, wanted, none = stepped(is_recorded=False)
-    bank, seen, replayed = stepped(is_recorded=True)
+    group, seen, replayed = stepped(is_recorded=True)
     assert none == 0
     assert replayed >= 3
     assert seen == wanted
-    assert all(torch.equal(tensor, bank.tensors()[name]) for name, tensor in plain.tensors().items())
+    assert all(torch.equal(tensor, group.tensors()[name]) for name, tensor in plain.tensors().items())
 
 
 class Doubling:

@@ -11,7 +11,7 @@ from everyscope.base.errors import MissingExtra
 from everyscope.sae.config import SaeConfig
 from everyscope.sites.names import Site
 from everyscope.train.arrays import train_saes
-from everyscope.train.config import BankSettings, TrainConfig
+from everyscope.train.config import TrainConfig, TrainSettings
 from everyscope.train.run import train
 from everyscope.train.sinks import opened_sinks, scalars
 
@@ -76,13 +76,13 @@ def test_a_run_that_is_open_already_is_used_and_stays_open(wandb, tmp_path):
     assert (wandb.started, wandb.finished) == ([], 0)
 
 
-def test_a_bank_of_a_run_reports_the_lines_of_its_log(wandb, tmp_path):
+def test_a_group_of_a_run_reports_the_lines_of_its_log(wandb, tmp_path):
     config = TrainConfig(
         site=Site("resid_post", 1),
         shards=tmp_path,
         saes=tuple(CONFIGS),
         num_tokens=700,
-        settings=BankSettings(batch_rows=100, log_steps=2, report_to=("wandb",)),
+        settings=TrainSettings(batch_rows=100, log_steps=2, report_to=("wandb",)),
         out=tmp_path / "out",
     )
     train(config, ArraySource(ROWS), lambda steps: None)

@@ -1,4 +1,4 @@
-"""A bank trains to the same bits wherever its rows come from: a live server, memory, or the journal of what it took."""
+"""A training group trains to the same bits wherever its rows come from: a live server, memory, or the journal of what it took."""
 
 import multiprocessing
 from collections import Counter
@@ -10,27 +10,27 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from everyscope.activations.harvest.config import HarvestConfig
+from everyscope.activations.harvest.live import LiveHarvest
 from everyscope.activations.serve.config import ServeConfig
 from everyscope.activations.serve.live import LiveOrigin
 from everyscope.activations.serve.run import Serving, serving
+from everyscope.activations.stream.addresses import opened
 from everyscope.activations.stream.local import stretches
-from everyscope.activations.stream.places import opened
 from everyscope.base.ids import content_id
-from everyscope.harvest.config import HarvestConfig
-from everyscope.harvest.live import LiveHarvest
 from everyscope.run.find import find_recipe
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.files import read_sae
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings, TrainConfig, sae_name
+from everyscope.train.config import TrainConfig, TrainSettings, sae_name
 from everyscope.train.run import is_finished, run, train
 
 pytestmark = pytest.mark.usefixtures("forked_interpreters")
 
 SITE = Site("resid_post", 1)
-RECIPE = SaeRecipe(
+RECIPE = SaePreset(
     learning_rate=1e-2, learning_rate_warmup_steps=3, sparsity_warmup_steps=6, bandwidth=0.1, initial_threshold=0.1
 )
 STEPS, BATCH_ROWS = 30, 32
@@ -89,15 +89,15 @@ def server(buckets: Counted, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servin
         yield server
 
 
-def bank(server: Serving, out: Path, width: int = 32, **changes) -> TrainConfig:
-    """A bank of two SAEs that sees more rows than there are."""
+def group(server: Serving, out: Path, width: int = 32, **changes) -> TrainConfig:
+    """A training group of two SAEs that sees more rows than there are."""
     fields = {
         "site": SITE,
         "shards": out / "none",
         "source": f"flight://127.0.0.1:{server.port}/{SITE.folder}",
-        "saes": tuple(SaeConfig(width=width, sparsity_coefficient=c, recipe=RECIPE) for c in (1e-3, 1e-2)),
+        "saes": tuple(SaeConfig(width=width, sparsity_coefficient=c, preset=RECIPE) for c in (1e-3, 1e-2)),
         "num_tokens": STEPS * BATCH_ROWS,
-        "settings": BankSettings(batch_rows=BATCH_ROWS, checkpoint_steps=4, engine="dense"),
+        "settings": TrainSettings(batch_rows=BATCH_ROWS, checkpoint_steps=4, engine="dense"),
         "out": out,
     }
     return TrainConfig(**(fields | changes))
@@ -105,7 +105,7 @@ def bank(server: Serving, out: Path, width: int = 32, **changes) -> TrainConfig:
 
 def weights(config: TrainConfig) -> list[torch.Tensor]:
     saes = [read_sae(config.out / sae_name(sae))[0] for sae in config.saes]
-    return [tensor for sae in saes for tensor in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, sae.threshold)]
+    return [tensor for sae in saes for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -119,7 +119,7 @@ def trained_in_memory(config: TrainConfig, buckets: LiveHarvest, out: Path) -> l
 
 
 def test_a_live_server_in_fixed_order_trains_the_bits_of_rows_in_memory(server, buckets, tmp_path):
-    config = bank(server, tmp_path / "live")
+    config = group(server, tmp_path / "live")
     assert config.num_tokens > buckets.borders[-1], "training goes on into a second epoch"
     run(config)
     assert set(buckets.made.values()) == {1}, "the second epoch came from the buffer"
@@ -137,8 +137,8 @@ def stop_after(steps: int):
 
 
 @pytest.mark.parametrize("order", ["fixed", "any"])
-def test_a_bank_that_is_stopped_goes_on_from_the_server_to_the_same_bits(server, tmp_path, order):
-    config = bank(server, tmp_path / "bank", order=order)
+def test_a_group_that_is_stopped_goes_on_from_the_server_to_the_same_bits(server, tmp_path, order):
+    config = group(server, tmp_path / "group", order=order)
     for steps in (5, 13):
         with pytest.raises(KeyboardInterrupt):
             run(config, stop_after(steps))
@@ -146,7 +146,7 @@ def test_a_bank_that_is_stopped_goes_on_from_the_server_to_the_same_bits(server,
     run(config)
     assert is_finished(config)
     again = config.model_copy(update={"out": tmp_path / "again"})
-    journal = tmp_path / "bank" / f"bank_{config.bank_id}.journal"
+    journal = tmp_path / "group" / f"group_{config.group_id}.journal"
     assert journal.exists() == (order == "any")
     with opened(str(config.source), journal=journal if order == "any" else None, trainer="again") as source:
         train(again, source, lambda steps: None)
@@ -156,8 +156,8 @@ def test_a_bank_that_is_stopped_goes_on_from_the_server_to_the_same_bits(server,
     assert same(weights(config), before)
 
 
-def test_three_processes_with_different_banks_share_one_run_of_the_model(server, buckets, tmp_path):
-    configs = [bank(server, tmp_path / "banks", width) for width in (16, 32, 48)]
+def test_three_processes_with_different_groups_share_one_run_of_the_model(server, buckets, tmp_path):
+    configs = [group(server, tmp_path / "groups", width) for width in (16, 32, 48)]
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=run, args=(config,)) for config in configs]
     for process in processes:
@@ -179,11 +179,11 @@ def test_a_recipe_gives_each_site_its_address_and_the_rest_stays_as_it_is(tmp_pa
     served = recipe.train_configs(tmp_path, "flight://10.0.0.1:8815/", "any", tmp_path / "roots.pem")
     assert [config.source for config in plain] == [None] * len(plain)
     assert [config.source for config in served] == [f"flight://10.0.0.1:8815/{config.site.folder}" for config in served]
-    assert [config.bank_id for config in served] == [config.bank_id for config in plain]
+    assert [config.group_id for config in served] == [config.group_id for config in plain]
     assert [config.record() for config in served] == [config.record() for config in plain]
 
 
 def test_any_order_is_for_servers(server, tmp_path):
     for source in (None, "s3://bucket/resid_post/layer_1"):
         with pytest.raises(ValidationError, match="only servers have it"):
-            bank(server, tmp_path, source=source, order="any")
+            group(server, tmp_path, source=source, order="any")

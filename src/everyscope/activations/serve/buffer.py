@@ -1,8 +1,8 @@
 """The ring at work: threads, clocks and memory around its rules.
 
 Requests wait here for their chunks. One thread drives the ring; others read. A chunk that is on its way to a trainer is held by
-the `Parcel` that Arrow keeps alive until the last byte is handed to the network, or the call ends: when it dies the ring hears of
-it. That is how a trainer that stalls, or is killed, is accounted for without asking it.
+the `InFlightChunk` that Arrow keeps alive until the last byte is handed to the network, or the call ends: when it dies the ring
+hears of it. That is how a trainer that stalls, or is killed, is accounted for without asking it.
 """
 
 import queue
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from everyscope.activations.serve.leases import Key, Lease, Refused
+from everyscope.activations.serve.leases import ChunkKey, Lease, Refused
 from everyscope.activations.serve.origin import Origin
 from everyscope.activations.serve.ring import Ring
 from everyscope.activations.stream.wire import Refusal, checksum
@@ -26,12 +26,12 @@ POLL_SECONDS = 0.25
 """How often a waiting request looks whether its client is still there, and the ring whether a lease has lapsed [s]."""
 
 
-class Parcel:
+class InFlightChunk:
     """A chunk on its way; while it lives, so do its rows."""
 
     __slots__ = ("__weakref__", "key", "rows", "xxh3")
 
-    def __init__(self, key: Key, rows: np.ndarray, xxh3: str) -> None:
+    def __init__(self, key: ChunkKey, rows: np.ndarray, xxh3: str) -> None:
         """Made by `Buffer.take`."""
         self.key, self.rows, self.xxh3 = key, rows, xxh3
 
@@ -42,8 +42,8 @@ class Buffer:
     def __init__(self, origin: Origin, ring: Ring, read_threads: int, on_event: Callable[..., None]) -> None:
         """`on_event(what, **details)` hears of leases and errors, for the log; `ring` is the buffer's alone from now on."""
         self._origin, self._ring, self._on_event = origin, ring, on_event
-        self._rows: dict[Key, tuple[np.ndarray, str]] = {}
-        self._granted: dict[int, Key] = {}
+        self._rows: dict[ChunkKey, tuple[np.ndarray, str]] = {}
+        self._granted: dict[int, ChunkKey] = {}
         self._errors: dict[int, str] = {}
         self._changed = threading.Condition()
         self._is_draining = False
@@ -76,13 +76,13 @@ class Buffer:
         self._on_event("release", trainer=lease.trainer, site=lease.site)
 
     def take(
-        self, lease_id: str, chunk: int | None, epoch: int, ask: int, wait_seconds: float, is_cancelled: Callable[[], bool]
-    ) -> Parcel:
+        self, lease_id: str, chunk: int | None, epoch: int, request: int, wait_seconds: float, is_cancelled: Callable[[], bool]
+    ) -> InFlightChunk:
         """Wait for a chunk; Refused (WAIT) after `wait_seconds` or when the client is gone, (DATA) where it cannot be read."""
         deadline = time.monotonic() + wait_seconds
         with self._changed:
             self._refuse_if_draining()
-            wait = self._ring.ask(lease_id, chunk, epoch, ask, now=time.monotonic())
+            wait = self._ring.request(lease_id, chunk, epoch, request, now=time.monotonic())
             self._step()
             while wait not in self._granted:
                 if wait in self._errors:
@@ -96,9 +96,9 @@ class Buffer:
                     raise Refused(Refusal.WAIT, "the chunk is not there yet; ask again")
                 self._changed.wait(min(left, POLL_SECONDS))
             key = self._granted.pop(wait)
-            parcel = Parcel(key, *self._rows[key])
-        weakref.finalize(parcel, self._sent.put, wait).atexit = False
-        return parcel
+            in_flight = InFlightChunk(key, *self._rows[key])
+        weakref.finalize(in_flight, self._sent.put, wait).atexit = False
+        return in_flight
 
     def report(self) -> dict[str, Any]:
         """Counts and the buffer's state."""
@@ -161,7 +161,7 @@ class Buffer:
         for lease in decision.lapsed:
             self._on_event("lapse", trainer=lease.trainer, site=lease.site)
 
-    def _load(self, key: Key) -> None:
+    def _load(self, key: ChunkKey) -> None:
         try:
             arrays = {member: (rows, checksum(rows)) for member, rows in self._origin.read(key).items()}
         except Exception as error:  # whatever it is, those who wait must hear of it, and the server must go on

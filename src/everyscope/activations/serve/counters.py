@@ -56,7 +56,7 @@ class TrainerCounts:
 
 
 @dataclass
-class Counters:
+class ServerCounters:
     """All counts of one server."""
 
     sites: dict[str, SiteCounts]

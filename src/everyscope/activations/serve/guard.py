@@ -20,7 +20,7 @@ LOGGED_PER_SECOND = 1.0
 """Refusals that are logged one by one; what comes faster is counted in the next line [1/s]."""
 
 
-def is_loopback(host: str) -> bool:
+def resolves_to_loopback(host: str) -> bool:
     """Whether every address of `host` is of this host alone; ConfigError where the name has none."""
     try:
         addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
@@ -47,7 +47,7 @@ def read_token(file: Path | None) -> str | None:
 def require_safe(config: ServeConfig, token: str | None) -> None:
     """ConfigError where others could connect who may not: an address beyond this host without both token and TLS."""
     host, _ = config.address
-    if is_loopback(host):
+    if resolves_to_loopback(host):
         return
     missing = [name for name, given in (("a token", token), ("TLS", config.tls_certificate)) if given is None]
     if missing:

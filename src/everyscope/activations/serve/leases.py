@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from everyscope.activations.stream.wire import Refusal
 
 REMEMBERED_ASKS = 64
-"""Answers to wishes for any chunk that a lease remembers, so that a repeated wish gets the same chunk."""
+"""Answers to requests for any chunk that a lease remembers, so that a repeated request gets the same chunk."""
 REMEMBERED_LEASES = 1024
 """Replaced leases that are remembered, so that a trainer learns that another one took its name."""
 
@@ -25,7 +25,7 @@ class Refused(Exception):
         self.refusal = refusal
 
 
-class Key(NamedTuple):
+class ChunkKey(NamedTuple):
     """One chunk of one site."""
 
     site: str
@@ -62,10 +62,10 @@ class Lease:
             self.seen[epoch] = np.zeros(len(self.slice), bool)
         return self.seen[epoch]
 
-    def mark(self, chunk: int, epoch: int, ask: int) -> None:
-        """Any order: it was given `chunk` as the answer to wish `ask`."""
+    def mark(self, chunk: int, epoch: int, request: int) -> None:
+        """Any order: it was given `chunk` as the answer to request `request`."""
         self.seen_in(epoch)[chunk - self.slice.start] = True
-        self.answers[ask] = chunk
+        self.answers[request] = chunk
         if len(self.answers) > REMEMBERED_ASKS:
             self.answers.popitem(last=False)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from everyscope.activations.serve.config import ServeConfig
-from everyscope.activations.serve.leases import Key
+from everyscope.activations.serve.leases import ChunkKey
 from everyscope.activations.serve.origin import SiteFacts
 from everyscope.activations.shards.format import CARRIER, RowDtype
 from everyscope.activations.shards.statistics import Statistics
@@ -85,11 +85,11 @@ class LiveOrigin:
         self._lock = threading.Lock()
         self._last: tuple[int, Mapping[str, np.ndarray]] = (-1, {})
 
-    def group(self, key: Key) -> tuple[Key, ...]:
+    def group(self, key: ChunkKey) -> tuple[ChunkKey, ...]:
         """All chunks of the slice that end in the same bucket, at all sites."""
-        return tuple(Key(site, chunk) for chunk in self._ending_in(self._ends_in(key.chunk)) for site in self.sites)
+        return tuple(ChunkKey(site, chunk) for chunk in self._ending_in(self._ends_in(key.chunk)) for site in self.sites)
 
-    def read(self, key: Key) -> Mapping[Key, np.ndarray]:
+    def read(self, key: ChunkKey) -> Mapping[ChunkKey, np.ndarray]:
         """Make the group's rows; the buckets before are made too where their last rows are needed and are not at hand."""
         with self._lock:
             bucket = self._ends_in(key.chunk)
@@ -103,7 +103,7 @@ class LiveOrigin:
                     own = rows[site][max(start - border, 0) : stop - border]
                     parts = [table[site] for table in earlier] if start < border else []
                     # Copies: a chunk that is replaced gives its memory back, whatever else the bucket holds.
-                    found[Key(site, chunk)] = np.concatenate([*parts, own])
+                    found[ChunkKey(site, chunk)] = np.concatenate([*parts, own])
             return found
 
     def close(self) -> None:

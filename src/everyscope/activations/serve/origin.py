@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from everyscope.activations.serve.leases import Key
+from everyscope.activations.serve.leases import ChunkKey
 from everyscope.activations.shards.bits import carrier_of
 from everyscope.activations.shards.format import RowDtype
 from everyscope.activations.shards.manifest import MANIFEST, TOKENS, read_manifest
@@ -43,14 +43,14 @@ class Origin(Protocol):
         """All sites, by folder name."""
         ...
 
-    def group(self, key: Key) -> tuple[Key, ...]:
+    def group(self, key: ChunkKey) -> tuple[ChunkKey, ...]:
         """All chunks that come out together with this one, itself included; cheap, and the same at every call.
 
         One for shards. A language model makes all sites, and all chunks of one shuffled bucket, in one go.
         """
         ...
 
-    def read(self, key: Key) -> Mapping[Key, np.ndarray]:
+    def read(self, key: ChunkKey) -> Mapping[ChunkKey, np.ndarray]:
         """The rows of `group(key)`: arrays [rows, d_in] in the carrier type, which stay as they are.
 
         A chunk's rows are a function of its key, however often and in whatever order chunks are read. Jumping may be dear, so the
@@ -87,11 +87,11 @@ class ShardOrigin:
             raise DataError(f"{root}: holds no finished shards; give a folder that `everyscope harvest` wrote")
         self._locks = {site: threading.Lock() for site in self.sites}
 
-    def group(self, key: Key) -> tuple[Key, ...]:
+    def group(self, key: ChunkKey) -> tuple[ChunkKey, ...]:
         """The chunk alone."""
         return (key,)
 
-    def read(self, key: Key) -> Mapping[Key, np.ndarray]:
+    def read(self, key: ChunkKey) -> Mapping[ChunkKey, np.ndarray]:
         """A copy of the chunk's rows; DamagedData, naming the shard, where they are not what was written."""
         shards, start = self._shards[key.site], key.chunk * self._chunk_rows
         with self._locks[key.site]:

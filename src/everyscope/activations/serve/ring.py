@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool
 
-from everyscope.activations.serve.counters import Counters
-from everyscope.activations.serve.leases import Key, Lease, Leases, Refused
+from everyscope.activations.serve.counters import ServerCounters
+from everyscope.activations.serve.leases import ChunkKey, Lease, Leases, Refused
 from everyscope.activations.stream.wire import Refusal
 
 
@@ -42,7 +42,7 @@ class _Wait:
     lease: Lease
     chunk: int | None
     epoch: int
-    ask: int
+    request: int
     since: float
     is_hit: bool = True
 
@@ -52,7 +52,7 @@ class Grant:
     """A chunk for a request; it stays pinned until `Ring.sent` is told of it."""
 
     wait: int
-    key: Key
+    key: ChunkKey
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Decision:
 
     grants: list[Grant] = field(default_factory=list)
     """Hand these over."""
-    loads: list[Key] = field(default_factory=list)
+    loads: list[ChunkKey] = field(default_factory=list)
     """Get these from the origin, in this order, each with its group."""
-    drops: list[Key] = field(default_factory=list)
+    drops: list[ChunkKey] = field(default_factory=list)
     """Forget the rows of these."""
     lapsed: list[Lease] = field(default_factory=list)
     """Leases that have ended by silence, for the log."""
@@ -76,9 +76,9 @@ class Ring:
         self,
         slots: int,
         leases: Leases,
-        counters: Counters,
-        num_bytes: Callable[[Key], int],
-        group: Callable[[Key], tuple[Key, ...]] = lambda key: (key,),
+        counters: ServerCounters,
+        num_bytes: Callable[[ChunkKey], int],
+        group: Callable[[ChunkKey], tuple[ChunkKey, ...]] = lambda key: (key,),
         in_flight: int = 4,
         hold_seconds: float = 0.0,
     ) -> None:
@@ -87,10 +87,10 @@ class Ring:
         self.slots, self.leases, self.counters = slots, leases, counters
         self._num_bytes, self._group = num_bytes, group
         self._in_flight, self._hold_seconds = in_flight, hold_seconds
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._loading: dict[Key, tuple[Key, ...]] = {}
+        self._entries: OrderedDict[ChunkKey, _Entry] = OrderedDict()
+        self._loading: dict[ChunkKey, tuple[ChunkKey, ...]] = {}
         self._waits: dict[int, _Wait] = {}
-        self._sending: dict[int, tuple[Key, Lease]] = {}
+        self._sending: dict[int, tuple[ChunkKey, Lease]] = {}
         self._numbers = 0
         self._cursors = {site: part.start for site, part in leases.slices.items()}
 
@@ -117,7 +117,7 @@ class Ring:
             self._waits = {number: wait for number, wait in self._waits.items() if wait.lease is not before}
         return lease, before
 
-    def ask(self, lease_id: str, chunk: int | None, epoch: int = 0, ask: int = 0, *, now: float) -> int:
+    def request(self, lease_id: str, chunk: int | None, epoch: int = 0, request: int = 0, *, now: float) -> int:
         """A request for a certain chunk, or (None) for any that the trainer lacks in `epoch`; the number of the wait.
 
         Refused for an unknown lease, a chunk of another server, more requests than a lease may have, or an epoch had in full.
@@ -129,25 +129,25 @@ class Ring:
             held = f"{lease.slice.start} to {lease.slice.stop - 1}" if lease.slice else "none"
             raise Refused(Refusal.REQUEST, f"chunk {chunk} of {lease.site} is not in this server's slice, which has {held}")
         if chunk is None:
-            chunk = self._repeated(lease, epoch, ask)
+            chunk = self._repeated(lease, epoch, request)
         self._numbers += 1
-        self._waits[self._numbers] = _Wait(lease, chunk, epoch, ask, now)
+        self._waits[self._numbers] = _Wait(lease, chunk, epoch, request, now)
         lease.num_waiting += 1
         return self._numbers
 
-    def _repeated(self, lease: Lease, epoch: int, ask: int) -> int | None:
-        """The chunk that wish `ask` was answered with before, or None for a wish that is new."""
+    def _repeated(self, lease: Lease, epoch: int, request: int) -> int | None:
+        """The chunk that request `request` was answered with before, or None for a request that is new."""
         if not lease.is_any:
             raise Refused(Refusal.REQUEST, "a lease in fixed order asks for certain chunks")
-        if ask in lease.answers:
-            return lease.answers[ask]
+        if request in lease.answers:
+            return lease.answers[request]
         while lease.slice and lease.epoch < epoch and lease.seen_in(lease.epoch).all():
             lease.seen.pop(lease.epoch)
             lease.epoch += 1
         if not lease.epoch <= epoch <= lease.epoch + 1:
             raise Refused(Refusal.LEASE, f"epoch {epoch} is not that of the lease, {lease.epoch}, or the next; take a new lease")
-        open_wishes = sum(w.lease is lease and w.chunk is None and w.epoch == epoch for w in self._waits.values())
-        if int((~lease.seen_in(epoch)).sum()) <= open_wishes:
+        open_requests = sum(w.lease is lease and w.chunk is None and w.epoch == epoch for w in self._waits.values())
+        if int((~lease.seen_in(epoch)).sum()) <= open_requests:
             raise Refused(Refusal.EXHAUSTED, f"every chunk of epoch {epoch} was given to this lease")
         return None
 
@@ -168,7 +168,7 @@ class Ring:
         """Whether the request is neither granted nor gone."""
         return wait in self._waits
 
-    def loaded(self, key: Key, now: float) -> list[Key]:
+    def loaded(self, key: ChunkKey, now: float) -> list[ChunkKey]:
         """The load that began with `key` is done; which of its group's chunks are to be kept."""
         kept = self._loading.pop(key)
         for member in kept:
@@ -176,7 +176,7 @@ class Ring:
             self.counters.read(member.site, self._num_bytes(member))
         return list(kept)
 
-    def failed(self, key: Key) -> list[int]:
+    def failed(self, key: ChunkKey) -> list[int]:
         """The load that began with `key` failed: the waits that it leaves without hope, which are withdrawn."""
         self._loading.pop(key)
         hopeless = [n for n, w in self._waits.items() if w.lease.site == key.site and w.chunk in (None, key.chunk)]
@@ -200,7 +200,7 @@ class Ring:
         for number, wait in list(self._waits.items()):
             if wait.lease.num_pinned < share:
                 self._try_to_grant(number, wait, now, decision)
-        covered: dict[str, set[Key]] = {}
+        covered: dict[str, set[ChunkKey]] = {}
         for wait in list(self._waits.values()):
             if wait.lease.num_pinned < share:
                 self._try_to_load(wait, covered.setdefault(wait.lease.id, set()), now, decision)
@@ -228,7 +228,7 @@ class Ring:
     def _try_to_grant(self, number: int, wait: _Wait, now: float, decision: Decision) -> None:
         lease, key = wait.lease, None
         if wait.chunk is not None:
-            key = Key(lease.site, wait.chunk) if Key(lease.site, wait.chunk) in self._entries else None
+            key = ChunkKey(lease.site, wait.chunk) if ChunkKey(lease.site, wait.chunk) in self._entries else None
         else:
             key = next((k for k in self._entries if k.site == lease.site and lease.lacks(k.chunk, wait.epoch)), None)
         if key is None:
@@ -240,7 +240,7 @@ class Ring:
         self.leases.pin(lease)
         self._sending[number] = (key, lease)
         if wait.chunk is None:
-            lease.mark(key.chunk, wait.epoch, wait.ask)
+            lease.mark(key.chunk, wait.epoch, wait.request)
         elif not lease.is_any:
             lease.place = lease.slice[(key.chunk + 1 - lease.slice.start) % len(lease.slice)]
         lease.last_grant = now
@@ -249,12 +249,12 @@ class Ring:
         self.counters.served(lease.trainer, lease.site, self._num_bytes(key), entry.served == 1, wait.is_hit, waited)
         decision.grants.append(Grant(number, key))
 
-    def _try_to_load(self, wait: _Wait, covered: set[Key], now: float, decision: Decision) -> None:
+    def _try_to_load(self, wait: _Wait, covered: set[ChunkKey], now: float, decision: Decision) -> None:
         """See to it that what the request waits for is being loaded, if there is room; `covered` is for the lease's others."""
         lease = wait.lease
         coming = {key for keys in self._loading.values() for key in keys}
         if wait.chunk is not None:
-            wanted = Key(lease.site, wait.chunk)
+            wanted = ChunkKey(lease.site, wait.chunk)
             if wanted in coming or wanted in self._entries:
                 return
         else:
@@ -278,7 +278,7 @@ class Ring:
         self._cursors[lease.site] = wanted.chunk + 1
         decision.loads.append(wanted)
 
-    def _most_wanted(self, lease: Lease, epoch: int, coming: set[Key]) -> Key | None:
+    def _most_wanted(self, lease: Lease, epoch: int, coming: set[ChunkKey]) -> ChunkKey | None:
         """Of the chunks that the lease lacks and that are not coming, one that most leases lack; the next in order of those."""
         lacking = ~lease.seen_in(epoch)
         for key in (*coming, *self._entries):
@@ -291,7 +291,7 @@ class Ring:
         votes = np.where(lacking, wanted_by, 0)
         turn = (self._cursors[lease.site] - lease.slice.start) % len(lease.slice)
         best = (int(np.argmax(np.roll(votes, -turn))) + turn) % len(lease.slice)
-        return Key(lease.site, lease.slice[best])
+        return ChunkKey(lease.site, lease.slice[best])
 
     def _make_room(self, count: int, wait: _Wait, now: float, decision: Decision) -> bool:
         """Free slots for `count` chunks; False, and nothing is dropped, where too few may be replaced."""

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from everyscope.activations.serve.buffer import Buffer
 from everyscope.activations.serve.config import ServeConfig
-from everyscope.activations.serve.counters import Counters, SiteCounts
+from everyscope.activations.serve.counters import ServerCounters, SiteCounts
 from everyscope.activations.serve.guard import read_certificates, read_token, require_safe
-from everyscope.activations.serve.leases import Key, Leases
+from everyscope.activations.serve.leases import ChunkKey, Leases
 from everyscope.activations.serve.origin import Origin, ShardOrigin
 from everyscope.activations.serve.ring import Ring
 from everyscope.activations.serve.server import ActivationServer
@@ -117,12 +117,12 @@ def ring_of(config: ServeConfig, origin: Origin) -> Ring:
         slices[name] = chunks.slice(config.slice_index)
         largest = max(largest, min(config.chunk_rows, facts.num_rows) * facts.d_in * CARRIER[facts.dtype].itemsize)
 
-    def num_bytes(key: Key) -> int:
+    def num_bytes(key: ChunkKey) -> int:
         facts = origin.sites[key.site]
         start, stop = Chunks(facts.num_rows, config.chunk_rows).rows_of(key.chunk)
         return (stop - start) * facts.d_in * CARRIER[facts.dtype].itemsize
 
-    first = next((Key(name, part.start) for name, part in slices.items() if part), None)
+    first = next((ChunkKey(name, part.start) for name, part in slices.items() if part), None)
     if first is None:
         raise ConfigError(
             f"slice {config.slice}: there are not so many chunks of chunk_rows={config.chunk_rows}; take fewer slices"
@@ -134,5 +134,5 @@ def ring_of(config: ServeConfig, origin: Origin) -> Ring:
             f"set buffer_bytes={needed * largest} or more, or a smaller chunk_rows"
         )
     leases = Leases(config.lease_seconds, slices)
-    counters = Counters({name: SiteCounts() for name in origin.sites})
+    counters = ServerCounters({name: SiteCounts() for name in origin.sites})
     return Ring(slots, leases, counters, num_bytes, origin.group, config.in_flight, config.hold_seconds)

@@ -74,21 +74,21 @@ class ActivationServer(flight.FlightServerBase):
     def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.FlightDataStream:
         """One chunk."""
         with self._answering(context):
-            wish = parse(Ticket, ticket.ticket, MAX_TICKET_BYTES)
-            parcel = self._buffer.take(
-                wish.lease, wish.chunk, wish.epoch, wish.ask, self._config.wait_seconds, context.is_cancelled
+            wanted = parse(Ticket, ticket.ticket, MAX_TICKET_BYTES)
+            in_flight = self._buffer.take(
+                wanted.lease, wanted.chunk, wanted.epoch, wanted.request, self._config.wait_seconds, context.is_cancelled
             )
-            facts = self._origin.sites[parcel.key.site]
+            facts = self._origin.sites[in_flight.key.site]
             head = ChunkHead(
                 identity=facts.identity,
-                site=parcel.key.site,
-                chunk=parcel.key.chunk,
-                rows=len(parcel.rows),
+                site=in_flight.key.site,
+                chunk=in_flight.key.chunk,
+                rows=len(in_flight.rows),
                 d_in=facts.d_in,
                 dtype=facts.dtype,
-                xxh3=parcel.xxh3,
+                xxh3=in_flight.xxh3,
             )
-            return flight.RecordBatchStream(chunk_table(head, parcel.rows.ctypes.data, parcel))
+            return flight.RecordBatchStream(chunk_table(head, in_flight.rows.ctypes.data, in_flight))
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[flight.Result]:
         """One small question."""

@@ -126,9 +126,9 @@ def open_shard(path: Path, layout: Layout) -> np.ndarray:
         raise DamagedData(f"{path}: the shard is missing; run the same harvest again, which writes it anew")
     got = path.stat().st_size
     if got != layout.num_bytes:
-        raise DamagedData(f"{path}: holds {got} bytes, expected {layout.num_bytes}; run the same harvest again with --heal")
+        raise DamagedData(f"{path}: holds {got} bytes, expected {layout.num_bytes}; run the same harvest again with --repair")
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     header = layout.header
     if raw[: len(header)].tobytes() != header:
-        raise DamagedData(f"{path}: its header is not the one written; run the same harvest again with --heal")
+        raise DamagedData(f"{path}: its header is not the one written; run the same harvest again with --repair")
     return raw

@@ -38,7 +38,7 @@ SHARD_NAME = r"^shard_[0-9]{5,}\.safetensors$"
 """What a shard's file may be called: a record names files of its own folder, and no others."""
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*){0,3}$"
 """What a site may be called."""
-REMEDY = "run the same harvest again with --heal"
+REMEDY = "run the same harvest again with --repair"
 Record = TypeVar("Record", bound=Schema)
 
 
@@ -132,8 +132,8 @@ def parse_sidecar(data: bytes, entry: ShardEntry, manifest: Manifest, name: Path
     if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
         raise DamagedData(f"{name}: differs from its checksum in {MANIFEST}; {REMEDY}")
     record = _validated(ShardRecord, parse_json(data, name), name)
-    told = (entry.file, entry.rows, entry.num_bytes, entry.sha256, manifest.d_in, manifest.dtype)
-    if (record.file, record.rows, record.num_bytes, record.sha256, record.d_in, record.dtype) != told:
+    expected = (entry.file, entry.rows, entry.num_bytes, entry.sha256, manifest.d_in, manifest.dtype)
+    if (record.file, record.rows, record.num_bytes, record.sha256, record.d_in, record.dtype) != expected:
         raise DamagedData(f"{name}: disagrees with {MANIFEST} about size, d_in or dtype; {REMEDY}")
     return record
 

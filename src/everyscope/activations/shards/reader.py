@@ -228,7 +228,7 @@ class Shards:
         return self._files.read("position", start, stop)
 
 
-class Tokens:
+class TokenBlocks:
     """The blocks of token ids that a harvest read, in reading order."""
 
     def __init__(self, folder: Path | Folder) -> None:
@@ -262,7 +262,7 @@ def open_shards(location: str | Path) -> Shards:
 
 
 def shard_folder(location: str | Path) -> Path | Folder:
-    """What `Shards` and `Tokens` open, by path or by address."""
+    """What `Shards` and `TokenBlocks` open, by path or by address."""
     if isinstance(location, Path):
         return location
     if location.startswith("file://"):

@@ -134,9 +134,9 @@ def patiently(name: str, attempt: Callable[[float], bytes], patience: Patience) 
 
 def _range_size(address: str, response: Any, start: int, stop: int) -> int:
     """Bytes to expect of an answer to a request for a range."""
-    told = response.headers.get("Content-Range", "")
-    if response.status == 206 and not told.startswith(f"bytes {start}-{stop - 1}/"):
-        raise DamagedData(f"{address}: sent {told or 'no Content-Range'} for bytes {start}-{stop - 1}; copy it anew")
+    header = response.headers.get("Content-Range", "")
+    if response.status == 206 and not header.startswith(f"bytes {start}-{stop - 1}/"):
+        raise DamagedData(f"{address}: sent {header or 'no Content-Range'} for bytes {start}-{stop - 1}; copy it anew")
     is_all = start == 0 and response.headers.get("Content-Length") == str(stop)
     if response.status != 206 and not is_all:
         raise StorageError(
@@ -153,10 +153,10 @@ def _received(address: str, response: Any, wanted: int, until: float, *, is_whol
         if time.monotonic() > until:
             raise TimeoutError(f"{count} bytes in all the time allowed")
     if is_whole:
-        told = response.headers.get("Content-Length")
+        header = response.headers.get("Content-Length")
         if count >= RECORD_BYTES:
             raise DataError(f"{address}: larger than any record of ours; is this a folder of shards?")
-        wanted = count if told is None else int(told)
+        wanted = count if header is None else int(header)
     if count != wanted:
         raise OSError(f"truncated: {count} of {wanted} bytes")
     return b"".join(pieces)

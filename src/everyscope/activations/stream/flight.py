@@ -18,16 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.activations.shards.statistics import Statistics
+from everyscope.activations.stream.chunk_tracker import ChunkRequest, ChunkTracker
 from everyscope.activations.stream.config import TOKEN_VARIABLE
 from everyscope.activations.stream.journal import Journal
 from everyscope.activations.stream.local import LocalSource
 from everyscope.activations.stream.order import epoch_pieces
 from everyscope.activations.stream.prefetch import FixedSequence, JournalledSequence, Sequence
 from everyscope.activations.stream.rows import ChunkRows
-from everyscope.activations.stream.servers import Servers, parse_url
+from everyscope.activations.stream.servers import SliceServers, parse_url
 from everyscope.activations.stream.sliced import SlicedSource, sequence_identity
 from everyscope.activations.stream.source import Source
-from everyscope.activations.stream.taking import Ask, Taking
 from everyscope.activations.stream.wire import NAME, LeaseRequest, Order, Ticket, pack_seen
 from everyscope.base.errors import ConfigError
 from everyscope.base.ids import content_id
@@ -70,7 +70,7 @@ class FlightSource:
             except OSError as error:
                 raise ConfigError(f"{roots}: cannot be read ({error.strerror}); give a PEM file with certificates") from error
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-        self._servers = Servers(parse_url(url), token, certificates, call_seconds, deadline, seed)
+        self._servers = SliceServers(parse_url(url), token, certificates, call_seconds, deadline, seed)
         known = self._servers.described
         self.d_in, self.num_rows, self.site = known.d_in, known.num_rows, known.site
         self.statistics = Statistics.of_record(known.statistics)
@@ -79,8 +79,8 @@ class FlightSource:
         self._ahead = max(1, min(ahead, known.in_flight))
         self._order: Order = order
         self._trainer = trainer or f"trainer-{secrets.token_hex(4)}"
-        self._taking_lock, self._batch_lock = threading.Lock(), threading.Lock()
-        self._taking: Taking | None = None
+        self._tracker_lock, self._batch_lock = threading.Lock(), threading.Lock()
+        self._tracker: ChunkTracker | None = None
         self._opened: set[tuple[int, int]] = set()
         self._plain: Source | None = None  # in fixed order files need neither servers nor chunks
         if self._files is not None and order == "fixed":
@@ -137,13 +137,13 @@ class FlightSource:
         if journal_path is None:
             return sequence_identity(known.identity, self.chunks), FixedSequence(self.chunks, self._certain, self._ahead)
         journal = Journal(journal_path, known.identity, self.chunks)
-        self._taking = Taking(self.chunks, journal.chunks)
+        self._tracker = ChunkTracker(self.chunks, journal.chunks)
         identity = content_id([known.identity, "any", self.chunks.chunk_rows, journal.id])
         sequence = JournalledSequence(
             self.chunks,
             journal,
-            self._taking,
-            self._taking_lock,
+            self._tracker,
+            self._tracker_lock,
             self._certain,
             self._any_of,
             self._ahead,
@@ -163,35 +163,35 @@ class FlightSource:
 
         return self._servers.persist(self._servers.links[part], fetch)
 
-    def _any_of(self, ask: Ask) -> tuple[int, ChunkRows]:
-        """Any chunk for a wish; from the files the first that is neither here nor on its way."""
+    def _any_of(self, request: ChunkRequest) -> tuple[int, ChunkRows]:
+        """Any chunk for a request; from the files the first that is neither here nor on its way."""
         if self._files is None:
             return self._servers.fetch(
-                ask.slice,
-                lambda lease: Ticket(lease=lease, epoch=ask.epoch, ask=ask.number),
-                lambda: self._request(ask.slice),
+                request.slice,
+                lambda lease: Ticket(lease=lease, epoch=request.epoch, request=request.number),
+                lambda: self._request(request.slice),
             )
-        assert self._taking is not None
-        with self._taking_lock:
-            chunk = self._taking.any_left(ask, self._opened)
-            self._opened = {opened for opened in self._opened if opened[0] >= self._taking.epoch} | {(ask.epoch, chunk)}
+        assert self._tracker is not None
+        with self._tracker_lock:
+            chunk = self._tracker.any_left(request, self._opened)
+            self._opened = {opened for opened in self._opened if opened[0] >= self._tracker.epoch} | {(request.epoch, chunk)}
         return chunk, self._files.read(chunk)
 
     def _request(self, part: int) -> LeaseRequest:
         epoch, seen = 0, ""
-        if self._taking is not None:
-            with self._taking_lock:
-                epoch, bits = self._taking.seen(part)
+        if self._tracker is not None:
+            with self._tracker_lock:
+                epoch, bits = self._tracker.seen(part)
             seen = pack_seen(bits)
         return LeaseRequest(trainer=self._trainer, site=self.site, order=self._order, epoch=epoch, seen=seen)
 
 
-def _end(sequence: Sequence, servers: Servers) -> None:
+def _end(sequence: Sequence, servers: SliceServers) -> None:
     sequence.close()
     servers.close()
 
 
-def _stay(servers: Servers, pause: float) -> None:
+def _stay(servers: SliceServers, pause: float) -> None:
     """Keep the leases while the trainer computes."""
     while not servers.closing.wait(pause):
         servers.renew()

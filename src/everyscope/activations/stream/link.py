@@ -153,19 +153,21 @@ class Link:
             ) from error
         except flight.FlightUnavailableError as error:
             if _code(error) == Refusal.WAIT.value:
-                raise NotYet(_said(error)) from error
-            raise Unreachable(_said(error)) from error
+                raise NotYet(_message_of(error)) from error
+            raise Unreachable(_message_of(error)) from error
         except flight.FlightServerError as error:
             raise self._refused(error) from error
         except (flight.FlightError, OSError) as error:
-            raise Unreachable(_said(error)) from error  # a cut connection shows as one of many
+            raise Unreachable(_message_of(error)) from error  # a cut connection shows as one of many
         except pa.ArrowException as error:
             if self._is_closed:
                 raise Unreachable("the source was closed") from error
-            raise DamagedData(f"{self.location}: sent no chunk of ours ({_said(error)}); is it an everyscope server?") from error
+            raise DamagedData(
+                f"{self.location}: sent no chunk of ours ({_message_of(error)}); is it an everyscope server?"
+            ) from error
 
     def _refused(self, error: flight.FlightServerError) -> Exception:
-        code, message = _code(error), _said(error)
+        code, message = _code(error), _message_of(error)
         if code in (Refusal.LEASE.value, Refusal.EXHAUSTED.value):
             return LeaseLost(message)
         if code == Refusal.REPLACED.value:
@@ -190,7 +192,7 @@ def _code(error: flight.FlightError) -> str:
     return (getattr(error, "extra_info", None) or b"").decode("ascii", "replace")
 
 
-def _said(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     """What an error says, without what gRPC and Arrow put before and behind it."""
     text = first_line(error).partition("with message: ")
     return (text[2] or text[0]).partition(". Detail:")[0].partition(". gRPC client debug context:")[0]

@@ -11,18 +11,19 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from everyscope.activations.stream.background import in_background
+from everyscope.activations.stream.chunk_tracker import ChunkRequest, ChunkTracker
 from everyscope.activations.stream.journal import Journal
 from everyscope.activations.stream.link import LeaseLost, NotYet, Unreachable
 from everyscope.activations.stream.order import Chunks
 from everyscope.activations.stream.rows import ChunkRows
 from everyscope.activations.stream.servers import FIRST_PAUSE, Pauses
-from everyscope.activations.stream.taking import Ask, Taking
 from everyscope.base.errors import StorageError
 
 Certain = Callable[[int], ChunkRows]
 """Gives the rows of a chunk, however long it takes; raises when that is hopeless."""
-Any = Callable[[Ask], tuple[int, ChunkRows]]
-"""One try to get any chunk for a wish: which, and its rows. Raises Unreachable, NotYet, LeaseLost; EveryscopeErrors are final."""
+Any = Callable[[ChunkRequest], tuple[int, ChunkRows]]
+"""One try to get any chunk for a request: which, and its rows. Raises Unreachable, NotYet, LeaseLost; EveryscopeErrors are
+final."""
 
 
 class Sequence(Protocol):
@@ -82,11 +83,11 @@ class JournalledSequence:
     """Whatever came first, as the journal has it."""
 
     def __init__(
-        self, chunks: Chunks, journal: Journal, taking: Taking, lock: threading.Lock, certain: Certain, any_of: Any, ahead: int,
-        deadline: float, seed: int,
+        self, chunks: Chunks, journal: Journal, tracker: ChunkTracker, lock: threading.Lock, certain: Certain, any_of: Any,
+        ahead: int, deadline: float, seed: int,
     ) -> None:  # fmt: skip
-        """`taking` goes on where `journal` ends, under `lock`; silence of all servers for `deadline` is an error [s]."""
-        self._chunks, self._journal, self._taking = chunks, journal, taking
+        """`tracker` goes on where `journal` ends, under `lock`; silence of all servers for `deadline` is an error [s]."""
+        self._chunks, self._journal, self._tracker = chunks, journal, tracker
         self._certain, self._any_of, self._ahead = certain, any_of, ahead
         self._deadline, self._seed = deadline, seed
         self._changed = threading.Condition(lock)
@@ -95,7 +96,7 @@ class JournalledSequence:
         self._kept: dict[int, ChunkRows] = {}
         self._not_before = [0.0] * chunks.num_slices
         self._pauses = [Pauses(seed + index) for index in range(chunks.num_slices)]
-        self._heard = time.monotonic()
+        self._last_answer = time.monotonic()
         self._trouble: Exception | None = None
         self._fatal: Exception | None = None
         self._is_closed = False
@@ -139,12 +140,12 @@ class JournalledSequence:
     def _next(self) -> ChunkRows:
         """Take the chunk that arrived first, with its record on the disk before it is used."""
         with self._changed:
-            self._heard = time.monotonic()
-            while (chunk := self._taking.first()) is None:
+            self._last_answer = time.monotonic()
+            while (chunk := self._tracker.first()) is None:
                 if self._fatal is not None:
                     error, self._fatal = self._fatal, None
                     raise error
-                if time.monotonic() - self._heard > self._deadline:
+                if time.monotonic() - self._last_answer > self._deadline:
                     raise StorageError(
                         f"no activation server sent anything for {self._deadline:g} s ({self._trouble}); "
                         "start the servers again, then the same command"
@@ -153,49 +154,49 @@ class JournalledSequence:
                 self._changed.wait(FIRST_PAUSE)
         self._journal.append(chunk)
         with self._changed:
-            epoch = self._taking.epoch
+            epoch = self._tracker.epoch
             if chunk == self._chunks.num_chunks - 1:
-                self._short[epoch] = self._taking.num_taken % self._chunks.num_chunks
-            assert self._taking.take() == chunk
+                self._short[epoch] = self._tracker.num_taken % self._chunks.num_chunks
+            assert self._tracker.take() == chunk
             self._top_up()
             return self._rows.pop((epoch, chunk))
 
     def _top_up(self) -> None:
         """Ask for as many chunks as may be ahead; the lock is held."""
-        while self._taking.num_ahead < self._ahead and not self._is_closed and self._fatal is None:
+        while self._tracker.num_ahead < self._ahead and not self._is_closed and self._fatal is None:
             now = time.monotonic()
-            ask = self._taking.next_ask([now >= time_ for time_ in self._not_before])
-            if ask is None:
+            request = self._tracker.next_request([now >= time_ for time_ in self._not_before])
+            if request is None:
                 return
-            in_background(self._fulfil, ask)
+            in_background(self._fulfil, request)
 
-    def _fulfil(self, ask: Ask) -> None:
+    def _fulfil(self, request: ChunkRequest) -> None:
         """Ask until there is an answer, or reason to ask another server."""
         while not self._is_closed:
             try:
-                chunk, rows = self._any_of(ask)
+                chunk, rows = self._any_of(request)
             except NotYet:
-                self._heard = time.monotonic()
+                self._last_answer = time.monotonic()
             except LeaseLost as error:
                 self._trouble = error
                 time.sleep(FIRST_PAUSE)  # a server that grants leases and forgets them is not asked without pause
             except Unreachable as error:
                 with self._changed:
                     self._trouble = error
-                    self._not_before[ask.slice] = time.monotonic() + self._pauses[ask.slice].next()
+                    self._not_before[request.slice] = time.monotonic() + self._pauses[request.slice].next()
                 break
             except Exception as error:  # in this thread nobody would see it: whoever waits for a chunk raises it
                 self._fatal = error
                 break
             else:
                 with self._changed:
-                    self._heard = time.monotonic()
-                    self._pauses[ask.slice] = Pauses(self._seed + ask.slice)
-                    if self._taking.arrived(ask, chunk):
-                        self._rows[ask.epoch, chunk] = rows
+                    self._last_answer = time.monotonic()
+                    self._pauses[request.slice] = Pauses(self._seed + request.slice)
+                    if self._tracker.arrived(request, chunk):
+                        self._rows[request.epoch, chunk] = rows
                     self._top_up()
                     self._changed.notify_all()
                 return
         with self._changed:
-            self._taking.gave_up(ask)
+            self._tracker.gave_up(request)
             self._changed.notify_all()

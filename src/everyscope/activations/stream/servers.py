@@ -61,7 +61,7 @@ class Pauses:
         return pause
 
 
-class Servers:
+class SliceServers:
     """The servers of one site, by slice. Threads may share it."""
 
     def __init__(
@@ -116,24 +116,24 @@ class Servers:
 
     def persist(self, link: Link, call: Callable[[], Result]) -> Result:
         """Call until it answers; StorageError once the server has been silent for the deadline."""
-        heard, self._tries = time.monotonic(), self._tries + 1
+        last_answer, self._tries = time.monotonic(), self._tries + 1
         pauses = Pauses(self._seed * 1_000_003 + self._tries)
         while True:
             try:
                 return call()
             except NotYet:
-                heard = time.monotonic()
+                last_answer = time.monotonic()
                 pauses = Pauses(self._seed * 1_000_003 + self._tries)
             except LeaseLost as error:
-                self.require_heard(heard, link.location, error)
+                self.require_answer(last_answer, link.location, error)
             except Unreachable as error:
-                self.require_heard(heard, link.location, error)
+                self.require_answer(last_answer, link.location, error)
             if self.closing.wait(pauses.next()):
                 raise StorageError(f"{link.location}: the source was closed while it waited")
 
-    def require_heard(self, heard: float, location: str, error: Exception | None) -> None:
-        """StorageError where the last answer came longer than the deadline ago; `heard` as time.monotonic() [s]."""
-        if time.monotonic() - heard > self._deadline:
+    def require_answer(self, last_answer: float, location: str, error: Exception | None) -> None:
+        """StorageError where the last answer came longer than the deadline ago; `last_answer` as time.monotonic() [s]."""
+        if time.monotonic() - last_answer > self._deadline:
             raise StorageError(
                 f"{location}: no answer for {self._deadline:g} s ({error}); start the server again, then the same command"
             ) from error

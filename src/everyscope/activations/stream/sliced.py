@@ -30,7 +30,7 @@ def sequence_identity(identity: str, chunks: Chunks) -> str:
     return content_id([identity, "sliced", chunks.chunk_rows, chunks.num_slices])
 
 
-def spans(chunks: Chunks, step: int, rows: int) -> list[Span]:
+def chunk_spans(chunks: Chunks, step: int, rows: int) -> list[Span]:
     """Batch `step` in fixed order, as stretches of chunks."""
     found = []
     for epoch, start, count in epoch_pieces(step, rows, chunks.num_rows):
@@ -71,7 +71,7 @@ class SlicedSource:
     def batch(self, step: int, rows: int) -> Float[Tensor, "rows d_in"]:
         """Batch `step`, float32; DamagedData, naming the shard, where its bytes differ from their checksum."""
         out, done = torch.empty(rows, self.d_in), 0
-        for span in spans(self._chunks, step, rows):
+        for span in chunk_spans(self._chunks, step, rows):
             start = self._chunks.rows_of(self._chunks.at(span.place))[0] + span.start
             self._shards.rows_into(start, start + span.rows, out[done : done + span.rows])
             done += span.rows

@@ -151,8 +151,8 @@ class Ticket(Schema):
     """The chunk; None for any."""
     epoch: int = Field(default=0, ge=0, lt=2**48)
     """For any: the epoch in which it is wanted."""
-    ask: int = Field(default=0, ge=0, lt=2**62)
-    """For any: a number that stands for this wish, so that asking again after a lost answer gives the same chunk."""
+    request: int = Field(default=0, ge=0, lt=2**62)
+    """For any: a number that stands for this request, so that asking again after a lost answer gives the same chunk."""
 
 
 class Nothing(Schema):

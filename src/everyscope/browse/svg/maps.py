@@ -19,7 +19,7 @@ LAYER_STEPS = 12
 
 
 @dataclass(frozen=True)
-class Cell:
+class HeatmapCell:
     """One cell of a heat map."""
 
     row: int
@@ -29,7 +29,9 @@ class Cell:
     tip: str
 
 
-def heat_map(rows: Sequence[str], columns: Sequence[str], cells: Sequence[Cell], ends: tuple[float, float], label: str) -> Markup:
+def heat_map(
+    rows: Sequence[str], columns: Sequence[str], cells: Sequence[HeatmapCell], ends: tuple[float, float], label: str
+) -> Markup:
     """Cells shaded from the lowest to the highest of `ends`, their values written in."""
     left, top, wide, tall = 54.0, 20.0, 78.0, 30.0 if len(rows) <= 16 else 20.0
     parts = [

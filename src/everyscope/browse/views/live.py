@@ -124,7 +124,7 @@ def steer_view(index: Index, links: Links, live: Asking, query: Mapping[str, Seq
             "plain": _continuation(answer.plain),
             "steered": _continuation(answer.steered),
             "is_same": answer.plain == answer.steered,
-            "pushes": [_told(index, links, row) for row in rows if row["latent"] is not None],
+            "pushes": [_push_json(index, links, row) for row in rows if row["latent"] is not None],
         }
     return found
 
@@ -175,7 +175,7 @@ def _highest(index: Index, row: dict[str, Any]) -> float:
     return details.get("max_activation") or 1.0
 
 
-def _told(index: Index, links: Links, row: dict[str, Any]) -> dict[str, Any]:
+def _push_json(index: Index, links: Links, row: dict[str, Any]) -> dict[str, Any]:
     sae, latent = row["sae"], row["latent"]
     return {
         **row,

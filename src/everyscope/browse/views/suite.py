@@ -10,13 +10,13 @@ from markupsafe import Markup
 from everyscope.browse.links import Links
 from everyscope.browse.queries import SITE_TITLES, Index, SaeFacts
 from everyscope.browse.svg.elements import element
-from everyscope.browse.svg.maps import Cell, Point, heat_map, layer_step, mark, pareto, pareto_ends
+from everyscope.browse.svg.maps import HeatmapCell, Point, heat_map, layer_step, mark, pareto, pareto_ends
 from everyscope.sites.names import SITE_KINDS, SiteKind
 from everyscope.suite.layout import width_label
 
 
 @dataclass(frozen=True)
-class Measure:
+class HeadlineMeasure:
     """A headline number that figures show."""
 
     name: str
@@ -26,12 +26,14 @@ class Measure:
 
 
 MEASURES = (
-    Measure("fvu_usual", "FVU", "FVU [1]", "Fraction of variance unexplained: lower is better."),
-    Measure("delta_loss", "Delta loss", "Delta loss [nats/token]", "Rise of the model’s loss with the reconstruction in place."),
-    Measure(
+    HeadlineMeasure("fvu_usual", "FVU", "FVU [1]", "Fraction of variance unexplained: lower is better."),
+    HeadlineMeasure(
+        "delta_loss", "Delta loss", "Delta loss [nats/token]", "Rise of the model’s loss with the reconstruction in place."
+    ),
+    HeadlineMeasure(
         "loss_recovered", "Loss recovered", "Loss recovered [1]", "1 where splicing costs nothing, 0 where as much as the mean."
     ),
-    Measure("dead_fraction", "Dead", "Dead latents [1]", "Share of latents that never fire."),
+    HeadlineMeasure("dead_fraction", "Dead", "Dead latents [1]", "Share of latents that never fire."),
 )
 FRONTS = MEASURES[:2]
 """The measures that Pareto plots draw against L0."""
@@ -83,7 +85,7 @@ def representatives(index: Index) -> dict[tuple[str, int, int], SaeFacts]:
     return chosen
 
 
-def _has(index: Index, measure: Measure) -> bool:
+def _has(index: Index, measure: HeadlineMeasure) -> bool:
     return any(sae.headline.get(measure.name) is not None for sae in index.saes)
 
 
@@ -94,7 +96,7 @@ def tip(sae: SaeFacts) -> str:
     return f"{sae.title}: FVU {numbers['fvu_usual']:.3f}{plain}, delta loss {numbers['delta_loss']:.3f} nats/token"
 
 
-def _heats(index: Index, links: Links, measure: Measure, layers: list[int], widths: list[int]) -> dict[str, Any]:
+def _heats(index: Index, links: Links, measure: HeadlineMeasure, layers: list[int], widths: list[int]) -> dict[str, Any]:
     kinds: list[SiteKind] = [kind for kind in SITE_KINDS if any(sae.site.kind == kind for sae in index.saes)]
     chosen = representatives(index)
     values = {key: sae.headline.get(measure.name) for key, sae in chosen.items()}
@@ -106,14 +108,14 @@ def _heats(index: Index, links: Links, measure: Measure, layers: list[int], widt
             value = values[kind, layer, at_width]
             if at_width == width and value is not None:
                 where = (layers.index(layer), kinds.index(sae.site.kind))
-                cells.append(Cell(*where, value, links.sae(sae.folder), tip(sae)))
+                cells.append(HeatmapCell(*where, value, links.sae(sae.folder), tip(sae)))
         label = f"{measure.title} by layer and site, width {width_label(width)}"
         names = [f"layer {layer}" for layer in layers]
         panels.append((width_label(width), heat_map(names, kinds, cells, (min(known), max(known)), label)))
     return {"measure": measure, "panels": panels}
 
 
-def _fronts(index: Index, links: Links, measure: Measure, layers: list[int], widths: list[int]) -> dict[str, Any]:
+def _fronts(index: Index, links: Links, measure: HeadlineMeasure, layers: list[int], widths: list[int]) -> dict[str, Any]:
     points: dict[SiteKind, list[Point]] = {}
     for sae in index.saes:
         value = sae.headline.get(measure.name)
@@ -135,7 +137,7 @@ def _fronts(index: Index, links: Links, measure: Measure, layers: list[int], wid
     return {"measure": measure, "panels": panels}
 
 
-def _point(sae: SaeFacts, value: float, links: Links, measure: Measure, layers: list[int], widths: list[int]) -> Point:
+def _point(sae: SaeFacts, value: float, links: Links, measure: HeadlineMeasure, layers: list[int], widths: list[int]) -> Point:
     interval = (sae.headline.get("intervals") or {}).get(measure.name)
     return Point(
         l0=max(sae.headline["l0"], 0.1),
@@ -202,7 +204,7 @@ def comparisons_view(index: Index, links: Links) -> dict[str, Any]:
     for name in [*TITLES, *sorted(set(index.slices) - set(TITLES))]:
         if isinstance(index.slices.get(name), dict):
             title, note = TITLES.get(name, (name.replace("_", " ").capitalize(), ""))
-            table = Table.of(index.slices[name], lambda text: _sae_cell(text, numbers, links))
+            table = JsonTable.of(index.slices[name], lambda text: _sae_cell(text, numbers, links))
             found.append({"name": name, "title": title, "note": index.slices[name].get("note") or note, "table": table})
     return {"comparisons": [item for item in found if item["table"].rows]}
 
@@ -213,19 +215,19 @@ def _sae_cell(text: str, numbers: Mapping[str, SaeFacts], links: Links) -> dict[
 
 
 @dataclass(frozen=True)
-class Table:
+class JsonTable:
     """Rows of one JSON, flattened: its scalars as columns, the lists of records inside as more rows."""
 
     columns: list[str]
     rows: list[list[dict[str, Any]]]
 
     @staticmethod
-    def of(value: dict[str, Any], link: Callable[[str], dict[str, Any] | None]) -> "Table":
+    def of(value: dict[str, Any], link: Callable[[str], dict[str, Any] | None]) -> "JsonTable":
         """The table in `value`; `link` turns the name of an SAE into a cell that leads there, and anything else into None."""
         flat = [record for inner in value.values() for record in _records(inner)]
         columns = list(dict.fromkeys(name for record in flat for name in record if name not in HIDDEN))
         rows = [[_cell(record.get(name), link) for name in columns] for record in flat]
-        return Table([name.replace("_", " ") for name in columns], rows)
+        return JsonTable([name.replace("_", " ") for name in columns], rows)
 
 
 HIDDEN = {"table", "description", "threshold"}

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 compiled = numba.njit(nogil=True, cache=True)
 
 
-class Counters:
+class ValueCounters:
     """Counters for values [tokens, families] that are numbered from 0 to `num_values` over all families."""
 
     def __init__(self, values: Int[np.ndarray, "tokens families"], num_values: int) -> None:

@@ -70,7 +70,7 @@ def collect_firings(
         for number, (site, sae, norm_limit) in enumerate(saes):
             chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
             for first in range(0, len(tokens), chunk):
-                some = rows[site.inputs[0]][first : first + chunk].to(sae.w_enc.device)
+                some = rows[site.inputs[0]][first : first + chunk].to(sae.W_enc.device)
                 f = sae.encode(some).masked_fill(is_massive(some, norm_limit)[:, None], 0)
                 row, latent = f.nonzero(as_tuple=True)
                 values = f[row, latent].float().cpu().numpy()

@@ -15,7 +15,7 @@ from everyscope.describe.explanations.firings import Firings, window_peaks
 from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passages, Windows, cut_windows
 from everyscope.describe.explanations.rules import Rule, RuleSearch
 from everyscope.describe.explanations.samples import Sample, draw_sample, neighbours_of
-from everyscope.describe.explanations.scores import Answers, balanced_accuracy, resampling_weights, score
+from everyscope.describe.explanations.scores import Answers, balanced_accuracy_of_sums, resampling_weights, score
 from everyscope.describe.explanations.table import Explanation
 from everyscope.describe.explanations.traits import Traits
 from everyscope.describe.explanations.wording import kind_of, phrase_of, safe_label, shortened, tokens_with_shares
@@ -194,7 +194,7 @@ def explanation(
 
 def _null(answers: Sequence[Answers]) -> float | None:
     """The mean balanced accuracy of others' labels, None where there are none."""
-    values = [float(balanced_accuracy(one.sums())) for one in answers]
+    values = [float(balanced_accuracy_of_sums(one.sums())) for one in answers]
     return float(np.mean(values)) if values else None
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from everyscope.describe.explanations.counting import Counters, choose_sets
+from everyscope.describe.explanations.counting import ValueCounters, choose_sets
 from everyscope.describe.explanations.passages import Windows
 from everyscope.describe.explanations.traits import Traits
 
@@ -68,7 +68,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRule:
     """A rule with its gain on the tokens it was learnt on, prices taken off [1]."""
 
     rule: Rule
@@ -158,12 +158,12 @@ class RuleSearch:
         self._columns = [family.values[tokens] for family in families]
         numbered = [column + offset for column, offset in zip(self._columns, self._offsets, strict=False)]
         self._values = np.stack(numbered, axis=1).astype(np.int32)
-        self._counters = Counters(self._values, int(self._offsets[-1]))
+        self._counters = ValueCounters(self._values, int(self._offsets[-1]))
         self._places = [_Postings.of(column, len(family.keys)) for column, family in zip(self._columns, families, strict=True)]
         self._totals = np.bincount(self._values.ravel(), minlength=self._offsets[-1])
         self._window, self._num_windows = windows.of_token[tokens], len(windows)
 
-    def best(self, firing: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]) -> Found | None:
+    def best(self, firing: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]) -> FoundRule | None:
         """The best rule for a latent that fires on the tokens `firing`, all of them learning tokens, so strongly; None where
         no set of any family is right more often than it costs.
 
@@ -312,13 +312,13 @@ class _Judge:
         self._search, self._active = search, search.windows_of(whole.firing)
         self._num_active, self._num_silent = int(self._active.sum()), int((~self._active).sum())
 
-    def found(self, rule: Rule) -> Found:
+    def found(self, rule: Rule) -> FoundRule:
         """The rule with its worth."""
         answers = self._search.windows_of(self._search.places_of(rule))
         hits = int((answers & self._active).sum())
         false_alarms = int(answers.sum()) - hits
         worth = hits / max(self._num_active, 1) - false_alarms / max(self._num_silent, 1)
-        return Found(rule, worth - price_of(rule))
+        return FoundRule(rule, worth - price_of(rule))
 
 
 def least_share(counts: Int[np.ndarray, " n"], totals: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -24,7 +24,7 @@ from everyscope.describe.explanations.passages import read_passages
 from everyscope.describe.explanations.replies import Replies, num_paid
 from everyscope.describe.explanations.scores import MIN_CASES
 from everyscope.describe.explanations.table import write_explanations
-from everyscope.describe.explanations.targets import Target, find_targets
+from everyscope.describe.explanations.targets import ExplainTarget, find_targets
 from everyscope.describe.explanations.traits import traits_of
 from everyscope.sae.files import read_sae
 from everyscope.sites.model import load_language_model, quiet_transformers
@@ -114,7 +114,7 @@ def text_pieces(tokenizer: Any) -> list[bytes]:
     return [b"" if token in special else piece for token, piece in enumerate(token_pieces(tokenizer))]
 
 
-def _quote(ground: Ground, targets: Sequence[Target]) -> Quote | None:
+def _quote(ground: Ground, targets: Sequence[ExplainTarget]) -> Quote | None:
     """What asking about these SAEs may cost; None where no language model is to be asked."""
     asked = [target for target in targets if target.endpoint is not None]
     if not asked or ground.config.endpoint is None:
@@ -125,7 +125,7 @@ def _quote(ground: Ground, targets: Sequence[Target]) -> Quote | None:
 
 
 def _explain(
-    ground: Ground, targets: Sequence[Target], endpoint: Endpoint | None, progress: Callable[[int], None] | None = None
+    ground: Ground, targets: Sequence[ExplainTarget], endpoint: Endpoint | None, progress: Callable[[int], None] | None = None
 ) -> None:
     """All SAEs, a group at a time; `progress` is told of latents in place of a bar."""
     config = ground.config
@@ -143,7 +143,9 @@ def _explain(
                 explain_sae(ground, target, firings, endpoint, done)
 
 
-def explain_sae(ground: Ground, target: Target, firings: Firings, endpoint: Endpoint | None, done: Callable[[int], None]) -> None:
+def explain_sae(
+    ground: Ground, target: ExplainTarget, firings: Firings, endpoint: Endpoint | None, done: Callable[[int], None]
+) -> None:
     """Label and score the latents of one SAE and write its files; `done` is told of latents."""
     offline = score_labels(ground, firings, learn_labels(ground, firings, done))
     facts: dict[str, Any] = {"identity": target.identity, **_facts(ground)}

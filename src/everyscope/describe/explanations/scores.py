@@ -55,7 +55,7 @@ def resampling_weights(is_drawn: Bool[np.ndarray, " documents"], draws: int, see
     return weights
 
 
-def balanced_accuracy(sums: Float[np.ndarray, "*batch 4"]) -> Float[np.ndarray, "*batch"]:
+def balanced_accuracy_of_sums(sums: Float[np.ndarray, "*batch 4"]) -> Float[np.ndarray, "*batch"]:
     """From summed columns of `by_document`; NaN where a kind of case is missing."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return 0.5 * (sums[..., 0] / sums[..., 1] + sums[..., 2] / sums[..., 3])
@@ -69,6 +69,6 @@ def score(answers: Answers, weights: Float[np.ndarray, "draws documents"]) -> Sc
     if min(int(answers.truth.sum()), int((~answers.truth).sum())) < MIN_CASES:
         return None
     by_document = answers.by_document(weights.shape[1])
-    value, resampled = float(balanced_accuracy(by_document.sum(0))), balanced_accuracy(weights @ by_document)
+    value, resampled = float(balanced_accuracy_of_sums(by_document.sum(0))), balanced_accuracy_of_sums(weights @ by_document)
     low, high = np.percentile(resampled[~np.isnan(resampled)], INTERVAL) if not np.isnan(resampled).all() else (value, value)
     return Score(value, float(low), float(high))

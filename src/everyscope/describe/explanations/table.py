@@ -77,7 +77,7 @@ def write_explanations(path: Path, explanations: Sequence[Explanation], facts: d
     write_table(path, table, compression="zstd")
 
 
-def facts_of(path: Path) -> dict[str, Any]:
+def explanation_facts(path: Path) -> dict[str, Any]:
     """What the metadata of an explanations.parquet says; {} where the file is missing or not to be read."""
     try:
         check_table(path, "it is explained again")

@@ -9,7 +9,7 @@ from typing import Any
 from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.describe.explanations.config import EndpointConfig, ExplainConfig
-from everyscope.describe.explanations.table import EXPLANATIONS_FILE, facts_of
+from everyscope.describe.explanations.table import EXPLANATIONS_FILE, explanation_facts
 from everyscope.sae.files import WEIGHTS, read_record, trained_folders
 from everyscope.sites.names import Site, parse_folder
 
@@ -30,7 +30,7 @@ VERSION = 3
 
 
 @dataclass(frozen=True)
-class Target:
+class ExplainTarget:
     """One trained SAE and the place of its explanations."""
 
     site: Site
@@ -56,10 +56,10 @@ class Target:
     @property
     def is_explained(self) -> bool:
         """True where exactly these explanations are there."""
-        return facts_of(self.file).get("identity") == self.identity
+        return explanation_facts(self.file).get("identity") == self.identity
 
 
-def find_targets(config: ExplainConfig) -> list[Target]:
+def find_targets(config: ExplainConfig) -> list[ExplainTarget]:
     """The config's share of all finished SAEs below `config.trained`, by site and name; DataError where there is none, or none
     that is asked for.
     """
@@ -80,7 +80,7 @@ def find_targets(config: ExplainConfig) -> list[Target]:
     return sorted(targets, key=lambda target: (target.site, target.name))[number::count]
 
 
-def _target(config: ExplainConfig, folder: Path) -> Target:
+def _target(config: ExplainConfig, folder: Path) -> ExplainTarget:
     name = folder.relative_to(config.trained).as_posix()
     site = parse_folder(folder.parent.relative_to(config.trained).as_posix())
     endpoint = config.endpoint if config.endpoint is not None and fnmatchcase(name, config.endpoint.saes) else None
@@ -94,4 +94,6 @@ def _target(config: ExplainConfig, folder: Path) -> Target:
         "norm_limit": limit,
         "endpoint": endpoint and endpoint.model_dump(mode="json", include=DECIDING_ENDPOINT_FIELDS),
     }
-    return Target(site, folder.name, folder, config.out / name, int(record["width"]), norm_limit, content_id(decides), endpoint)
+    return ExplainTarget(
+        site, folder.name, folder, config.out / name, int(record["width"]), norm_limit, content_id(decides), endpoint
+    )

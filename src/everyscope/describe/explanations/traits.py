@@ -60,7 +60,7 @@ LONG = 5
 
 
 @dataclass(frozen=True)
-class Family:
+class TraitFamily:
     """One trait of every token."""
 
     name: str
@@ -76,7 +76,7 @@ class Family:
 class Traits:
     """All families, over the same tokens."""
 
-    families: dict[str, Family]
+    families: dict[str, TraitFamily]
     pieces: list[bytes]
     """The bytes of every token id."""
 
@@ -94,7 +94,7 @@ def traits_of(passages: Passages, pieces: list[bytes], language: Syntax, seed: i
         numbered("pair", zip(previous.tolist(), flat.tolist(), strict=True), LONG),
         numbered("two before", zip(second.tolist(), previous.tolist(), strict=True), LONG),
         numbered("next", _shifted(passages.input_ids, -1).tolist(), LONG),
-        _by_token("shape", flat, pieces, shape_of, SHAPES),
+        _by_token("shape", flat, pieces, token_shape, SHAPES),
         numbered("position", _position_bucket(passages), 1),
         _numbered_by("repeat", _repeats(passages), REPEATS, SHORT),
     ]
@@ -104,20 +104,20 @@ def traits_of(passages: Passages, pieces: list[bytes], language: Syntax, seed: i
     return Traits({family.name: family for family in families}, pieces)
 
 
-def numbered(name: str, keys: Iterable[Hashable], max_values: int) -> Family:
+def numbered(name: str, keys: Iterable[Hashable], max_values: int) -> TraitFamily:
     """The family whose values are `keys`, numbered in order of appearance."""
     numbers: dict[Hashable, int] = {}
     values = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
-    return Family(name, values, tuple(numbers), max_values)
+    return TraitFamily(name, values, tuple(numbers), max_values)
 
 
-def _numbered_by(name: str, values: np.ndarray, keys: Iterable[Hashable], max_values: int) -> Family:
-    return Family(name, values.astype(np.int32), tuple(keys), max_values)
+def _numbered_by(name: str, values: np.ndarray, keys: Iterable[Hashable], max_values: int) -> TraitFamily:
+    return TraitFamily(name, values.astype(np.int32), tuple(keys), max_values)
 
 
 def _by_token(
     name: str, flat: np.ndarray, pieces: list[bytes], value_of: Callable[[bytes], str], values: tuple[str, ...]
-) -> Family:
+) -> TraitFamily:
     table = np.array([values.index(value_of(piece)) for piece in pieces])
     return _numbered_by(name, table[flat], values, SHORT)
 
@@ -151,7 +151,7 @@ def _repeats(passages: Passages) -> Int[np.ndarray, " tokens"]:
     return found.ravel()
 
 
-def shape_of(piece: bytes) -> str:
+def token_shape(piece: bytes) -> str:
     """Which of SHAPES a token is."""
     text = piece.decode("utf-8", "replace")
     bare = text.strip()
@@ -172,7 +172,7 @@ def shape_of(piece: bytes) -> str:
     return "bracket" if bare[-1] in "()[]{}" else "punctuation"
 
 
-def _prose(passages: Passages, pieces: list[bytes], company: Company) -> Iterator[Family]:
+def _prose(passages: Passages, pieces: list[bytes], company: Company) -> Iterator[TraitFamily]:
     """Families of words, their classes and their company, whatever tokens they are cut into."""
     units = read_units(passages.input_ids, passages.document, passages.mask, pieces)
     ours = np.append(company.looked_up(units), NOWHERE)  # of each kind, and of no unit
@@ -231,7 +231,7 @@ def _sentence_places(units: Units, begins: list[bool]) -> Int[np.ndarray, " toke
     return np.array([*places, len(SENTENCE_PLACES) - 1], np.int64)[units.of_token]
 
 
-def _by_stretch(passages: Passages, pieces: list[bytes], language: Syntax) -> Iterator[Family]:
+def _by_stretch(passages: Passages, pieces: list[bytes], language: Syntax) -> Iterator[TraitFamily]:
     """Families that need the text between tokens: words, places in lines and, of Python, syntax."""
     size = passages.input_ids.size
     words: list[Hashable] = [""] * size

@@ -15,7 +15,7 @@ CHUNK_ROWS = 1 << 14
 Null = Literal["isotropic", "covariance"]
 
 
-def unit_rows(directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+def normalised_rows(directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
     """The directions at length 1, float32; a row of zeros stays one, and is near to nothing."""
     return torch.nn.functional.normalize(directions.float(), dim=1)
 
@@ -46,7 +46,7 @@ def random_directions(
         root = variances.clamp(min=0).sqrt()[:, None] * axes.T
 
     def draw(num: int, generator: torch.Generator) -> Tensor:
-        return unit_rows(mean + torch.randn(num, d_in, generator=generator, dtype=torch.float64) @ root)
+        return normalised_rows(mean + torch.randn(num, d_in, generator=generator, dtype=torch.float64) @ root)
 
     return draw
 

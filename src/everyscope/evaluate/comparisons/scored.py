@@ -5,7 +5,7 @@ from typing import Any
 
 from everyscope.base.errors import DataError
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.evaluate.targets import Target, load_targets
+from everyscope.evaluate.targets import EvaluateTarget, load_targets
 from everyscope.sae.files import has_sae, read_record
 from everyscope.sites.names import Site
 from everyscope.suite.layout import METRICS_FILE
@@ -16,7 +16,7 @@ from everyscope.suite.scores import read_metrics
 class Scored:
     """One SAE and what its evaluation found."""
 
-    target: Target
+    target: EvaluateTarget
     metrics: dict[str, Any]
     """metrics.json."""
 

@@ -26,10 +26,10 @@ from everyscope.base.errors import DataError
 from everyscope.base.ids import content_id
 from everyscope.base.progress import meter, say
 from everyscope.base.tables import check_table, write_table
-from everyscope.evaluate.codes import Codes, codes_of
+from everyscope.evaluate.codes import RowCodes, codes_of
 from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import SplittingConfig
-from everyscope.evaluate.comparisons.dictionaries import nearest, null_nearest, p_values, relations, shares, unit_rows
+from everyscope.evaluate.comparisons.dictionaries import nearest, normalised_rows, null_nearest, p_values, relations, shares
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
 from everyscope.evaluate.comparisons.slices import INPUTS, is_current, left_out, write_slice
 
@@ -64,7 +64,7 @@ class Pair:
         return metadata.get(INPUTS.encode()) == self.inputs.encode()
 
 
-class Firings:
+class FiringCounts:
     """Rows on which latents of a pair fire, counted over batches: alone, and each wide latent together with its parent."""
 
     def __init__(self, parent: Int64[Tensor, " wide"], num_narrow: int) -> None:
@@ -73,7 +73,7 @@ class Firings:
         self.narrow = torch.zeros(num_narrow, dtype=torch.int64)
         self.wide, self.both = torch.zeros_like(parent), torch.zeros_like(parent)
 
-    def update(self, narrow: Codes, wide: Codes) -> None:
+    def update(self, narrow: RowCodes, wide: RowCodes) -> None:
         """Count one batch: both SAEs' codes of the same rows."""
         width = len(self.narrow)
         fired = (narrow.row * width + narrow.latent).sort().values
@@ -90,7 +90,7 @@ def run(config: SplittingConfig) -> Path:
 
     Where no site has SAEs of two widths, it is left out. Pairs whose table is there are not computed again.
     """
-    pairs, path = pairs_of(config), config.slices / SLICE
+    pairs, path = width_pairs(config), config.slices / SLICE
     if not pairs:
         return left_out(path, "no site has SAEs of two widths; train more widths to see how latents split")
     inputs = content_id([pair.inputs for pair in pairs])
@@ -107,7 +107,7 @@ def run(config: SplittingConfig) -> Path:
     return path
 
 
-def pairs_of(config: SplittingConfig) -> list[Pair]:
+def width_pairs(config: SplittingConfig) -> list[Pair]:
     """At each site, for adjacent widths: the narrow one's canonical SAE and the wide SAE of L0 nearest to its own."""
     scored = read_scored(config.evaluate)
     canonical = canonical_saes(scored, config.canonical_l0)
@@ -137,7 +137,7 @@ def num_sequences(config: SplittingConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Kinship:
+class DecoderMatch:
     """What the decoders alone say about a pair."""
 
     parent: Int64[Tensor, " wide"]
@@ -154,24 +154,26 @@ class Kinship:
     """Shares of these relations for a random dictionary in the wide one's place."""
 
 
-def kinship(narrow: Float[Tensor, "narrow d_in"], wide: Float[Tensor, "wide d_in"], config: SplittingConfig) -> Kinship:
+def decoder_match(
+    narrow: Float[Tensor, "narrow d_in"], wide: Float[Tensor, "wide d_in"], config: SplittingConfig
+) -> DecoderMatch:
     """Compare two decoders. The threshold comes from random latents, the shares of chance from others than these."""
-    narrow, wide = unit_rows(narrow), unit_rows(wide)
+    narrow, wide = normalised_rows(narrow), normalised_rows(wide)
     parent, cosine = nearest(narrow, wide)
     _, chance = null_nearest(narrow, wide, config.null_latents, config.null, 2 * config.seed)
     threshold = float(torch.quantile(chance.double(), config.null_quantile))
     random = null_nearest(narrow, wide, len(wide), config.null, 2 * config.seed + 1)
     null = shares(relations(*random, threshold))
-    return Kinship(parent, cosine, p_values(cosine, chance), threshold, relations(parent, cosine, threshold), null)
+    return DecoderMatch(parent, cosine, p_values(cosine, chance), threshold, relations(parent, cosine, threshold), null)
 
 
 def _compare(config: SplittingConfig, pairs: Sequence[Pair]) -> Iterable[Pair]:
     """Make the tables of some pairs: decoders first, then firings in one pass over the text for all of them."""
     kin, firings = {}, {}
     for pair in pairs:
-        narrow, wide = (one.target.sae().w_dec.to(config.evaluate.model.device) for one in (pair.narrow, pair.wide))
-        kin[pair.table] = kinship(narrow, wide, config)
-        firings[pair.table] = Firings(kin[pair.table].parent, len(narrow))
+        narrow, wide = (one.target.sae().W_dec.to(config.evaluate.model.device) for one in (pair.narrow, pair.wide))
+        kin[pair.table] = decoder_match(narrow, wide, config)
+        firings[pair.table] = FiringCounts(kin[pair.table].parent, len(narrow))
     targets = {one.target.identity: one.target for pair in pairs for one in (pair.narrow, pair.wide)}
     for codes in codes_of(config.evaluate, list(targets.values()), num_sequences(config)):
         for pair in pairs:
@@ -181,7 +183,7 @@ def _compare(config: SplittingConfig, pairs: Sequence[Pair]) -> Iterable[Pair]:
         yield pair
 
 
-def _write_table(pair: Pair, kin: Kinship, firings: Firings) -> None:
+def _write_table(pair: Pair, kin: DecoderMatch, firings: FiringCounts) -> None:
     both, narrow, wide = firings.both.numpy(), firings.narrow[firings.parent].numpy(), firings.wide.numpy()
     summary = {
         **shares(kin.relation),

@@ -70,10 +70,10 @@ def _rows(source: str, one: Scored, metrics: dict[str, Any], config: TransferCon
             f"{config.text.origin}: opens no turn of the model, or the tokenizer of {config.tuned.name!r} has no chat template; "
             'give text with turns, as source="standard_library_instructions", or a prefix and a suffix'
         )
-    told = {"site": one.site.folder, "name": one.name, "width": one.width, "target": one.target_l0, "sae": source}
-    yield told | {"segment": "all"} | _numbers(metrics)
+    common = {"site": one.site.folder, "name": one.name, "width": one.width, "target": one.target_l0, "sae": source}
+    yield common | {"segment": "all"} | _numbers(metrics)
     for segment, its in segments.items():
-        yield told | {"segment": segment} | _numbers(its)
+        yield common | {"segment": segment} | _numbers(its)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:

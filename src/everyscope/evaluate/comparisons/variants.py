@@ -34,7 +34,7 @@ def evaluate_variants(base: EvaluateConfig, variants: Mapping[Key, Variant], tit
 
     Raises as `evaluate.run` does.
     """
-    configs = {key: config_of(base, variant) for key, variant in variants.items()}
+    configs = {key: variant_config(base, variant) for key, variant in variants.items()}
     planned = {key: planned_blocks(config, [len(variants[key].chosen)]) for key, config in configs.items()}
     found = {}
     with meter(title, sum(planned.values()), UNIT) as progress:
@@ -46,7 +46,7 @@ def evaluate_variants(base: EvaluateConfig, variants: Mapping[Key, Variant], tit
     return found
 
 
-def config_of(base: EvaluateConfig, variant: Variant) -> EvaluateConfig:
+def variant_config(base: EvaluateConfig, variant: Variant) -> EvaluateConfig:
     """The evaluation of a variant.
 
     Baselines and uniformity are left out: they belong to the suite's own evaluation. A change of model or text leaves the shards

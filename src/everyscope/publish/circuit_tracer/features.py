@@ -29,7 +29,7 @@ from everyscope.publish.neuronpedia.json_columns import (
     numbers,
     objects,
 )
-from everyscope.publish.neuronpedia.latents import Labels, Latents, entries, read_latents
+from everyscope.publish.neuronpedia.latents import Labels, LatentRange, entries, read_latents
 from everyscope.publish.neuronpedia.rows import token_texts
 from everyscope.publish.neuronpedia.text import SuiteText
 
@@ -71,14 +71,16 @@ def write_layer(
     path = folder / f"layer_{layer}.bin"
     with whole_file(path) as partial, partial.open("wb") as file:
         for latents in read_latents(table, width):
-            said = _first_labels(latents, labels.until(latents.first + len(latents)))
-            rows = feature_rows(latents, read_examples(latents, text, table), said, text, f"{scan}/layer_{layer}")
+            shown_labels = _first_labels(latents, labels.until(latents.first + len(latents)))
+            rows = feature_rows(latents, read_examples(latents, text, table), shown_labels, text, f"{scan}/layer_{layer}")
             for row in rows.cast(pyarrow.binary()).to_pylist():
                 packed = gzip.compress(row, LEVEL, mtime=0)
                 file.write(len(packed).to_bytes(LENGTH_BYTES, "little") + packed)
                 offsets.append(offsets[-1] + LENGTH_BYTES + len(packed))
             known |= {
-                str(latent): label for latent, label in zip(latents.numbers.tolist(), said, strict=True) if label is not None
+                str(latent): label
+                for latent, label in zip(latents.numbers.tolist(), shown_labels, strict=True)
+                if label is not None
             }
             yield len(latents)
     yield Layer(path.name, offsets, known)
@@ -104,7 +106,7 @@ def read_feature(folder: Path, layer: int, latent: int) -> dict[str, Any]:
     return json.loads(gzip.decompress(data[LENGTH_BYTES : LENGTH_BYTES + length]))
 
 
-def _first_labels(latents: Latents, table: pyarrow.Table) -> list[str | None]:
+def _first_labels(latents: LatentRange, table: pyarrow.Table) -> list[str | None]:
     """The first label of each latent; None where it has none."""
     first: dict[int, str] = {}
     for latent, label in zip(table["latent"].to_pylist(), table["label"].to_pylist(), strict=True):
@@ -112,7 +114,7 @@ def _first_labels(latents: Latents, table: pyarrow.Table) -> list[str | None]:
     return [first.get(latent) for latent in latents.numbers.tolist()]
 
 
-def feature_rows(latents: Latents, examples: Examples, labels: list[str | None], text: SuiteText, name: str) -> pyarrow.Array:
+def feature_rows(latents: LatentRange, examples: Examples, labels: list[str | None], text: SuiteText, name: str) -> pyarrow.Array:
     """A JSON object for each latent, dead ones too; `label` is beyond what the viewer asks for."""
     top, bottom = (entries(latents.batch, f"{side}_logits") for side in ("top", "bottom"))
     histogram, maximum = latents.histogram(), latents.values("max_activation").astype(np.float64)

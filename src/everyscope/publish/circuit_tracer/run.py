@@ -7,7 +7,6 @@ from pathlib import Path
 from everyscope.base.files import human_bytes, make_folder
 from everyscope.base.progress import meter
 from everyscope.base.table_trial import Tried
-from everyscope.formats.circuit_tracer import write as write_set
 from everyscope.publish.circuit_tracer.choice import chosen
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.features import Layer, write_index, write_layer
@@ -19,6 +18,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
 from everyscope.sites.norms import mlp_norm_of
+from everyscope.suite.formats.circuit_tracer import write as write_set
 from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, suite_folder
 from everyscope.suite.reader import load_sae
 from everyscope.suite.records import SaeRecord, read_index
@@ -81,12 +81,12 @@ def run(config: CircuitTracerConfig, model: ModelConfig | None = None) -> Circui
 
 def _coders(config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], model: ModelConfig) -> Iterator[Sae]:
     """The transcoders, one at a time, in the form of input asked for; the language model is loaded only to convert them."""
-    anatomy = None
+    adapter = None
     for record in records:
         coder = load_sae(suite / record.folder)
         if config.input not in ("as_trained", coder.metadata.convention):
-            anatomy = anatomy or load_language_model(model).anatomy
-            norm = mlp_norm_of(anatomy, record.layer)
+            adapter = adapter or load_language_model(model).adapter
+            norm = mlp_norm_of(adapter, record.layer)
             coder = to_convention(coder, config.input, norm.gain, norm.bias)  # pyright: ignore[reportArgumentType]
         yield coder
 

@@ -31,7 +31,7 @@ FORMATS = ("png", "pdf")
 
 
 @dataclass(frozen=True)
-class Key:
+class LegendKey:
     """One line of a legend: a colour, a marker or a line style, or some of them."""
 
     label: str
@@ -61,7 +61,7 @@ class Picture:
     """Stem of its files in report/."""
     title: str
     panels: tuple[Panel, ...]
-    keys: tuple[Key, ...] = field(default=())
+    keys: tuple[LegendKey, ...] = field(default=())
     columns: int = 3
     """Panels side by side in PDF and PNG."""
 
@@ -115,14 +115,14 @@ def _whole_figure(picture: Picture, basis: str) -> Figure:
     return figure
 
 
-def _handle(key: Key) -> Line2D | Patch:
+def _handle(key: LegendKey) -> Line2D | Patch:
     if key.is_filled:
         return Patch(color=key.colour, label=key.label)
     style = "" if key.line is None else key.line
     return Line2D([], [], color=key.colour, marker=key.marker or "", linestyle=style, label=key.label)
 
 
-def key_svg(key: Key) -> str:
+def key_svg(key: LegendKey) -> str:
     """A legend's sign as a little SVG: 26 by 12, its colour from the key, neutral ones from the page."""
     colour = "var(--soft)" if key.colour == NEUTRAL else key.colour
     parts = [f'<rect x="5" y="2" width="16" height="8" rx="1.5" fill="{colour}"/>'] if key.is_filled else []

@@ -28,8 +28,8 @@ from everyscope.publish.neuronpedia.json_columns import (
     objects,
     shortened,
 )
-from everyscope.publish.neuronpedia.latents import Latents, entries
-from everyscope.publish.neuronpedia.names import Source
+from everyscope.publish.neuronpedia.latents import LatentRange, entries
+from everyscope.publish.neuronpedia.names import NeuronpediaSource
 from everyscope.publish.neuronpedia.rows import token_texts
 from everyscope.publish.neuronpedia.text import SuiteText
 
@@ -48,7 +48,7 @@ SPARE_BYTES = 2**17
 
 
 def feature_objects(
-    latents: Latents, examples: Examples, labels: pyarrow.Table, text: SuiteText, config: NeuronpediaConfig
+    latents: LatentRange, examples: Examples, labels: pyarrow.Table, text: SuiteText, config: NeuronpediaConfig
 ) -> tuple[Int[np.ndarray, " features"], pyarrow.Array]:
     """The numbers of the latents that have examples, and a JSON object for each.
 
@@ -94,13 +94,13 @@ def _fitting(each: pyarrow.Array, examples: Examples, budget: int) -> Bool[np.nd
     return sums - np.repeat(before, examples.counts) <= budget
 
 
-def _logits(latents: Latents, column: str, text: SuiteText) -> pyarrow.Array:
+def _logits(latents: LatentRange, column: str, text: SuiteText) -> pyarrow.Array:
     logits = entries(latents.batch, column).first(MAX_LOGITS)
     each = objects({"token": token_texts(logits, text), "value": numbers(logits.numbers("value"), ROUNDED_DIGITS)})
     return arrays(each, logits.counts)
 
 
-def _explanations(latents: Latents, labels: pyarrow.Table, config: NeuronpediaConfig) -> pyarrow.Array:
+def _explanations(latents: LatentRange, labels: pyarrow.Table, config: NeuronpediaConfig) -> pyarrow.Array:
     texts = literals(shortened(label.replace("\0", " "), MAX_LABEL) for label in labels["label"].to_pylist())
     each = objects(
         {"text": texts, "methodName": constant(config.explanation_type), "modelName": constant(config.explanation_model)}
@@ -128,7 +128,7 @@ class Body:
 class Bodies:
     """The bodies of one source, written as they become full."""
 
-    def __init__(self, out: Path, source: Source, config: NeuronpediaConfig) -> None:
+    def __init__(self, out: Path, source: NeuronpediaSource, config: NeuronpediaConfig) -> None:
         """Files go below `out`, into upload/<model>/<source>/."""
         self._out, self._folder = out, f"upload/{source.model_id}/{source.id}"
         self._end = f'],"modelId":{constant(source.model_id)},"source":{constant(source.id)}}}'.encode()

@@ -116,8 +116,8 @@ class Client:
             return Answer(0, self._hidden(str(reason or type(reason).__name__).encode()))
 
     def _complaint(self, route: str, answer: Answer) -> ConfigError | DataError | StorageError:
-        said = answer.value.get("error") if isinstance(answer.value, dict) else None
-        words = " ".join(str(said or answer.text).split())[:300] or "no answer"
+        reason = answer.value.get("error") if isinstance(answer.value, dict) else None
+        words = " ".join(str(reason or answer.text).split())[:300] or "no answer"
         where = f"{self._host}/api/{route}"
         if answer.status in REFUSED:
             return ConfigError(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from everyscope.base.errors import DamagedData
-from everyscope.publish.neuronpedia.latents import Latents, entries, list_lengths
+from everyscope.publish.neuronpedia.latents import LatentRange, entries, list_lengths
 from everyscope.publish.neuronpedia.text import SuiteText
 
 FIFTHS = 5
@@ -59,7 +59,7 @@ class Examples:
         return np.arange(len(self.group)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
 
 
-def read_examples(latents: Latents, text: SuiteText, path: Path) -> Examples:
+def read_examples(latents: LatentRange, text: SuiteText, path: Path) -> Examples:
     """The examples of these latents; DamagedData, which calls the file `path`, where they point outside of the text."""
     found = entries(latents.batch, "examples")
     block, position, start = (found.numbers(name).astype(np.int64) for name in ("sequence", "position", "start"))
@@ -98,7 +98,7 @@ def _extremes(values: Float[np.ndarray, " places"], lengths: Int[np.ndarray, " k
 
 
 def _bins(
-    latents: Latents,
+    latents: LatentRange,
     counts: Int[np.ndarray, " latents"],
     group: Int[np.ndarray, " k"],
     own: Float[np.ndarray, " k"],
@@ -121,7 +121,7 @@ def _bins(
 
 
 def _bounds(
-    latents: Latents, row: Int[np.ndarray, " k"], group: Int[np.ndarray, " k"], own: Float[np.ndarray, " k"]
+    latents: LatentRange, row: Int[np.ndarray, " k"], group: Int[np.ndarray, " k"], own: Float[np.ndarray, " k"]
 ) -> Float[np.ndarray, "latents 6"]:
     """The values between which a latent's fifths lie, strongest first."""
     histogram, top = latents.histogram(), latents.values("max_activation").astype(np.float64)

@@ -93,7 +93,7 @@ def list_lengths(column: pyarrow.Array) -> Int[np.ndarray, " rows"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Latents:
+class LatentRange:
     """Some latents of one SAE, in order."""
 
     first: int
@@ -125,7 +125,7 @@ class Latents:
         return counts
 
 
-def read_latents(path: Path, width: int) -> Iterator[Latents]:
+def read_latents(path: Path, width: int) -> Iterator[LatentRange]:
     """The latents of an SAE, a few at a time.
 
     DataError where they are not described, DamagedData where the file cannot be read or has other rows than one a latent.
@@ -144,21 +144,21 @@ def read_latents(path: Path, width: int) -> Iterator[Latents]:
                 table = pyarrow.RecordBatch.from_arrays(columns, schema=COLUMNS)
                 if not np.array_equal(table.column("latent"), np.arange(first, first + len(table))):
                     raise DamagedData(f"{path}: rows are not one per latent, in order; describe and publish again")
-                yield from _halved(Latents(first, table))
+                yield from _halved(LatentRange(first, table))
                 first += len(table)
         except UNREADABLE as error:
             raise damaged(path, error) from error
 
 
-def _halved(latents: Latents) -> Iterator[Latents]:
+def _halved(latents: LatentRange) -> Iterator[LatentRange]:
     """The same, in parts with at most BATCH_TOKENS tokens of examples, or of one latent."""
     tokens = list_lengths(entries(latents.batch, "examples").fields["activations"]).sum()
     if tokens <= BATCH_TOKENS or len(latents) == 1:
         yield latents
         return
     middle = len(latents) // 2
-    yield from _halved(Latents(latents.first, latents.batch.slice(0, middle)))
-    yield from _halved(Latents(latents.first + middle, latents.batch.slice(middle)))
+    yield from _halved(LatentRange(latents.first, latents.batch.slice(0, middle)))
+    yield from _halved(LatentRange(latents.first + middle, latents.batch.slice(middle)))
 
 
 def read_firings(path: Path) -> Int[np.ndarray, " latents"]:
@@ -190,9 +190,9 @@ class Labels:
         self._given = last
         count = int(np.searchsorted(latents, last))
         given, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)
-        is_said = compute.call_function("greater", [compute.call_function("utf8_length", [given["label"]]), pyarrow.scalar(0)])
+        has_label = compute.call_function("greater", [compute.call_function("utf8_length", [given["label"]]), pyarrow.scalar(0)])
         is_tokens = compute.call_function("is_in", [given["kind"]], compute.SetLookupOptions(pyarrow.array(UNLABELLED)))
-        return given.filter(compute.call_function("and", [is_said, compute.call_function("invert", [is_tokens])]))
+        return given.filter(compute.call_function("and", [has_label, compute.call_function("invert", [is_tokens])]))
 
     def _next(self) -> pyarrow.Table | None:
         try:

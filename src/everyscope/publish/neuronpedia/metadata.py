@@ -8,7 +8,7 @@ from typing import Any
 
 from everyscope.base.errors import DataError
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
-from everyscope.publish.neuronpedia.names import Source, set_prefix
+from everyscope.publish.neuronpedia.names import NeuronpediaSource, set_prefix
 from everyscope.publish.neuronpedia.text import SuiteText
 from everyscope.suite.records import SuiteIndex
 
@@ -19,7 +19,7 @@ SET_DESCRIPTION_CHARACTERS = 128
 def metadata_rows(
     config: NeuronpediaConfig,
     index: SuiteIndex,
-    source: Source,
+    source: NeuronpediaSource,
     text: SuiteText,
     saelens: dict[str, Any],
     facts: dict[str, Any],
@@ -72,7 +72,7 @@ def metadata_rows(
 
 
 def _source_row(
-    config: NeuronpediaConfig, index: SuiteIndex, source: Source, saelens: dict[str, Any], facts: dict[str, Any]
+    config: NeuronpediaConfig, index: SuiteIndex, source: NeuronpediaSource, saelens: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, Any]:
     hub = {} if config.hf_repo is None else {"hfRepoId": config.hf_repo, "hfFolderId": source.record.folder}
     counts = {"num_prompts": facts.get("num_sequences"), "num_tokens_in_prompt": facts.get("context")}
@@ -98,19 +98,19 @@ def _source_row(
     }
 
 
-def set_body(config: NeuronpediaConfig, source: Source) -> dict[str, Any]:
+def set_body(config: NeuronpediaConfig, source: NeuronpediaSource) -> dict[str, Any]:
     """What the API wants to know of a new source set."""
     body: dict[str, Any] = {"name": source.set_name, "modelId": source.model_id, "description": source.description}
     assert len(source.description) <= SET_DESCRIPTION_CHARACTERS, source.description
     return body | ({"url": config.urls[0]} if config.urls else {})
 
 
-def model_body(source: Source, index: SuiteIndex, text: SuiteText) -> dict[str, Any]:
+def model_body(source: NeuronpediaSource, index: SuiteIndex, text: SuiteText) -> dict[str, Any]:
     """What it wants to know of a new model."""
     return {"id": source.model_id, "layers": text.num_layers, "displayName": index.model[:64]}
 
 
-def hook_name(source: Source, saelens: dict[str, Any]) -> str:
+def hook_name(source: NeuronpediaSource, saelens: dict[str, Any]) -> str:
     """TransformerLens's name of the SAE's site; DataError where cfg.json does not tell it."""
     metadata = saelens.get("metadata")
     name = metadata.get("hook_name") if isinstance(metadata, dict) else None

@@ -39,7 +39,7 @@ DESCRIPTIONS: dict[SiteKind, str] = {
 
 
 @dataclass(frozen=True)
-class Source:
+class NeuronpediaSource:
     """One SAE under Neuronpedia's names."""
 
     record: SaeRecord
@@ -58,7 +58,7 @@ class Source:
         return f"{DESCRIPTIONS[self.record.site]} - {width_label(self.record.width)}"
 
 
-def sources_of(config: NeuronpediaConfig, index: SuiteIndex) -> tuple[Source, ...]:
+def sources_of(config: NeuronpediaConfig, index: SuiteIndex) -> tuple[NeuronpediaSource, ...]:
     """The SAEs that go to Neuronpedia, in the suite's order.
 
     ConfigError where nothing matches, or a name cannot be made of the suite's; DataError where two would get one id.
@@ -74,13 +74,13 @@ def sources_of(config: NeuronpediaConfig, index: SuiteIndex) -> tuple[Source, ..
     return tuple(found)
 
 
-def _source(record: SaeRecord, model_id: str, prefix: str) -> Source:
+def _source(record: SaeRecord, model_id: str, prefix: str) -> NeuronpediaSource:
     set_name = f"{prefix}-{SITE_WORDS[record.site]}-{width_label(record.width)}"
     layer = "e" if record.site == "embed" else str(record.layer)
     # The folder, not the number, is unique: two L0s may round to one, and their folders tell them apart.
     l0 = record.folder.rpartition("/average_l0_")[2].replace("_", "-")
     suffix = "" if record.metrics.is_canonical else f"__l0-{l0}"
-    return Source(record, model_id, set_name, f"{layer}-{set_name}{suffix}")
+    return NeuronpediaSource(record, model_id, set_name, f"{layer}-{set_name}{suffix}")
 
 
 def model_id_of(config: NeuronpediaConfig, index: SuiteIndex) -> str:
@@ -103,6 +103,6 @@ def set_prefix(config: NeuronpediaConfig, index: SuiteIndex) -> str:
     return name
 
 
-def one_per_set(sources: Sequence[Source]) -> list[Source]:
+def one_per_set(sources: Sequence[NeuronpediaSource]) -> list[NeuronpediaSource]:
     """A source of each set, in order."""
     return list({source.set_name: source for source in reversed(sources)}.values())[::-1]

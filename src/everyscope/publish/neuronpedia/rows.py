@@ -28,8 +28,8 @@ from everyscope.publish.neuronpedia.json_columns import (
     objects,
     quoted,
 )
-from everyscope.publish.neuronpedia.latents import Entries, Latents, entries, list_lengths
-from everyscope.publish.neuronpedia.names import Source
+from everyscope.publish.neuronpedia.latents import Entries, LatentRange, entries, list_lengths
+from everyscope.publish.neuronpedia.names import NeuronpediaSource
 from everyscope.publish.neuronpedia.text import SuiteText
 
 BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -56,9 +56,9 @@ UNMEASURED = (
 
 
 def feature_rows(
-    latents: Latents,
+    latents: LatentRange,
     text: SuiteText,
-    source: Source,
+    source: NeuronpediaSource,
     config: NeuronpediaConfig,
     hook_name: str,
     firings: Int[np.ndarray, " all_latents"],
@@ -100,7 +100,7 @@ def token_texts(logits: Entries, text: SuiteText) -> pyarrow.Array:
     return text.tokens.take(pyarrow.array(logits.numbers("token")))
 
 
-def _histogram(latents: Latents) -> dict[str, pyarrow.Array | str]:
+def _histogram(latents: LatentRange) -> dict[str, pyarrow.Array | str]:
     """Heights of bars, and the middles of their bins in units of activation; both are empty for a latent that never fires."""
     histogram = latents.histogram()
     bins = histogram.shape[1]
@@ -113,7 +113,7 @@ def _histogram(latents: Latents) -> dict[str, pyarrow.Array | str]:
     }
 
 
-def _company(latents: Latents, firings: Int[np.ndarray, " all_latents"]) -> dict[str, pyarrow.Array | str]:
+def _company(latents: LatentRange, firings: Int[np.ndarray, " all_latents"]) -> dict[str, pyarrow.Array | str]:
     """Latents that fire where this one does: Pearson's correlation and the cosine of the two, counting 1 where they fire."""
     company = entries(latents.batch, "cofiring")
     others = company.numbers("latent")
@@ -129,7 +129,7 @@ def _company(latents: Latents, firings: Int[np.ndarray, " all_latents"]) -> dict
 
 
 def activation_rows(
-    latents: Latents, examples: Examples, text: SuiteText, source: Source, config: NeuronpediaConfig
+    latents: LatentRange, examples: Examples, text: SuiteText, source: NeuronpediaSource, config: NeuronpediaConfig
 ) -> pyarrow.Array:
     """A row for each example."""
     index = integers(latents.numbers[examples.latent])
@@ -160,7 +160,7 @@ def activation_rows(
     )
 
 
-def explanation_rows(labels: pyarrow.Table, source: Source, config: NeuronpediaConfig) -> pyarrow.Array:
+def explanation_rows(labels: pyarrow.Table, source: NeuronpediaSource, config: NeuronpediaConfig) -> pyarrow.Array:
     """A row for each label. The scores stand in the notes: the importer takes no others, and our methods are not registered."""
     latents = np.asarray(labels["latent"], np.int64)
     first = np.searchsorted(latents, latents)
@@ -191,7 +191,9 @@ def note(row: dict[str, Any]) -> str:
     return "; ".join([*parts, "balanced accuracy on held-out documents"] if len(parts) > 1 else parts)
 
 
-def ids(source: Source, kind: str, latents: Int[np.ndarray, " rows"], numbers_: Int[np.ndarray, " rows"]) -> pyarrow.Array:
+def ids(
+    source: NeuronpediaSource, kind: str, latents: Int[np.ndarray, " rows"], numbers_: Int[np.ndarray, " rows"]
+) -> pyarrow.Array:
     """Ids of 25 characters, quoted: they follow from source, latent and number alone, so that a second import changes nothing."""
     digest = int.from_bytes(hashlib.sha256(f"{source.model_id}/{source.id}".encode()).digest(), "big")
     front = f'"c{base36(digest, SOURCE_CHARACTERS)}{kind}'

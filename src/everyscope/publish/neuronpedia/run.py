@@ -25,7 +25,7 @@ from everyscope.publish.neuronpedia.examples import read_examples
 from everyscope.publish.neuronpedia.json_columns import constant
 from everyscope.publish.neuronpedia.latents import REMEDY, Labels, damaged, read_firings, read_latents
 from everyscope.publish.neuronpedia.metadata import hook_name, metadata_rows, model_body, set_body
-from everyscope.publish.neuronpedia.names import Source, one_per_set, sources_of
+from everyscope.publish.neuronpedia.names import NeuronpediaSource, one_per_set, sources_of
 from everyscope.publish.neuronpedia.rows import activation_rows, explanation_rows, feature_rows
 from everyscope.publish.neuronpedia.text import SuiteText, read_text, text_tables
 from everyscope.publish.neuronpedia.upload import UploadResult, upload
@@ -99,22 +99,24 @@ def run(config: NeuronpediaConfig) -> NeuronpediaResult:
     return NeuronpediaResult(config.out, tuple(manifests), len(found) - found.count(None), sent)
 
 
-def _tables(suite: Path, sources: Sequence[Source], found: Sequence[dict[str, Any] | None]) -> list[Path]:
+def _tables(suite: Path, sources: Sequence[NeuronpediaSource], found: Sequence[dict[str, Any] | None]) -> list[Path]:
     """The tables of the sources of which nothing was `found`."""
     folders = [suite / source.record.folder for source, whole in zip(sources, found, strict=True) if whole is None]
     paths = [folder / name for folder in folders for name in (LATENTS_FILE, EXPLANATIONS_FILE)]
     return [path for path in paths if path.is_file()]
 
 
-def identity(config: NeuronpediaConfig, index: SuiteIndex, source: Source) -> str:
+def identity(config: NeuronpediaConfig, index: SuiteIndex, source: NeuronpediaSource) -> str:
     """Hash of all that decides a source's files."""
     text = {name: checksum for name, checksum in index.files.items() if name.startswith("text/")}
-    told = index.model_copy(update={"saes": (), "files": {}, "inputs": ""}).as_json()
+    described = index.model_copy(update={"saes": (), "files": {}, "inputs": ""}).as_json()
     own = {"id": source.id, "model": source.model_id, "record": source.record.as_json()}
-    return content_id({"version": VERSION, **config.model_dump(mode="json", exclude=NAMING), "suite": told, "text": text, **own})
+    return content_id(
+        {"version": VERSION, **config.model_dump(mode="json", exclude=NAMING), "suite": described, "text": text, **own}
+    )
 
 
-def _whole(config: NeuronpediaConfig, source: Source, identity_: str) -> dict[str, Any] | None:
+def _whole(config: NeuronpediaConfig, source: NeuronpediaSource, identity_: str) -> dict[str, Any] | None:
     """The manifest of a source that is there as it would be written now; None where it is not."""
     path = config.out / MANIFEST_FOLDER / f"{source.id}.json"
     if not path.is_file():
@@ -133,7 +135,9 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _write_heads(config: NeuronpediaConfig, index: SuiteIndex, text: SuiteText, sources: list[Source]) -> dict[str, list[str]]:
+def _write_heads(
+    config: NeuronpediaConfig, index: SuiteIndex, text: SuiteText, sources: list[NeuronpediaSource]
+) -> dict[str, list[str]]:
     """The bodies that make model and sets known: paths below the export, by the API's route."""
     heads: dict[str, list[str]] = {"model/new": [], "source-set/new": []}
     for source in one_per_set(sources):
@@ -156,7 +160,7 @@ class _Export:
         config: NeuronpediaConfig,
         suite: Path,
         index: SuiteIndex,
-        source: Source,
+        source: NeuronpediaSource,
         text: SuiteText,
         tables: Tried,
         progress: Meter,

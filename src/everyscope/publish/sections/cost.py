@@ -2,7 +2,7 @@
 
 from everyscope.base.progress import human_count
 from everyscope.publish.evidence import Evidence
-from everyscope.publish.sections.section import Cell, Section, Table
+from everyscope.publish.sections.section import ReportCell, ReportTable, Section
 
 MEANINGS = {
     "clean": "the untouched model, which feed the statistics of every SAE",
@@ -18,10 +18,17 @@ def cost_section(evidence: Evidence) -> Section | None:
     if not cost:
         return None
     forwards: dict[str, int] = {name: count for name, count in cost["forwards"].items() if count}
-    rows = [(Cell("forward"), Cell(MEANINGS.get(name, name)), Cell(f"{count:,}", count)) for name, count in forwards.items()]
+    rows = [
+        (ReportCell("forward"), ReportCell(MEANINGS.get(name, name)), ReportCell(f"{count:,}", count))
+        for name, count in forwards.items()
+    ]
     if cost.get("backwards"):
         rows.append(
-            (Cell("backward"), Cell("on the clean passes, for uniformity"), Cell(f"{cost['backwards']:,}", cost["backwards"]))
+            (
+                ReportCell("backward"),
+                ReportCell("on the clean passes, for uniformity"),
+                ReportCell(f"{cost['backwards']:,}", cost["backwards"]),
+            )
         )
     clean, total = forwards.get("clean", 0), sum(forwards.values())
     return Section(
@@ -33,5 +40,5 @@ def cost_section(evidence: Evidence) -> Section | None:
             "most others begin at an SAE’s layer."
         ),
         notes=("Passes are batches. The comparisons between texts, number formats and models keep counts of their own.",),
-        table=Table(("pass", "of", "batches"), tuple(rows)),
+        table=ReportTable(("pass", "of", "batches"), tuple(rows)),
     )

@@ -7,15 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from everyscope.publish.drawing.palette import DASHES, NEUTRAL, SITE_COLOURS, SITE_MARKERS, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.drawing.scales import bars, scale_value
 from everyscope.publish.evidence import Evidence
-from everyscope.publish.sections.fidelity import DELTA_LOSS, FVU, Measure
+from everyscope.publish.sections.fidelity import DELTA_LOSS, FVU, FidelityMeasure
 from everyscope.publish.sections.section import Section
 from everyscope.suite.layout import width_label
 from everyscope.suite.records import SaeRecord
 
-RECOVERED = Measure(
+RECOVERED = FidelityMeasure(
     "loss_recovered",
     "Loss recovered",
     "Loss recovered [1]",
@@ -34,8 +34,8 @@ def depth_section(evidence: Evidence) -> Section | None:
     widths = list(dict.fromkeys(sorted(sae.width for sae in evidence.canonical)))
     lines = {width: DASHES[place % len(DASHES)] for place, width in enumerate(widths)}
     panels = [Panel(title, partial(_draw, evidence=evidence, measure=measure, lines=lines)) for measure, title in MEASURES]
-    keys = [Key(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in evidence.kinds]
-    keys += [Key(f"width {width_label(width)}", NEUTRAL, line=line) for width, line in lines.items()]
+    keys = [LegendKey(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in evidence.kinds]
+    keys += [LegendKey(f"width {width_label(width)}", NEUTRAL, line=line) for width, line in lines.items()]
     worst = max(evidence.canonical, key=lambda sae: sae.metrics.delta_loss)
     best = min(evidence.canonical, key=lambda sae: sae.metrics.delta_loss)
     return Section(
@@ -55,7 +55,7 @@ def depth_section(evidence: Evidence) -> Section | None:
     )
 
 
-def _draw(axes: Axes, *, evidence: Evidence, measure: Measure, lines: dict) -> None:
+def _draw(axes: Axes, *, evidence: Evidence, measure: FidelityMeasure, lines: dict) -> None:
     drawn, tops = [], []
     for sites, line in _lines(evidence, lines):
         known = [(sae, value) for sae in sites if (value := measure.of(sae)) is not None]

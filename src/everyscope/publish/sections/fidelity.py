@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from everyscope.publish.drawing.palette import NEUTRAL, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.drawing.scales import LOWEST_L0, bars, scale_l0, scale_value
 from everyscope.publish.evidence import Evidence, kind_of, layer_of
 from everyscope.publish.sections.section import Section, middle_text, plural
@@ -33,7 +33,7 @@ Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Measure:
+class FidelityMeasure:
     """A number drawn against L0."""
 
     file: str
@@ -46,7 +46,7 @@ class Measure:
     """Its key among the baselines' numbers."""
 
 
-FVU = Measure(
+FVU = FidelityMeasure(
     "fvu_against_l0",
     "Fraction of variance unexplained against L0",
     "FVU [1]",
@@ -54,7 +54,7 @@ FVU = Measure(
     lambda sae: sae.metrics.intervals.fvu_usual,
     "fvu_usual",
 )
-DELTA_LOSS = Measure(
+DELTA_LOSS = FidelityMeasure(
     "delta_loss_against_l0",
     "Rise of the language model's loss against L0",
     "Delta loss [nats/token]",
@@ -86,11 +86,11 @@ def fidelity_section(evidence: Evidence) -> Section:
     )
 
 
-def picture(evidence: Evidence, measure: Measure) -> Picture:
+def picture(evidence: Evidence, measure: FidelityMeasure) -> Picture:
     """One measure, a panel for each kind of site; all panels share their axes' ranges, so that they compare."""
     curves: dict[SiteKind, dict[str, list[Curve]]] = {kind: baseline_curves(evidence, measure, kind) for kind in evidence.kinds}
     shown = [name for name in BASELINES if any(curves[kind].get(name) for kind in evidence.kinds)]
-    keys = [Key(BASELINES[name][0], line=BASELINES[name][1]) for name in shown]
+    keys = [LegendKey(BASELINES[name][0], line=BASELINES[name][1]) for name in shown]
     panels = [
         Panel(SITE_TITLES[kind], partial(_draw, evidence=evidence, measure=measure, kind=kind, curves=curves))
         for kind in evidence.kinds
@@ -98,7 +98,7 @@ def picture(evidence: Evidence, measure: Measure) -> Picture:
     return Picture(measure.file, measure.title, tuple(panels), (*evidence.layer_keys, *evidence.width_keys, *keys))
 
 
-def baseline_curves(evidence: Evidence, measure: Measure, kind: SiteKind) -> dict[str, list[Curve]]:
+def baseline_curves(evidence: Evidence, measure: FidelityMeasure, kind: SiteKind) -> dict[str, list[Curve]]:
     """By baseline, a curve for each layer and width where it was measured."""
     found: dict[str, dict[tuple[int, int], Curve]] = {}
     for sae in evidence.at(kind) if measure.baseline else ():
@@ -132,7 +132,7 @@ def band(curves: Sequence[Curve]) -> tuple[Float[np.ndarray, " n"], Float[np.nda
 
 
 def _draw(
-    axes: Axes, *, evidence: Evidence, measure: Measure, kind: SiteKind, curves: dict[SiteKind, dict[str, list[Curve]]]
+    axes: Axes, *, evidence: Evidence, measure: FidelityMeasure, kind: SiteKind, curves: dict[SiteKind, dict[str, list[Curve]]]
 ) -> None:
     for name, layers in curves[kind].items():
         l0s, (low, middle, high) = band(layers)
@@ -149,7 +149,9 @@ def _draw(
     axes.set_ylabel(measure.label)
 
 
-def draw_line(axes: Axes, saes: Sequence[SaeRecord], layer: int, width: int, measure: Measure, colour: str, marker: str) -> None:
+def draw_line(
+    axes: Axes, saes: Sequence[SaeRecord], layer: int, width: int, measure: FidelityMeasure, colour: str, marker: str
+) -> None:
     """The SAEs of one layer and width, from sparse to dense, with their intervals."""
     here = sorted((sae for sae in saes if (sae.layer, sae.width) == (layer, width)), key=lambda sae: sae.metrics.l0)
     known = [(sae, value) for sae in here if (value := measure.of(sae)) is not None]

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from everyscope.publish.drawing.palette import DASHES, NEUTRAL, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.sections.section import Section
 from everyscope.sites.names import SiteKind
@@ -25,7 +25,7 @@ def firing_section(evidence: Evidence) -> Section:
     panels = [Panel(SITE_TITLES[kind], partial(_draw, evidence=evidence, kind=kind, lines=lines)) for kind in evidence.kinds]
     keys = [*evidence.layer_keys]
     if len(widths) > 1:
-        keys += [Key(f"width {width_label(width)}", line=line) for width, line in lines.items()]
+        keys += [LegendKey(f"width {width_label(width)}", line=line) for width, line in lines.items()]
     firing = [evidence.metrics[sae.folder]["firing"] for sae in evidence.canonical]
     shares = [its["dense_10_share_of_l0"] for its in firing if its["dense_10_share_of_l0"] is not None]
     dense = f"dense ones make {median(shares):.0%} of all firings" if shares else "none fires"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from everyscope.publish.evidence import Evidence
-from everyscope.publish.sections.section import Cell, Section, Table, plural
+from everyscope.publish.sections.section import ReportCell, ReportTable, Section, plural
 from everyscope.suite.numbers import number_text
 
 COLUMNS = (
@@ -31,15 +31,15 @@ def massive_section(evidence: Evidence) -> Section | None:
         metrics = sae.metrics
         rows.append(
             (
-                Cell(sae.site, link=f"../{sae.folder}/"),
-                Cell(str(sae.layer), sae.layer),
-                Cell(f"{its['norm_limit']:.4g}", its["norm_limit"]),
-                Cell(f"{its['num_tokens']:,}", its["num_tokens"]),
-                Cell(f"{its['share_of_tokens']:.3%}", its["share_of_tokens"]),
-                Cell(f"{its['share_of_squares']:.1%}", its["share_of_squares"]),
-                Cell(f"{its['l0']:.1f}", its["l0"]),
-                Cell(number_text(metrics.fvu_usual, metrics.intervals.fvu_usual), metrics.fvu_usual),
-                Cell(f"{metrics.fvu:.3f}", metrics.fvu),
+                ReportCell(sae.site, link=f"../{sae.folder}/"),
+                ReportCell(str(sae.layer), sae.layer),
+                ReportCell(f"{its['norm_limit']:.4g}", its["norm_limit"]),
+                ReportCell(f"{its['num_tokens']:,}", its["num_tokens"]),
+                ReportCell(f"{its['share_of_tokens']:.3%}", its["share_of_tokens"]),
+                ReportCell(f"{its['share_of_squares']:.1%}", its["share_of_squares"]),
+                ReportCell(f"{its['l0']:.1f}", its["l0"]),
+                ReportCell(number_text(metrics.fvu_usual, metrics.intervals.fvu_usual), metrics.fvu_usual),
+                ReportCell(f"{metrics.fvu:.3f}", metrics.fvu),
             )
         )
     return Section(
@@ -56,5 +56,5 @@ def massive_section(evidence: Evidence) -> Section | None:
             "spliced in, and are in no number but plain FVU. Squares are about zero; L0 there counts the latents that fire on "
             "such a token.",
         ),
-        table=Table(COLUMNS, tuple(rows)),
+        table=ReportTable(COLUMNS, tuple(rows)),
     )

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from everyscope.publish.drawing.palette import SITE_COLOURS, SITE_MARKERS, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, present
 from everyscope.publish.sections.dots import Dot, draw_dots
 from everyscope.publish.sections.section import Section, plural
@@ -38,7 +38,7 @@ def precision_section(evidence: Evidence) -> Section | None:
             draw_dots, dots=dots, rows=conditions, values=[dot.value for dot in dots], label=label, is_logarithmic=False
         )
         panels.append(Panel(label.rpartition(" ")[0], draw, (3.6, 1.0 + 0.5 * len(conditions))))
-    keys = [Key(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in present(others)]
+    keys = [LegendKey(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in present(others)]
     return Section(
         anchor="precision",
         title="In fewer bits",

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from everyscope.publish.drawing.palette import NEUTRAL, SITE_COLOURS, SITE_MARKERS, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, present
 from everyscope.publish.sections.section import Section
 from everyscope.sites.names import SiteKind
@@ -36,8 +36,8 @@ def probing_section(evidence: Evidence) -> Section | None:
         )
         for task in tasks
     ]
-    keys = [Key(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind], "solid") for kind in kinds]
-    keys += [Key("k neurons", line=LINES["neurons"]), Key("all neurons", line=LINES["dense"])]
+    keys = [LegendKey(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind], "solid") for kind in kinds]
+    keys += [LegendKey("k neurons", line=LINES["neurons"]), LegendKey("all neurons", line=LINES["dense"])]
     measured = evidence.basis_of(slice_.get("num_tokens"), slice_.get("data", evidence.index.measured.data))
     return Section(
         anchor="probing",

@@ -1,7 +1,7 @@
 """The canonical SAEs in order, with ties where intervals overlap."""
 
 from everyscope.publish.evidence import Evidence
-from everyscope.publish.sections.section import Cell, Section, Table
+from everyscope.publish.sections.section import ReportCell, ReportTable, Section
 from everyscope.suite.layout import width_label
 from everyscope.suite.numbers import interval_text
 from everyscope.suite.ties import estimate, rank_spans
@@ -22,17 +22,17 @@ def ranking_section(evidence: Evidence) -> Section | None:
         metrics = sae.metrics
         rows.append(
             (
-                Cell(span_text(delta), delta[0] + delta[1] / 1000, is_soft=delta[0] != delta[1]),
-                Cell(sae.site, link=f"../{sae.folder}/"),
-                Cell(str(sae.layer), sae.layer),
-                Cell(width_label(sae.width), sae.width),
-                Cell(f"{metrics.l0:.1f}", metrics.l0),
-                Cell(f"{metrics.delta_loss:.3f}", metrics.delta_loss),
-                Cell(interval_text(metrics.intervals.delta_loss), metrics.delta_loss, is_soft=True),
-                Cell(span_text(fvu), fvu[0] + fvu[1] / 1000, is_soft=fvu[0] != fvu[1]),
-                Cell(f"{metrics.fvu_usual:.3f}", metrics.fvu_usual),
-                Cell(interval_text(metrics.intervals.fvu_usual), metrics.fvu_usual, is_soft=True),
-                *((Cell(f"{metrics.fvu:.3f}", metrics.fvu),) if has_massive else ()),
+                ReportCell(span_text(delta), delta[0] + delta[1] / 1000, is_soft=delta[0] != delta[1]),
+                ReportCell(sae.site, link=f"../{sae.folder}/"),
+                ReportCell(str(sae.layer), sae.layer),
+                ReportCell(width_label(sae.width), sae.width),
+                ReportCell(f"{metrics.l0:.1f}", metrics.l0),
+                ReportCell(f"{metrics.delta_loss:.3f}", metrics.delta_loss),
+                ReportCell(interval_text(metrics.intervals.delta_loss), metrics.delta_loss, is_soft=True),
+                ReportCell(span_text(fvu), fvu[0] + fvu[1] / 1000, is_soft=fvu[0] != fvu[1]),
+                ReportCell(f"{metrics.fvu_usual:.3f}", metrics.fvu_usual),
+                ReportCell(interval_text(metrics.intervals.fvu_usual), metrics.fvu_usual, is_soft=True),
+                *((ReportCell(f"{metrics.fvu:.3f}", metrics.fvu),) if has_massive else ()),
             )
         )
     certain = sum(first == last for first, last in deltas)
@@ -45,7 +45,7 @@ def ranking_section(evidence: Evidence) -> Section | None:
             "A place is the span that an SAE’s interval leaves it: behind all that are surely better, before all that are surely "
             f"worse; spans are grey. {evidence.interval_note.replace('Bars are', 'Intervals are')}",
         ),
-        table=Table((*COLUMNS, "plain FVU") if has_massive else COLUMNS, tuple(rows)),
+        table=ReportTable((*COLUMNS, "plain FVU") if has_massive else COLUMNS, tuple(rows)),
     )
 
 

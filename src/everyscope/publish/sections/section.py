@@ -7,7 +7,7 @@ from everyscope.publish.drawing.pictures import Picture
 
 
 @dataclass(frozen=True)
-class Cell:
+class ReportCell:
     """One cell of a table."""
 
     text: str
@@ -20,11 +20,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table that readers can sort."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[ReportCell, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Section:
     notes: tuple[str, ...] = ()
     """How to read it."""
     pictures: tuple[Picture, ...] = ()
-    table: Table | None = None
+    table: ReportTable | None = None
 
 
 def range_text(values: list[float], form: str = ".3f") -> str:

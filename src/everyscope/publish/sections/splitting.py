@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from everyscope.publish.drawing.palette import RELATIONS, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.section import Section, plural, range_text
 from everyscope.sites.names import SiteKind
@@ -32,8 +32,8 @@ def splitting_section(evidence: Evidence) -> Section | None:
     panels = [
         Panel(SITE_TITLES[kind], partial(_draw, pairs=its, widths=widths), (3.6, 1.1 + 0.42 * most)) for kind, its in rows.items()
     ]
-    keys = [Key(f"{name} latents", colour, is_filled=True) for name, colour in RELATIONS.items()]
-    keys.append(Key("thin bars: by chance"))
+    keys = [LegendKey(f"{name} latents", colour, is_filled=True) for name, colour in RELATIONS.items()]
+    keys.append(LegendKey("thin bars: by chance"))
     related = [pair["matched"] + pair["split"] for pair in pairs]
     chance = [pair["null"]["matched"] + pair["null"]["split"] for pair in pairs]
     split = range_text([pair["split"] for pair in pairs], ".0%")

@@ -9,7 +9,7 @@ from everyscope.publish.drawing.palette import SITE_TITLES
 from everyscope.publish.drawing.pictures import Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.dots import Dot, draw_dots, interval_of
-from everyscope.publish.sections.section import Cell, Section, Table
+from everyscope.publish.sections.section import ReportCell, ReportTable, Section
 from everyscope.sites.names import SiteKind
 
 MEASURES = (("delta_loss", "Delta loss [nats/token]", True), ("fvu_usual", "FVU [1]", False))
@@ -80,19 +80,19 @@ def _span(subsets: list[Subset], name: str) -> str:
     return f"from {ends[0]} to {ends[1]}"
 
 
-def _table(subsets: list[Subset]) -> Table:
+def _table(subsets: list[Subset]) -> ReportTable:
     columns = ("text", "what it is", "tokens", "loss of the model", "median delta loss", "median FVU")
     rows = []
     for subset in subsets:
         delta, fvu, loss = _middle(subset, "delta_loss"), _middle(subset, "fvu_usual"), subset.get("loss_clean")
         rows.append(
             (
-                Cell(subset["name"].replace("_", " ")),
-                Cell(subset.get("description") or ""),
-                Cell(human_count(subset["num_tokens"]), subset["num_tokens"]),
-                Cell("–" if loss is None else f"{loss:.3f}", loss),
-                Cell(f"{delta:.3f}", delta),
-                Cell(f"{fvu:.3f}", fvu),
+                ReportCell(subset["name"].replace("_", " ")),
+                ReportCell(subset.get("description") or ""),
+                ReportCell(human_count(subset["num_tokens"]), subset["num_tokens"]),
+                ReportCell("–" if loss is None else f"{loss:.3f}", loss),
+                ReportCell(f"{delta:.3f}", delta),
+                ReportCell(f"{fvu:.3f}", fvu),
             )
         )
-    return Table(columns, tuple(rows))
+    return ReportTable(columns, tuple(rows))

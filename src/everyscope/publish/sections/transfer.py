@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from everyscope.publish.drawing.palette import NEUTRAL, SITE_COLOURS, SITE_MARKERS, SITE_TITLES
-from everyscope.publish.drawing.pictures import Key, Panel, Picture
+from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.drawing.scales import bars, is_mostly_positive, scale_log
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.dots import FEW_TICKS, Dot, draw_dots, interval_of
@@ -27,7 +27,7 @@ def transfer_section(evidence: Evidence) -> Section | None:
     slice_ = evidence.slices.get("transfer")
     if not slice_ or not slice_["rows"]:
         return None
-    pairs = pairs_of(slice_["rows"])
+    pairs = transfer_pairs(slice_["rows"])
     kinds = present(slice_["rows"])
     pictures = []
     for name, label in MEASURES:
@@ -37,8 +37,8 @@ def transfer_section(evidence: Evidence) -> Section | None:
                 for segment, title in SEGMENTS.items()
                 if _of_segment(pairs, segment, name)
             ]
-            keys = [Key(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in kinds]
-            keys.append(Key("equally good", line=(0, (4, 2))))
+            keys = [LegendKey(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in kinds]
+            keys.append(LegendKey("equally good", line=(0, (4, 2))))
         else:
             panels, keys = _base_panels(evidence, slice_["rows"], name, label), evidence.layer_keys
         title = f"{label.rpartition(' ')[0]} on {slice_['tuned']} of SAEs trained on {slice_['base']}"
@@ -56,7 +56,7 @@ def transfer_section(evidence: Evidence) -> Section | None:
     )
 
 
-def pairs_of(rows: list[Row]) -> list[tuple[Row, Row]]:
+def transfer_pairs(rows: list[Row]) -> list[tuple[Row, Row]]:
     """Each base SAE's row with the tuned SAE's of the same site, width, segment and target, of those the one of nearest L0."""
     found = []
     for base in rows:

@@ -8,7 +8,7 @@ from everyscope.publish.drawing.palette import SITE_TITLES
 from everyscope.publish.drawing.pictures import Panel, Picture
 from everyscope.publish.drawing.scales import scale_l0
 from everyscope.publish.evidence import Evidence
-from everyscope.publish.sections.fidelity import Measure, draw_line
+from everyscope.publish.sections.fidelity import FidelityMeasure, draw_line
 from everyscope.publish.sections.section import Section, range_text
 from everyscope.sites.names import SiteKind
 
@@ -18,7 +18,7 @@ def uniformity_section(evidence: Evidence) -> Section | None:
     found = {folder: its["uniformity"] for folder, its in evidence.metrics.items() if its["uniformity"]}
     if not found:
         return None
-    measure = Measure(
+    measure = FidelityMeasure(
         "uniformity",
         "Uniformity of the active latents' importance",
         "exp(entropy) / L0 [1]",
@@ -46,7 +46,7 @@ def uniformity_section(evidence: Evidence) -> Section | None:
     )
 
 
-def _trend(evidence: Evidence, measure: Measure) -> str:
+def _trend(evidence: Evidence, measure: FidelityMeasure) -> str:
     """At how many sites and widths the share falls from the sparsest SAE to the densest."""
     ends = []
     for where, width in dict.fromkeys((sae.where, sae.width) for sae in evidence.index.saes):
@@ -59,7 +59,7 @@ def _trend(evidence: Evidence, measure: Measure) -> str:
     return f"the share falls from the sparsest SAE to the densest in {falls} of {len(ends)} pairs of site and width"
 
 
-def _draw(axes: Axes, *, evidence: Evidence, measure: Measure, kind: SiteKind) -> None:
+def _draw(axes: Axes, *, evidence: Evidence, measure: FidelityMeasure, kind: SiteKind) -> None:
     for layer, colour in evidence.layers.items():
         for width, marker in evidence.widths.items():
             draw_line(axes, evidence.at(kind), layer, width, measure, colour, marker)

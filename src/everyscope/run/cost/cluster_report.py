@@ -25,7 +25,7 @@ def cluster_report(
     """The plan as JSON values and as tables; raises what `cluster_plan` does. The curve takes powers of two up to `gpus`."""
     rates = {"utilisation": mfu, "disk_gbps": disk_gbps}
     plan = cluster_plan(config, gpus, gpu, **rates)
-    found, tables = plan_json(plan), [_group_table(plan), _total_table(plan)]
+    found, tables = cluster_plan_json(plan), [_group_table(plan), _total_table(plan)]
     if with_curve:
         lines = curve(config, gpu, sorted({*(count for count in CURVE if count < gpus), gpus}), **rates)
         found["curve"] = lines
@@ -34,7 +34,7 @@ def cluster_report(
     return found, tables
 
 
-def plan_json(plan: ClusterPlan) -> dict[str, Any]:
+def cluster_plan_json(plan: ClusterPlan) -> dict[str, Any]:
     """The plan as plain JSON values, every training group included."""
     return {
         "name": plan.name,

@@ -94,12 +94,12 @@ def plan(stages: Stages, rates: Rates, *, disk_gbps: float | None = None, model_
     model = Rate(rates.model / max(1.0, flop_per_token), rates.origin)
     if model_tokens_per_second is not None:
         model = Rate(model_tokens_per_second, "given")
-    banks = {(sae.site, sae.num_tokens) for sae in saes}
+    training_groups = {(sae.site, sae.num_tokens) for sae in saes}
     demands = [
         SiteDemand(
             config.sizes.d_in(site) * size,
             rows,
-            tuple(trained for other, trained in sorted(banks, key=str) if site in places_of([other])),
+            tuple(trained for other, trained in sorted(training_groups, key=str) if site in places_of([other])),
         )
         for site, rows in tokens.items()
     ]

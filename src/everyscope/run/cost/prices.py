@@ -20,7 +20,7 @@ from everyscope.evaluate.comparisons.config import (
 )
 from everyscope.run.config import RunConfig
 from everyscope.run.settings import ModelShape
-from everyscope.run.stages import Part, Stages
+from everyscope.run.stages import ModelPart, Stages
 from everyscope.sites.names import Site
 
 FLOP_BY_PAIRS, FLOP_DENSE = 2, 10
@@ -108,14 +108,14 @@ def pass_flop(shape: ModelShape, first: int, last: int, logits: bool) -> float:
     return 2.0 * (shape.in_blocks * (last - first) / shape.num_layers + (shape.d_model * shape.words if logits else 0))
 
 
-def train_flop(part: Part, site: Site, tokens: int, width: int) -> float:
+def train_flop(part: ModelPart, site: Site, tokens: int, width: int) -> float:
     """Training SAEs of so many latents together [operations]."""
     settings = part.config.train
     per_row = FLOP_BY_PAIRS if settings.device == "cpu" and settings.engine != "dense" else FLOP_DENSE
     return float(per_row) * part.config.sizes.d_in(site) * width * tokens
 
 
-def codes(part: Part) -> list[tuple[Site, int]]:
+def codes(part: ModelPart) -> list[tuple[Site, int]]:
     """Site and width of every SAE."""
     return [(group.site, sae.width) for group in part.train for sae in group.saes]
 
@@ -133,14 +133,14 @@ def encode_seconds(config: RunConfig, tokens: float, saes: list[tuple[Site, int]
     return tokens * flop / rates.saes
 
 
-def reading_seconds(part: Part, tokens: float, saes: list[tuple[Site, int]], rates: Rates) -> float:
+def reading_seconds(part: ModelPart, tokens: float, saes: list[tuple[Site, int]], rates: Rates) -> float:
     """One pass of the model up to the last site, and all encoders [s]."""
     depth = max(depth_of(site) for site, _ in saes)
     compute = tokens * pass_flop(part.config.sizes, 0, depth, logits=False) / rates.model
     return compute + encode_seconds(part.config, tokens, saes, rates)
 
 
-def evaluation_seconds(part: Part, blocks: int, rates: Rates) -> float:
+def evaluation_seconds(part: ModelPart, blocks: int, rates: Rates) -> float:
     """A clean pass, one from its layer on for each SAE, and the encoders [s]."""
     config, saes = part.config, codes(part)
     tokens = float(blocks * config.text.context)
@@ -148,7 +148,7 @@ def evaluation_seconds(part: Part, blocks: int, rates: Rates) -> float:
     return loss_seconds(config, tokens, rates, 0) + spliced + encode_seconds(config, tokens, saes, rates)
 
 
-def baseline_seconds(part: Part, rates: Rates) -> float:
+def baseline_seconds(part: ModelPart, rates: Rates) -> float:
     """Three baselines of each SAE's L0, and two ablations of each site, on the baselines' blocks [s]."""
     tokens = float(part.evaluate.baseline_blocks * part.config.text.context)
     spliced = [site for site, _ in codes(part) for _ in range(3)] + [site for site in part.config.all_sites for _ in range(2)]
@@ -160,7 +160,7 @@ def comparison_seconds(comparison: ComparisonConfig, stages: Stages, rates: Rate
     main, context = stages.parts[0], stages.config.text.context
     blocks = getattr(comparison, "num_sequences", None) or main.evaluate.num_sequences
     saes = codes(main)
-    ways: dict[type, Callable[[Any], tuple[float, str]]] = {
+    candidates: dict[type, Callable[[Any], tuple[float, str]]] = {
         SplittingConfig: lambda one: (reading_seconds(main, blocks * context, saes, rates), f"{blocks:,} blocks"),
         SubsetsConfig: lambda one: (
             len(one.subsets) * evaluation_seconds(main, blocks, rates),
@@ -176,4 +176,4 @@ def comparison_seconds(comparison: ComparisonConfig, stages: Stages, rates: Rate
         ),
         TransferConfig: lambda one: (2 * evaluation_seconds(main, blocks, rates), f"{blocks:,} blocks"),
     }
-    return ways.get(type(comparison), lambda one: (0.0, "from the scores alone"))(comparison)
+    return candidates.get(type(comparison), lambda one: (0.0, "from the scores alone"))(comparison)

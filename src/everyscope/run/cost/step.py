@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from everyscope.run.cost.devices import Device
 from everyscope.sae.gpu_limits import PAIRS_SHARE
-from everyscope.train.memory import Part
+from everyscope.train.memory import DevicePart
 
 MODEL_FLOP, DENSE_FLOP, SCREEN_FLOP = 12, 10, 2
 """Operations per row, input and latent: by the usual count (six a parameter), of a dense step, of the screen's one product."""
@@ -39,7 +39,7 @@ ASSUMED: dict[str, Any] = {
 """What a plan's times rest on beside the device."""
 
 
-Way = Literal["dense", "pairs_cpu", "pairs_gpu"]
+StepKind = Literal["dense", "pairs_cpu", "pairs_gpu"]
 """How a step is computed, as far as ranks notice."""
 
 
@@ -47,14 +47,14 @@ Way = Literal["dense", "pairs_cpu", "pairs_gpu"]
 class Load:
     """One device's part of one SAE, and how sparse its code becomes."""
 
-    part: Part
+    part: DevicePart
     pairs: float
     """Of one row, on this device: latents that are active or near their threshold [pairs]."""
 
     @classmethod
     def of(cls, d_in: int, width: int, l0: float, batch: int, shards: int = 1, replicas: int = 1, prefixes: int = 1) -> "Load":
         """The largest part where an SAE's latents and a batch's rows are dealt out evenly."""
-        part = Part.of(d_in, width, batch, shards, replicas, prefixes)
+        part = DevicePart.of(d_in, width, batch, shards, replicas, prefixes)
         return cls(part, l0 * PAIRS_PER_ACTIVE * part.width / width)
 
     @property
@@ -143,21 +143,21 @@ def compute_time(load: Load, device: Device) -> StepTime:
     return dense.times(DENSE_STEPS) + sparse.times(1 - DENSE_STEPS)
 
 
-def summed_bytes(load: Load, shards: int, replicas: int, way: Way, moving: int = 0) -> tuple[int, int]:
+def summed_bytes(load: Load, shards: int, replicas: int, step_kind: StepKind, moving: int = 0) -> tuple[int, int]:
     """What a rank sums in a step over its latent shards, and over its replicas: payloads [bytes]; sae/across_ranks.py.
 
     Over shards the partial reconstruction of every prefix, what latents send to b_dec's gradient, and a few counts. Over replicas
     counts by latent, in float64, and gradients: of all latents, or on a CPU by pairs only of the `moving` ones.
     """
     rows, d_in, width, ranks = load.part.rows, load.part.d_in, load.part.width, shards * replicas
-    kinds, numbers = {"dense": (2, ranks), "pairs_cpu": (2, 1), "pairs_gpu": (6, 1)}[way]
+    kinds, numbers = {"dense": (2, ranks), "pairs_cpu": (2, 1), "pairs_gpu": (6, 1)}[step_kind]
     gradients = {
         "dense": 2 * d_in * width + 2 * width,
         "pairs_cpu": (2 * d_in + 2) * moving,
         "pairs_gpu": 2 * d_in * width,
-    }[way]
-    misfits = 4 if way == "pairs_cpu" else 0
-    over_shards = 4 * load.part.prefixes * rows * d_in + misfits + 4 * d_in + 8 * (kinds + numbers)
+    }[step_kind]
+    overflow = 4 if step_kind == "pairs_cpu" else 0
+    over_shards = 4 * load.part.prefixes * rows * d_in + overflow + 4 * d_in + 8 * (kinds + numbers)
     over_replicas = 4 * (gradients + d_in) + 8 * (kinds * width + 1 + numbers)
     return over_shards * (shards > 1), over_replicas * (replicas > 1)
 

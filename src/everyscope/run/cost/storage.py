@@ -42,10 +42,10 @@ class SiteDemand:
     rows: int
     """Rows of one pass, which a disk would keep [rows]."""
     trained: tuple[int, ...]
-    """Rows that each bank of the site sees [rows]."""
+    """Rows that each training group of the site sees [rows]."""
 
     def bytes_read(self, sharing: int) -> int:
-        """Bytes that come off a disk when up to `sharing` banks share each read: the longest of them pays [bytes]."""
+        """Bytes that come off a disk when up to `sharing` training groups share each read: the longest of them pays [bytes]."""
         assert sharing > 0, f"sharing={sharing}"
         return self.row_bytes * sum(sorted(self.trained, reverse=True)[::sharing])
 
@@ -68,9 +68,9 @@ class StoragePlan:
     free_bytes: int
     """Free in the run's folder [bytes]."""
     bytes_read: int
-    """Read while SAEs train, every bank by itself [bytes]."""
+    """Read while SAEs train, every training group by itself [bytes]."""
     bytes_read_shared: int
-    """The same where all banks of a site share each read, as from a server [bytes]."""
+    """The same where all training groups of a site share each read, as from a server [bytes]."""
     passes: float
     """How often the model runs over the rows in live mode: what the longest training sees, by what a pass holds [1]."""
     harvest_seconds: float
@@ -89,7 +89,7 @@ class StoragePlan:
 
     @property
     def read_seconds(self) -> float:
-        """Reading for all banks, each by itself [s]."""
+        """Reading for all training groups, each by itself [s]."""
         return self.bytes_read / self.disk.per_second
 
     @property
@@ -157,8 +157,8 @@ class StoragePlan:
         table.caption, table.caption_justify = f"{self.advice}: {self.reason}", "left"
         table.add_row("on disk", human_bytes(self.disk_bytes), "none")
         table.add_row("written", human_bytes(self.disk_bytes), "none")
-        table.add_row("read, each bank by itself", human_bytes(self.bytes_read), "none")
-        table.add_row("read, banks of a site together", human_bytes(self.bytes_read_shared), "none")
+        table.add_row("read, each training group by itself", human_bytes(self.bytes_read), "none")
+        table.add_row("read, training groups of a site together", human_bytes(self.bytes_read_shared), "none")
         table.add_row("passes of the model", "1", f"{self.passes:.3g}")
         table.add_row("time", duration(self.disk_seconds), duration(self.live_seconds))
         table.add_row("time of one more training", duration(self.disk_again_seconds), duration(self.live_seconds))

@@ -27,7 +27,7 @@ class Child:
     def __init__(self, spec: Spec, tell: Callable[[Event], None], environment: dict[str, str] | None = None) -> None:
         """Start the process; `environment` holds what it is told beyond the spec, as CUDA_VISIBLE_DEVICES."""
         self._tell, self._lines, self._end = tell, deque[str](maxlen=LAST_LINES), threading.Lock()
-        told = os.environ | QUIET | spec.environment | (environment or {})
+        variables = os.environ | QUIET | spec.environment | (environment or {})
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "everyscope.run.jobs.worker"],
@@ -37,7 +37,7 @@ class Child:
                 text=True,
                 errors="replace",
                 cwd=spec.folder,
-                env={name: value for name, value in told.items() if value is not None},
+                env={name: value for name, value in variables.items() if value is not None},
                 start_new_session=True,  # Ctrl-C at the terminal is for the command, which then stops its jobs in order
             )
         except (FileNotFoundError, NotADirectoryError):

@@ -20,17 +20,18 @@ class EngineConfig(Schema):
     address: str = HERE
     """Of the Ray cluster, HOST:PORT; local starts one on this host's loopback alone, which ends with the command."""
     workers: int | None = Field(default=None, ge=1)
-    """Banks trained side by side; None: as many as there are cores for, on a cluster as fit [jobs]."""
+    """Training groups trained side by side; None: as many as there are cores for, on a cluster as fit [jobs]."""
     job_cpus: int | None = Field(default=None, ge=1)
-    """Cores, and threads, of each job that runs the language model, and of each bank; sums depend on it in their last bits. None
-    takes what a run without engine would, so that both come to the same bits [cores]."""
+    """Cores, and threads, of each job that runs the language model, and of each training group; sums depend on it in their last
+    bits. None takes what a run without engine would, so that both come to the same bits [cores]."""
     model_gpus: int = Field(default=1, ge=1)
     """GPUs of each job that runs the language model on them; more for a model with a device_map [devices]."""
     evaluate_jobs: int | None = Field(default=None, ge=1)
     """Jobs among which the SAEs of an evaluation are divided; each makes clean passes of its own, which cost.json counts. None
     takes one for each core of a CPU, as far as the model fits into memory so often, and else one [jobs]."""
     device_bytes: int | None = Field(default=None, ge=1)
-    """Memory of one GPU, of which banks get shares; None asks this host's, and gives each bank a whole one where it has none
+    """Memory of one GPU, of which training groups get shares; None asks this host's, and gives each training group a whole one
+    where it has none
     [bytes]."""
     gpus: int | None = Field(default=None, ge=1)
     """GPUs of the cluster, among which training groups are divided so that none waits for the longest; None divides only groups
@@ -38,8 +39,8 @@ class EngineConfig(Schema):
     gpus_per_host: int | None = Field(default=None, ge=1)
     """GPUs of each host of the cluster, over which one SAE may be sharded; None takes this host's, or 8 [devices]."""
     serve: bool = False
-    """Let banks read from activation servers, which are jobs beside them, instead of reading shards each by itself. Beyond one
-    host they need EVERYSCOPE_TOKEN in the environment of the cluster's hosts, and TLS."""
+    """Let training groups read from activation servers, which are jobs beside them, instead of reading shards each by itself.
+    Beyond one host they need EVERYSCOPE_TOKEN in the environment of the cluster's hosts, and TLS."""
     tls_certificate: Path | None = None
     """The servers' certificate chain, PEM."""
     tls_key: Path | None = None
@@ -65,7 +66,7 @@ class EngineConfig(Schema):
         if self.engine == "local" and (self.gpus or self.gpus_per_host):
             raise ValueError("gpus and gpus_per_host are for engine='ray'; of this host all are used, see CUDA_VISIBLE_DEVICES")
         if self.engine == "local" and self.serve:
-            raise ValueError("serve is for engine='ray'; banks on one host share what they read through its page cache")
+            raise ValueError("serve is for engine='ray'; training groups on one host share what they read through its page cache")
         if not self.serve and (self.tls_certificate or self.tls_key):
             raise ValueError("tls_certificate and tls_key are for serve; give that too, or leave them out")
         return self

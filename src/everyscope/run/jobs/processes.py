@@ -6,14 +6,14 @@ from pathlib import Path
 
 from everyscope.run.jobs.child import ENDS, Child, Event
 from everyscope.run.jobs.job import Job, Resources, spec_of
-from everyscope.run.jobs.schedule import Place
+from everyscope.run.jobs.schedule import Executor
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ROUNDING = 1e-9
 """Shares of a device are added up in floating point [1]."""
 
 
-class Processes(Place):
+class Processes(Executor):
     """Worker processes on this host. A job that does not fit beside the others waits, and smaller ones may pass it."""
 
     def __init__(self, cpus: int, devices: list[str], locks: Path | None) -> None:

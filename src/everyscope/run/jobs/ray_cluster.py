@@ -51,13 +51,13 @@ def require_token() -> None:
 
 def require_closed(address: str) -> None:
     """ConfigError unless the cluster at `address` refuses whoever has no token."""
-    code, said = _ask(address, {MODE: "disabled"})
+    code, output = _ask(address, {MODE: "disabled"})
     if code == 0:
         raise ConfigError(
             f"{address}: this Ray cluster answers without a token, so anyone can run code there; stop it, and start it again "
             f"with {MODE}=token and the same token on every host"
         )
-    if REFUSED not in said:
+    if REFUSED not in output:
         raise ConfigError(
             f"{address}: this Ray cluster does not say whether it asks for a token; start it with {MODE}=token and a Ray of the "
             "version that everyscope[ray] names"
@@ -118,8 +118,8 @@ class LocalCluster:
             "--disable-usage-stats",
             f"--temp-dir={folder}",
         ]
-        self._leash = subprocess.Popen(
-            [sys.executable, "-m", "everyscope.run.jobs.leash", folder, *start],
+        self._supervisor = subprocess.Popen(
+            [sys.executable, "-m", "everyscope.run.jobs.supervisor", folder, *start],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -128,7 +128,7 @@ class LocalCluster:
         )
         end = time.monotonic() + START_SECONDS
         while not _listens(self.address):
-            if self._leash.poll() is not None or time.monotonic() > end:
+            if self._supervisor.poll() is not None or time.monotonic() > end:
                 self.close()
                 raise EveryscopeError(
                     "Ray did not start on this host; see what `ray start --head --block --node-ip-address=127.0.0.1` says"
@@ -144,13 +144,13 @@ class LocalCluster:
     @property
     def is_up(self) -> bool:
         """Whether its head still listens."""
-        return self._leash.poll() is None and _listens(self.address)
+        return self._supervisor.poll() is None and _listens(self.address)
 
     def close(self) -> None:
         """End it, and wait until its processes are gone."""
-        if self._leash.stdin is not None:
-            self._leash.stdin.close()
-        self._leash.wait()
+        if self._supervisor.stdin is not None:
+            self._supervisor.stdin.close()
+        self._supervisor.wait()
 
 
 def _listens(address: str) -> bool:

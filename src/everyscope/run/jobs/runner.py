@@ -1,6 +1,6 @@
 """One interface for jobs, wherever they run: in this process, in several on this host, or on the hosts of a Ray cluster.
 
-runner.run(jobs, "banks", "steps")       all of them, to their end; the first final error ends the rest
+runner.run(jobs, "training groups", "steps")       all of them, to their end; the first final error ends the rest
 runner.side_by_side(resources)           among how many of such jobs work is worth dividing
 """
 
@@ -19,8 +19,8 @@ from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.jobs.job import Job, Resources
 from everyscope.run.jobs.pool import run_jobs
 from everyscope.run.jobs.processes import VISIBLE, Processes
-from everyscope.run.jobs.ray_place import RayPlace
-from everyscope.run.jobs.schedule import Place, Schedule, Watch
+from everyscope.run.jobs.ray_executor import RayExecutor
+from everyscope.run.jobs.schedule import Executor, Schedule, Watch
 from everyscope.run.jobs.watch import Board, all_of, written
 
 EVENTS_FILE = "events.jsonl"
@@ -55,12 +55,12 @@ class LocalRunner(Runner):
         return 1
 
 
-class PlaceRunner(Runner):
+class ExecutorRunner(Runner):
     """Jobs in processes of their own at some place, tried again when they are lost."""
 
-    def __init__(self, place: Place, tries: int, folder: Path | None, watches: Sequence[Watch] = ()) -> None:
+    def __init__(self, place: Executor, tries: int, folder: Path | None, watches: Sequence[Watch] = ()) -> None:
         """`folder` gets events.jsonl; `watches` are told every event too."""
-        self._place, self._tries = place, tries
+        self._executor, self._tries = place, tries
         self._watches = [*watches, *([written(folder / EVENTS_FILE)] if folder else [])]
 
     def run(self, jobs: Sequence[Job], title: str, unit: str = "units", workers: int | None = None) -> None:
@@ -70,11 +70,11 @@ class PlaceRunner(Runner):
         for job in jobs:
             self.side_by_side(job.resources)
         with Board(title, jobs, unit) as board:
-            Schedule(self._place, all_of([board.tell, *self._watches]), self._tries, workers).run(jobs)
+            Schedule(self._executor, all_of([board.tell, *self._watches]), self._tries, workers).run(jobs)
 
     def side_by_side(self, resources: Resources) -> int:
         """As the place says; ConfigError where it is 0."""
-        count = self._place.side_by_side(resources)
+        count = self._executor.side_by_side(resources)
         if not count:
             needs = f"{resources.cpus} cores, {resources.gpus:g} GPUs and {resources.memory_bytes} bytes"
             raise ConfigError(
@@ -95,10 +95,10 @@ def opened_runner(config: EngineConfig, folder: Path, watches: Sequence[Watch] =
     if config.engine == "local" and len(devices) < 2:
         yield LocalRunner()
         return
-    place = Processes(cpus, devices, folder) if config.engine == "local" else RayPlace(config, cpus, len(devices), folder)
+    place = Processes(cpus, devices, folder) if config.engine == "local" else RayExecutor(config, cpus, len(devices), folder)
     try:
         make_folder(folder)
-        yield PlaceRunner(place, config.tries, folder, watches)
+        yield ExecutorRunner(place, config.tries, folder, watches)
     finally:
         place.close()
         for lock in folder.glob("*.lock"):

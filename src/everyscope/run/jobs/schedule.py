@@ -26,7 +26,7 @@ Watch = Callable[[Event], None]
 """Is told what becomes of jobs: an event with its time, and `job`, the name of one."""
 
 
-class Place(ABC):
+class Executor(ABC):
     """Where attempts run. Of each submitted job it tells events, the last of which is one of ENDS."""
 
     @abstractmethod
@@ -69,13 +69,13 @@ class Schedule:
     """One run of several jobs on a place."""
 
     def __init__(
-        self, place: Place, watch: Watch, tries: int, at_once: int | None = None, clock: Callable[[], float] = time.monotonic
+        self, place: Executor, watch: Watch, tries: int, at_once: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`tries` attempts that bring a job no further are its end; at most `at_once` jobs run side by side (None: as fit)."""
-        self._place, self._watch, self._tries, self._at_once, self._clock = place, watch, tries, at_once, clock
+        self._executor, self._watch, self._tries, self._at_once, self._clock = place, watch, tries, at_once, clock
         self._waiting: list[_Attempts] = []
         self._running: dict[str, _Attempts] = {}
-        self._heard: deque[tuple[str, Event]] = deque()
+        self._pending_events: deque[tuple[str, Event]] = deque()
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run all jobs to their end, longest first. The first error that is final cancels the rest and is raised.
@@ -90,9 +90,9 @@ class Schedule:
         try:
             while any(not attempts.job.is_service for attempts in (*self._waiting, *self._running.values())):
                 self._submit()
-                self._heard.extend(self._place.events(self._pause()))
-                while self._heard:  # one by one: an error in the middle must not swallow the ends behind it
-                    name, event = self._heard.popleft()
+                self._pending_events.extend(self._executor.events(self._pause()))
+                while self._pending_events:  # one by one: an error in the middle must not swallow the ends behind it
+                    name, event = self._pending_events.popleft()
                     if name in self._running:
                         self._take(self._running[name], event)
         finally:  # services, where all went well
@@ -107,7 +107,7 @@ class Schedule:
             self._waiting.remove(attempts)
             attempts.count, attempts.reached = attempts.count + 1, 0
             self._running[attempts.job.name] = attempts
-            self._place.submit(attempts.job)
+            self._executor.submit(attempts.job)
 
     def _pause(self) -> float:
         """How long nothing needs to be done but listen [s]."""
@@ -153,16 +153,16 @@ class Schedule:
 
     def _cancel(self) -> None:
         for name in self._running:
-            self._place.cancel(name)
+            self._executor.cancel(name)
         end = self._clock() + CANCEL_SECONDS
         while self._running and self._clock() < end:
-            while self._heard:
-                name, event = self._heard.popleft()
+            while self._pending_events:
+                name, event = self._pending_events.popleft()
                 if name in self._running and event["event"] in ENDS:
                     del self._running[name]
                     self._tell(name, "cancelled")
             if self._running:
-                self._heard.extend(self._place.events(POLL_SECONDS))
+                self._pending_events.extend(self._executor.events(POLL_SECONDS))
 
     def _tell(self, name: str, event: str, **details: Any) -> None:
         self._watch({"time": round(time.time(), 3), "event": event, "job": name} | details)

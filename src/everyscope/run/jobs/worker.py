@@ -45,7 +45,7 @@ class Report:
 
     def __init__(self, stream: TextIO) -> None:
         """Events go to `stream`, a line each."""
-        self._stream, self._done, self._told, self._lock = stream, 0, 0.0, threading.Lock()
+        self._stream, self._done, self._last_report, self._lock = stream, 0, 0.0, threading.Lock()
 
     def tell(self, event: str, **details: Any) -> None:
         """Write one event."""
@@ -56,8 +56,8 @@ class Report:
     def units(self, count: int) -> None:
         """Count `count` more units, and tell of them now and then."""
         self._done += count
-        if time.monotonic() - self._told >= TELL_SECONDS:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_report >= TELL_SECONDS:
+            self._last_report = time.monotonic()
             self.tell("units", done=self._done)
 
     def last_units(self) -> None:

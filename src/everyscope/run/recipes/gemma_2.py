@@ -9,7 +9,7 @@ from everyscope.run.settings import DescribeSettings, EvaluateSettings, HarvestS
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import SUBLAYERS, SiteKind
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
 BILLION = 10**9
 STORED_TOKENS = 8 * BILLION
@@ -47,7 +47,7 @@ def suite(size: str, title: str, shape: ModelShape, groups: tuple[SaeGroup, ...]
         text=text or pretraining_text(),
         groups=groups,
         harvest=HarvestSettings(num_tokens=STORED_TOKENS),
-        train=BankSettings(device="cuda"),
+        train=TrainSettings(device="cuda"),
         evaluate=EvaluateSettings(saes_at_once=SAES_AT_ONCE),
         describe=DescribeSettings(saes_at_once=SAES_AT_ONCE),
         max_norm=None,  # the paper leaves out BOS alone

@@ -3,12 +3,12 @@
 from everyscope.run.config import RunConfig
 from everyscope.run.recipes.gemma_2 import BILLION
 from everyscope.run.settings import DescribeSettings, EvaluateSettings, HarvestSettings, ModelShape, SaeGroup
-from everyscope.sae.config import SaeRecipe
+from everyscope.sae.config import SaePreset
 from everyscope.sae.presets import fast, gemma_scope_2
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import SUBLAYERS
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
 TOKENS = 50_000_000
 """Activation vectors per SAE of a small scope, which `fast` is for [tokens]."""
@@ -16,7 +16,7 @@ SAES_AT_ONCE = 16
 
 
 def scope(
-    name: str, title: str, model: str, shape: ModelShape, groups: tuple[SaeGroup, ...], recipe: SaeRecipe, batch_rows: int
+    name: str, title: str, model: str, shape: ModelShape, groups: tuple[SaeGroup, ...], preset: SaePreset, batch_rows: int
 ) -> RunConfig:
     """A run on web text in bfloat16, all on one GPU."""
     return RunConfig(
@@ -26,9 +26,9 @@ def scope(
         shape=shape,
         text=TextConfig(source="dataset", dataset="HuggingFaceFW/fineweb-edu", dataset_config="sample-10BT", context=1024),
         groups=groups,
-        recipe=recipe,
+        preset=preset,
         harvest=HarvestSettings(dtype="bfloat16"),
-        train=BankSettings(device="cuda", batch_rows=batch_rows),
+        train=TrainSettings(device="cuda", batch_rows=batch_rows),
         evaluate=EvaluateSettings(num_sequences=512, saes_at_once=SAES_AT_ONCE),
         describe=DescribeSettings(saes_at_once=SAES_AT_ONCE),
     )

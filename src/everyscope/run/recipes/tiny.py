@@ -7,8 +7,8 @@ at given L0s. What was tried on the way stands in docs/log.md.
 from everyscope.base.bundled import BUNDLED_MODELS
 from everyscope.run.config import RunConfig
 from everyscope.run.settings import (
-    Companion,
     CompareSettings,
+    Control,
     DescribeSettings,
     EvaluateSettings,
     ExplainSettings,
@@ -20,7 +20,7 @@ from everyscope.sae.presets import fast
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import SUBLAYERS, SiteKind
 from everyscope.text.config import TextConfig
-from everyscope.train.config import BankSettings
+from everyscope.train.config import TrainSettings
 
 TOKENS = 3 * 2**17
 """Activation vectors per SAE [tokens]."""
@@ -45,11 +45,11 @@ def recipe() -> RunConfig:
         shape=ModelShape(num_layers=4, d_model=128, d_attention=160, num_parameters=1_558_656),
         text=TextConfig(source="standard_library", context=CONTEXT),
         groups=(group(SUBLAYERS, None, (512, 1024), (12, 25, 50)),),
-        instruction_tuned=Companion(model=tuned, text=turns, groups=(group(("resid_post",), (1, 2, 3), (512, 1024), (25,)),)),
-        random_weights=Companion(model=untrained, groups=(group(SUBLAYERS, (2,), (1024,), (25,)),)),
-        recipe=fast(d_in=128),
+        instruction_tuned=Control(model=tuned, text=turns, groups=(group(("resid_post",), (1, 2, 3), (512, 1024), (25,)),)),
+        random_weights=Control(model=untrained, groups=(group(SUBLAYERS, (2,), (1024,), (25,)),)),
+        preset=fast(d_in=128),
         harvest=HarvestSettings(dtype="bfloat16", bucket_rows=2**16, batch_blocks=4),
-        train=BankSettings(batch_rows=256, checkpoint_steps=256, log_steps=32),
+        train=TrainSettings(batch_rows=256, checkpoint_steps=256, log_steps=32),
         evaluate=EvaluateSettings(
             num_sequences=64, stride=7, batch_blocks=4, checkpoint_batches=4, uniformity_sequences=8, baseline_sequences=8
         ),

@@ -5,7 +5,7 @@ through a range of rows or of latents, alone and without the interpreter's lock,
 across ranges, so results do not depend on how many threads there are. Within a sum, terms may be reassociated for vector
 units, in an order fixed at compile time. NaN keeps its meaning: one that went in must come out, for so divergence is noticed.
 
-Shapes: rows of x [batch, d_in]; w_enc [d_sae, d_in] and w_dec [d_sae, d_out] by latent; errors [batch, groups, d_out], one for
+Shapes: rows of x [batch, d_in]; W_enc [d_sae, d_in] and W_dec [d_sae, d_out] by latent; errors [batch, groups, d_out], one for
 each group of latents that belongs to the same prefixes (Matryoshka; else a single group). Of an SAE d_out is d_in.
 """
 
@@ -28,20 +28,20 @@ inlined = numba.njit(**OPTIONS, forceinline=True)
 """For what is called once a pair or a product: handing arrays to a function costs more than a short loop."""
 
 
-class Latents(NamedTuple):
+class LatentArrays(NamedTuple):
     """The arrays of an SAE in training, by latent; float32, but for the last four."""
 
-    w_enc: np.ndarray
+    W_enc: np.ndarray
     """[d_sae, d_in]"""
-    w_dec: np.ndarray
+    W_dec: np.ndarray
     """[d_sae, d_out], rows of norm one"""
     b_enc: np.ndarray
     """[d_sae]"""
     threshold: np.ndarray
     """[d_sae]"""
-    squared_w_enc: np.ndarray
+    squared_W_enc: np.ndarray
     """Adam's mean of squared gradients, as of step `touched`; [d_sae, d_in]"""
-    squared_w_dec: np.ndarray
+    squared_W_dec: np.ndarray
     """[d_sae, d_out], or [d_sae, 1] of whole rows"""
     squared_b_enc: np.ndarray
     """[d_sae]"""
@@ -52,9 +52,9 @@ class Latents(NamedTuple):
     touched: np.ndarray
     """Steps that the means include; int32 [d_sae]"""
     w_rounded: np.ndarray
-    """w_enc in bfloat16, as bits; uint16 [d_sae, d_in]"""
+    """W_enc in bfloat16, as bits; uint16 [d_sae, d_in]"""
     w_norms: np.ndarray
-    """Upper bounds of the norms of w_enc's rows; [d_sae]"""
+    """Upper bounds of the norms of W_enc's rows; [d_sae]"""
     w_residuals: np.ndarray
     """Upper bounds of the norms of what rounding took from them; [d_sae]"""
 
@@ -183,7 +183,7 @@ def lower_bounds(latents, bandwidth, norm, residual, bounds):
     loses nothing. Bounds are int16 keys, ordered as the numbers are; where anything is not finite, the least key, which every
     product reaches.
     """
-    d_in = np.float32(latents.w_enc.shape[1])
+    d_in = np.float32(latents.W_enc.shape[1])
     for i in range(bounds.shape[0]):
         least = latents.threshold[i] - HALF * bandwidth - latents.b_enc[i]
         slack = latents.threshold[i] + bandwidth + np.abs(latents.b_enc[i]) + d_in * norm * latents.w_norms[i]
@@ -265,7 +265,7 @@ def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, fo
     for row in range(first, last):
         for j in range(b_dec.shape[0]):
             rows.errors[row, 0, j] = b_dec[j] - rows.target[row, j] if is_first else np.float32(0)
-    for i in range(latents.w_enc.shape[0]):
+    for i in range(latents.W_enc.shape[0]):
         while i >= prefixes[group]:
             rows.errors[first:last, group + 1] = rows.errors[first:last, group]
             group += 1
@@ -273,16 +273,16 @@ def reconstruct(tile, first, last, rows, latents, b_dec, bandwidth, prefixes, fo
         place[i] = at
         for c in range(found.start[i], found.start[i + 1]):
             row = found.row_by_latent[c]
-            pre = dot(rows.centred[row], latents.w_enc[i]) + latents.b_enc[i]
+            pre = dot(rows.centred[row], latents.W_enc[i]) + latents.b_enc[i]
             is_active = not (pre <= threshold)
             if is_active or np.abs(pre - threshold) < HALF * bandwidth:
                 row_of[at], pre_of[at] = row, pre
                 at += 1
             if is_active:
                 fired += 1
-                add_scaled(rows.errors[row, group], pre, latents.w_dec[i])
+                add_scaled(rows.errors[row, group], pre, latents.W_dec[i])
         pairs.fired[tile, i] = fired
-    place[latents.w_enc.shape[0]] = at
+    place[latents.W_enc.shape[0]] = at
     for later in range(group + 1, prefixes.shape[0]):
         rows.errors[first:last, later] = rows.errors[first:last, later - 1]
 
@@ -309,8 +309,8 @@ def differentiate(tile, first, last, rows, latents, prefixes, pairs, batch):
             rows.d_b_dec[row // SUM_ROWS] = 0
         add_scaled(rows.d_b_dec[row // SUM_ROWS], np.float32(1), errors[0])
     group, place = 0, pairs.start[tile]
-    for i in range(latents.w_dec.shape[0]):
+    for i in range(latents.W_dec.shape[0]):
         while i >= prefixes[group]:
             group += 1
         for p in range(place[i], place[i + 1]):
-            pairs.d_f[tile, p] = dot(rows.errors[pairs.row[tile, p], group], latents.w_dec[i])
+            pairs.d_f[tile, p] = dot(rows.errors[pairs.row[tile, p], group], latents.W_dec[i])

@@ -24,9 +24,9 @@ class Adam(NamedTuple):
     rate: np.float32
     threshold_rate: np.float32
     direction_rate: np.float32
-    """For rows of w_dec as a whole; 0 moves their numbers each by `rate`"""
+    """For rows of W_dec as a whole; 0 moves their numbers each by `rate`"""
     follow: np.float32
-    """What a row of w_enc moves by, besides, of its direction's move"""
+    """What a row of W_enc moves by, besides, of its direction's move"""
 
 
 @inlined
@@ -67,29 +67,29 @@ def turn(adam, decay, gradient, squared):
 
 
 @inlined
-def move_direction(adam, w_dec, change, w_enc, weights):
-    """Add `change` to a row of w_dec [d_out], give it norm one, and let its row of w_enc follow unless there are no weights."""
-    for j in range(w_dec.shape[0]):
-        change[j] += w_dec[j]
+def move_direction(adam, W_dec, change, W_enc, weights):
+    """Add `change` to a row of W_dec [d_out], give it norm one, and let its row of W_enc follow unless there are no weights."""
+    for j in range(W_dec.shape[0]):
+        change[j] += W_dec[j]
     inverse_norm = np.float32(1) / np.sqrt(dot(change, change))
     if weights is None:  # decided when this is compiled
-        for j in range(w_dec.shape[0]):
-            w_dec[j] = change[j] * inverse_norm
+        for j in range(W_dec.shape[0]):
+            W_dec[j] = change[j] * inverse_norm
     else:
-        for j in range(w_dec.shape[0]):
+        for j in range(W_dec.shape[0]):
             moved = change[j] * inverse_norm
-            w_enc[j] += adam.follow * weights[j] * (moved - w_dec[j])
-            w_dec[j] = moved
+            W_enc[j] += adam.follow * weights[j] * (moved - W_dec[j])
+            W_dec[j] = moved
 
 
 @inlined
-def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_w_enc, d_w_dec):
-    """Put the gradients of latent i into d_w_enc [d_in] and d_w_dec [d_out]; return its number of pairs, d_b_enc and d_threshold.
+def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_W_enc, d_W_dec):
+    """Put the gradients of latent i into d_W_enc [d_in] and d_W_dec [d_out]; return its number of pairs, d_b_enc and d_threshold.
 
     `cost` is the sparsity terms' derivative by its firing rate, `batch` the number of rows that rates are taken over.
     """
-    d_w_enc[:] = 0
-    d_w_dec[:] = 0
+    d_W_enc[:] = 0
+    d_W_dec[:] = 0
     d_b_enc, d_threshold, threshold = np.float32(0), np.float32(0), latents.threshold[i]
     num_pairs = 0
     for tile in range(pairs.start.shape[0]):
@@ -97,8 +97,8 @@ def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_w_enc, d
             row, pre, d_f = pairs.row[tile, p], pairs.pre[tile, p], pairs.d_f[tile, p]
             num_pairs += 1
             if not (pre <= threshold):
-                add_scaled(d_w_enc, d_f, rows.centred[row])
-                add_scaled(d_w_dec, pre, rows.errors[row, group])
+                add_scaled(d_W_enc, d_f, rows.centred[row])
+                add_scaled(d_W_dec, pre, rows.errors[row, group])
                 d_b_enc += d_f
             if np.abs(pre - threshold) < HALF * bandwidth:
                 d_threshold -= (threshold * d_f + cost / batch) / bandwidth
@@ -106,27 +106,27 @@ def sum_pairs(i, rows, pairs, latents, group, cost, bandwidth, batch, d_w_enc, d
 
 
 @inlined
-def update_latent(i, latents, adam, d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec):
-    """Update latent i in place by its gradients, of which d_w_dec loses its part along the latent's direction.
+def update_latent(i, latents, adam, d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_dec):
+    """Update latent i in place by its gradients, of which d_W_dec loses its part along the latent's direction.
 
-    d_b_dec [d_in] receives what the latent sends to b_dec through an SAE's pre-encoder bias, with w_enc before the update: minus
-    d_b_enc * w_enc.
+    d_b_dec [d_in] receives what the latent sends to b_dec through an SAE's pre-encoder bias, with W_enc before the update: minus
+    d_b_enc * W_enc.
     """
     threshold = latents.threshold[i]
-    add_scaled(d_b_dec, -d_b_enc, latents.w_enc[i])
-    add_scaled(d_w_dec, -dot(d_w_dec, latents.w_dec[i]), latents.w_dec[i])
+    add_scaled(d_b_dec, -d_b_enc, latents.W_enc[i])
+    add_scaled(d_W_dec, -dot(d_W_dec, latents.W_dec[i]), latents.W_dec[i])
     decay = np.float32(adam.beta2 ** np.float64(adam.steps - latents.touched[i]))
     latents.touched[i] = adam.steps
-    move_row(adam, decay, latents.w_enc[i], d_w_enc, latents.squared_w_enc[i])
-    turn(adam, decay, d_w_dec, latents.squared_w_dec[i])
-    move_direction(adam, latents.w_dec[i], d_w_dec, latents.w_enc[i], latents.coordinate_weights)
+    move_row(adam, decay, latents.W_enc[i], d_W_enc, latents.squared_W_enc[i])
+    turn(adam, decay, d_W_dec, latents.squared_W_dec[i])
+    move_direction(adam, latents.W_dec[i], d_W_dec, latents.W_enc[i], latents.coordinate_weights)
     latents.squared_b_enc[i], change = move(adam, decay, d_b_enc, latents.squared_b_enc[i], adam.rate, adam.least_share)
     latents.b_enc[i] += change
     squared, free = latents.squared_threshold, np.float32(0)
     squared[i], change = move(adam, decay, d_threshold, squared[i], adam.threshold_rate, free)
     # Below zero a threshold would let negative values pass, which the released form cannot express.
     latents.threshold[i] = np.float32(0) if threshold + change < 0 else threshold + change
-    latents.w_norms[i], latents.w_residuals[i] = round_row(latents.w_enc[i], latents.w_rounded[i])
+    latents.w_norms[i], latents.w_residuals[i] = round_row(latents.W_enc[i], latents.w_rounded[i])
 
 
 @compiled
@@ -137,36 +137,36 @@ def update_latents(start, stop, rows, pairs, latents, group_of, penalty, bandwid
     prefixes. d_b_dec [d_in] receives what these latents send to b_dec.
     """
     d_in, batch = rows.centred.shape[1], np.float32(rows.centred.shape[0])
-    d_w_enc, d_w_dec = np.empty(d_in, np.float32), np.empty(latents.w_dec.shape[1], np.float32)
+    d_W_enc, d_W_dec = np.empty(d_in, np.float32), np.empty(latents.W_dec.shape[1], np.float32)
     for i in range(start, stop):
         num_pairs, d_b_enc, d_threshold = sum_pairs(
-            i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, batch, d_w_enc, d_w_dec
+            i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, batch, d_W_enc, d_W_dec
         )
         if num_pairs > 0:
-            update_latent(i, latents, adam, d_w_enc, d_w_dec, d_b_enc, d_threshold, d_b_dec)
+            update_latent(i, latents, adam, d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_dec)
 
 
 @compiled
 def sum_latents(moving, rows, pairs, latents, group_of, penalty, bandwidth, batch, gradients):
     """The first half of `update_latents` alone, for replicas to sum in between: the gradients of latents `moving`.
 
-    gradients [number, 2 d_in + 2] holds those by w_enc, w_dec, b_enc and threshold, a row for each of `moving`. `batch` counts
+    gradients [number, 2 d_in + 2] holds those by W_enc, W_dec, b_enc and threshold, a row for each of `moving`. `batch` counts
     the rows of all replicas. Of SAEs alone, whose d_out is d_in.
     """
     d_in = rows.centred.shape[1]
     for place in range(moving.shape[0]):
         i, gradient = moving[place], gradients[place]
-        d_w_enc, d_w_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
+        d_W_enc, d_W_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
         _, gradient[2 * d_in], gradient[2 * d_in + 1] = sum_pairs(
-            i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, np.float32(batch), d_w_enc, d_w_dec
+            i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, np.float32(batch), d_W_enc, d_W_dec
         )
 
 
 @compiled
 def move_latents(moving, gradients, latents, adam, d_b_dec):
     """The second half: update latents `moving` in place by their gradients, which change."""
-    d_in = latents.w_enc.shape[1]
+    d_in = latents.W_enc.shape[1]
     for place in range(moving.shape[0]):
         gradient = gradients[place]
-        d_w_enc, d_w_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
-        update_latent(moving[place], latents, adam, d_w_enc, d_w_dec, gradient[2 * d_in], gradient[2 * d_in + 1], d_b_dec)
+        d_W_enc, d_W_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
+        update_latent(moving[place], latents, adam, d_W_enc, d_W_dec, gradient[2 * d_in], gradient[2 * d_in + 1], d_b_dec)

@@ -103,14 +103,14 @@ def _mark(
 
 def screen(
     x: tuple[BFloat16[Tensor, "batch d_in"], Float32[Tensor, " batch"], Float32[Tensor, " batch"]],
-    w_enc: tuple[BFloat16[Tensor, "d_sae d_in"], Float32[Tensor, " d_sae"], Float32[Tensor, " d_sae"]],
+    W_enc: tuple[BFloat16[Tensor, "d_sae d_in"], Float32[Tensor, " d_sae"], Float32[Tensor, " d_sae"]],
     b_enc: Float32[Tensor, " d_sae"],
     threshold: Float32[Tensor, " d_sae"],
     bandwidth: float,
     by_row: Int32[Tensor, "batch row_words"],
     by_latent: Int32[Tensor, "d_sae latent_words"],
 ) -> None:
-    """Mark, one bit each, every (row, latent) that may be a pair; x and w_enc come as `round_rows` leaves them.
+    """Mark, one bit each, every (row, latent) that may be a pair; x and W_enc come as `round_rows` leaves them.
 
     None is missed. A pair has x.w > threshold - bandwidth / 2 - b_enc, in float32 as `pre_activations_at` sums it. With the
     rounded factors x^ and w^, |x.w - x^.w^| <= |x - x^| |w| + |x^| |w - w^|. Both products are sums of d_in float32 terms: off
@@ -118,7 +118,7 @@ def screen(
     cores cut off: together less than d_in 2^-22 |x| |w|. What is not a number passes.
     """
     rounded, x_norm, x_residual = x
-    w_rounded, w_norm, w_residual = w_enc
+    w_rounded, w_norm, w_residual = W_enc
     rows, d_in = rounded.shape
     width = w_rounded.shape[0]
     chunk = max(1024, CHUNK_ELEMENTS // rows // 1024 * 1024)
@@ -239,15 +239,15 @@ def pre_activations_at(
     out: Float32[Tensor, " room"],
     centred: Float32[Tensor, "batch d_in"],
     row_of: Int32[Tensor, " room"],
-    w_enc: Float32[Tensor, "d_sae d_in"],
+    W_enc: Float32[Tensor, "d_sae d_in"],
     latent_of: Int32[Tensor, " room"],
     b_enc: Float32[Tensor, " d_sae"],
     num_pairs: Int64[Tensor, ""],
 ) -> None:
-    """At each listed (b, i): centred[b] . w_enc[i] + b_enc[i]. By latent, so that each row of w_enc is read about once."""
+    """At each listed (b, i): centred[b] . W_enc[i] + b_enc[i]. By latent, so that each row of W_enc is read about once."""
     rows, d_in = centred.shape
     _dots[(min(PROGRAMS, blocks(out.shape[0], 16)),)](
-        out, centred, row_of, w_enc, latent_of, b_enc, out, out, 0.0, num_pairs, num_pairs, rows, d_in, 1, True, 16,
+        out, centred, row_of, W_enc, latent_of, b_enc, out, out, 0.0, num_pairs, num_pairs, rows, d_in, 1, True, 16,
         dots_tile(d_in),
     )  # fmt: skip
 
@@ -256,7 +256,7 @@ def gradients_at(
     out: Float32[Tensor, " room"],
     errors: Float32[Tensor, "groups batch d_in"],
     row_of: Int32[Tensor, " room"],
-    w_dec: Float32[Tensor, "d_sae d_in"],
+    W_dec: Float32[Tensor, "d_sae d_in"],
     latent_of: Int32[Tensor, " room"],
     pre: Float32[Tensor, " room"],
     threshold: Float32[Tensor, " d_sae"],
@@ -264,10 +264,10 @@ def gradients_at(
     prefixes: Int64[Tensor, " groups"],
     num_pairs: Int64[Tensor, ""],
 ) -> None:
-    """At each pair (b, i), the loss's derivative by its activation, errors[g(i), b] . w_dec[i]; 0 where listed without need."""
+    """At each pair (b, i), the loss's derivative by its activation, errors[g(i), b] . W_dec[i]; 0 where listed without need."""
     groups, rows, d_in = errors.shape
     _dots[(min(PROGRAMS, blocks(out.shape[0], 16)),)](
-        out, errors, row_of, w_dec, latent_of, out, pre, threshold, bandwidth / 2, prefixes, num_pairs, rows, d_in, groups, False,
+        out, errors, row_of, W_dec, latent_of, out, pre, threshold, bandwidth / 2, prefixes, num_pairs, rows, d_in, groups, False,
         16, dots_tile(d_in),
     )  # fmt: skip
 
@@ -307,7 +307,7 @@ def to_rows(
 
 @jit
 def _decode(
-    errors, squares, x, b_dec, w_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share, is_first: constexpr,
+    errors, squares, x, b_dec, W_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share, is_first: constexpr,
     groups: constexpr, pairs: constexpr, tile: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -327,7 +327,7 @@ def _decode(
             if group > 0:
                 active = active & (latent >= tl.load(prefixes + group - 1))
             f = tl.where(active, pre, 0.0)
-            w = tl.load(w_dec + latent[:, None] * d + column[None, :], active[:, None] & inside[None, :], other=0.0)
+            w = tl.load(W_dec + latent[:, None] * d + column[None, :], active[:, None] & inside[None, :], other=0.0)
             error += tl.sum(f[:, None] * w, 0)
         tl.store(errors + (group * rows + row) * d + column, error * share, inside)
     tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error, 0))
@@ -337,7 +337,7 @@ def decode_errors(
     errors: Float32[Tensor, "groups batch d_in"],
     x: Float32[Tensor, "batch d_in"],
     b_dec: Float32[Tensor, " d_in"],
-    w_dec: Float32[Tensor, "d_sae d_in"],
+    W_dec: Float32[Tensor, "d_sae d_in"],
     row_start: Int64[Tensor, " batch_1"],
     latent: Int32[Tensor, " room"],
     pre: Float32[Tensor, " room"],
@@ -355,7 +355,7 @@ def decode_errors(
     tile, warps = columns_of(d_in, 4)
     squares = x.new_empty(rows, blocks(d_in, tile))
     _decode[(rows, squares.shape[1])](
-        errors, squares, x, b_dec, w_dec, row_start, latent, pre, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
+        errors, squares, x, b_dec, W_dec, row_start, latent, pre, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
         groups, 8, tile, num_warps=warps,
     )  # fmt: skip
     for group in reversed(range(groups - 1)):

@@ -180,7 +180,7 @@ def list_pairs(
 
 @jit
 def _decode(
-    errors, rounded, squares, x, b_dec, w_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share,
+    errors, rounded, squares, x, b_dec, W_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share,
     is_first: constexpr, groups: constexpr, pairs: constexpr, tile: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -200,7 +200,7 @@ def _decode(
             if group > 0:
                 active = active & (latent >= tl.load(prefixes + group - 1))
             f = tl.where(active, pre, 0.0)
-            w = tl.load(w_dec + latent[:, None] * d + column[None, :], active[:, None] & inside[None, :], other=0.0)
+            w = tl.load(W_dec + latent[:, None] * d + column[None, :], active[:, None] & inside[None, :], other=0.0)
             error += tl.sum(f[:, None] * w.to(tl.float32), 0)
         at = (group * rows + row) * d + column
         tl.store(errors + at, error * share, inside)
@@ -214,7 +214,7 @@ def decode_pairs(
     rounded: BFloat16[Tensor, "groups batch d_in"],
     x: Float32[Tensor, "batch d_in"],
     b_dec: Float32[Tensor, " d_in"],
-    w_dec: BFloat16[Tensor, "d_sae d_in"],
+    W_dec: BFloat16[Tensor, "d_sae d_in"],
     by_row: tuple[Int64[Tensor, " batch_1"], Int32[Tensor, " room"], Float32[Tensor, " room"]],
     threshold: Float32[Tensor, " d_sae"],
     prefixes: Int64[Tensor, " groups"],
@@ -227,10 +227,10 @@ def decode_pairs(
     `is_first` are those of `kernels.gpu.decode_errors`.
     """
     groups, rows, d_in = errors.shape
-    tile, warps = columns_of(d_in, w_dec.element_size())
+    tile, warps = columns_of(d_in, W_dec.element_size())
     squares = x.new_empty(rows, blocks(d_in, tile))
     _decode[(rows, squares.shape[1])](
-        errors, rounded, squares, x, b_dec, w_dec, *by_row, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
+        errors, rounded, squares, x, b_dec, W_dec, *by_row, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
         groups, 8, tile, num_warps=warps,
     )  # fmt: skip
     for group in reversed(range(groups - 1)):

@@ -24,7 +24,7 @@ began at zero, rates, the weight of sparsity. A kernel that took them as argumen
 
 
 class Fixed(NamedTuple):
-    """Numbers of a recipe that no step changes."""
+    """Numbers of a preset that no step changes."""
 
     fresh: float
     """1 - beta2."""
@@ -34,10 +34,10 @@ class Fixed(NamedTuple):
     least_share: float
     """1 / largest_step, or 0."""
     follow: float
-    """What a row of w_enc moves by, besides, of its direction's move."""
+    """What a row of W_enc moves by, besides, of its direction's move."""
     bandwidth: float
     by_row: bool
-    """Whether a row of w_dec has one mean of squares."""
+    """Whether a row of W_dec has one mean of squares."""
 
 
 class Lists(NamedTuple):
@@ -52,8 +52,8 @@ class Segments(NamedTuple):
     """Sums over parts of latents' lists, those of latent i at [start[i], start[i + 1])."""
 
     start: Int64[Tensor, " d_sae_1"]
-    w_enc: Float32[Tensor, "segments d_in"]
-    w_dec: Float32[Tensor, "segments d_in"]
+    W_enc: Float32[Tensor, "segments d_in"]
+    W_dec: Float32[Tensor, "segments d_in"]
     """The gradient with its part along the latent's direction."""
     scalars: Float32[Tensor, "segments 2"]
     """d_f where active, and where near."""
@@ -101,7 +101,7 @@ def _sums(begin, end, row_of, pre_of, x, error, w, level, half, d, column, insid
 
 @jit
 def _sum_segments(
-    enc, dec, scalars, segment_start, start, row_of, pre_of, x, errors, prefixes, w_dec, threshold, width, d, rows, half, steps,
+    enc, dec, scalars, segment_start, start, row_of, pre_of, x, errors, prefixes, W_dec, threshold, width, d, rows, half, steps,
     segment: constexpr, is_whole: constexpr, groups: constexpr, pairs: constexpr, tile: constexpr,
 ):  # fmt: skip
     column = tl.arange(0, tile)
@@ -125,7 +125,7 @@ def _sum_segments(
             end = tl.minimum(begin + segment, tl.load(start + low + 1))
         latent = tl.cast(low, tl.int64)
         error = errors_of(latent, errors, prefixes, rows, d, groups)
-        w = tl.load(w_dec + latent * d + column, inside, other=0.0).to(tl.float32)
+        w = tl.load(W_dec + latent * d + column, inside, other=0.0).to(tl.float32)
         level = tl.load(threshold + latent)
         g_enc, g_dec, sum_active, sum_near = _sums(
             begin, end, row_of, pre_of, x, error, w, level, half, d, column, inside, pairs, tile
@@ -141,7 +141,7 @@ def sum_segments(
     segments: Segments,
     lists: Lists,
     batch: Batch,
-    w_dec: BFloat16[Tensor, "d_sae d_in"],
+    W_dec: BFloat16[Tensor, "d_sae d_in"],
     threshold: Float32[Tensor, " d_sae"],
     bandwidth: float,
     segment: int,
@@ -149,10 +149,10 @@ def sum_segments(
     is_whole: bool = False,
 ) -> None:
     """Fill in the sums of all segments but each latent's first, which `segments.start` counts; or of latents as a whole."""
-    (width, d_in), (groups, rows, _) = w_dec.shape, batch.errors.shape
+    (width, d_in), (groups, rows, _) = W_dec.shape, batch.errors.shape
     tile, warps, pairs = row_of_threads(d_in)
     _sum_segments[(programs,)](
-        segments.w_enc, segments.w_dec, segments.scalars, segments.start, *lists, *batch, w_dec, threshold, width, d_in, rows,
+        segments.W_enc, segments.W_dec, segments.scalars, segments.start, *lists, *batch, W_dec, threshold, width, d_in, rows,
         bandwidth / 2, width.bit_length(), segment, is_whole, groups, pairs, tile, num_warps=warps,
     )  # fmt: skip
 
@@ -167,38 +167,38 @@ def _adam(old, mean_of, at, inside, gradient, decay, fresh, correction, epsilon,
 
 @jit
 def _move_rows(
-    w_enc, w_dec, v_w_enc, v_w_dec, enc16, dec16, weights, latent, column, inside, d, g_enc, g_dec, sent, decay, fresh,
+    W_enc, W_dec, v_W_enc, v_W_dec, enc16, dec16, weights, latent, column, inside, d, g_enc, g_dec, sent, decay, fresh,
     correction, epsilon, least, rate, direction_rate, follow, by_row: constexpr,
 ):  # fmt: skip
-    """A latent's step in both weights; what it sends to b_dec, by its row of w_enc as it was."""
+    """A latent's step in both weights; what it sends to b_dec, by its row of W_enc as it was."""
     at = latent * d + column
-    old = tl.load(w_dec + at, inside, other=0.0)
+    old = tl.load(W_dec + at, inside, other=0.0)
     g_dec = tl.where(inside, g_dec - tl.sum(old * g_dec, 0) * old, 0.0)
     if by_row:
         steep = tl.sum(g_dec * g_dec, 0)
-        mean = decay * tl.load(v_w_dec + latent) + fresh * steep
-        tl.store(v_w_dec + latent, mean)
+        mean = decay * tl.load(v_W_dec + latent) + fresh * steep
+        tl.store(v_W_dec + latent, mean)
         factor = direction_rate / (tl.maximum(tl.sqrt(mean * correction), least * tl.sqrt(steep)) + epsilon)
         new = old - factor * g_dec
     else:
-        new = _adam(old, v_w_dec, at, inside, g_dec, decay, fresh, correction, epsilon, least, rate)
+        new = _adam(old, v_W_dec, at, inside, g_dec, decay, fresh, correction, epsilon, least, rate)
     new = tl.where(inside, new, 0.0)
     new = new / tl.sqrt(tl.sum(new * new, 0))
-    tl.store(w_dec + at, new, inside)
+    tl.store(W_dec + at, new, inside)
     tl.store(dec16 + at, to_bfloat16(new), inside)
     turned = new - old
-    old = tl.load(w_enc + at, inside, other=0.0)
-    new = _adam(old, v_w_enc, at, inside, g_enc, decay, fresh, correction, epsilon, least, rate)
+    old = tl.load(W_enc + at, inside, other=0.0)
+    new = _adam(old, v_W_enc, at, inside, g_enc, decay, fresh, correction, epsilon, least, rate)
     if by_row:
         new += follow * tl.load(weights + column, inside, other=0.0) * turned
-    tl.store(w_enc + at, new, inside)
+    tl.store(W_enc + at, new, inside)
     tl.store(enc16 + at, to_bfloat16(new), inside)
     return sent * old
 
 
 @jit
 def _update(
-    w_enc, w_dec, b_enc, threshold, v_w_enc, v_w_dec, v_b_enc, v_threshold, touched, enc16, dec16, start, row_of, pre_of,
+    W_enc, W_dec, b_enc, threshold, v_W_enc, v_W_dec, v_b_enc, v_threshold, touched, enc16, dec16, start, row_of, pre_of,
     segment_start, segment_enc, segment_dec, segment_scalars, x, errors, prefixes, num_pairs, num_near, penalty, weights, numbers,
     partial, width, d, rows, batch, fresh, log_decay, epsilon, least, follow, bandwidth, by_row: constexpr, segment: constexpr,
     groups: constexpr, pairs: constexpr, tile: constexpr,
@@ -229,7 +229,7 @@ def _update(
                 sum_near += tl.load(segment_scalars + further * 2 + 1)
             decay = tl.exp2(log_decay * (done - tl.load(touched + latent)).to(tl.float32))
             to_b_dec += _move_rows(
-                w_enc, w_dec, v_w_enc, v_w_dec, enc16, dec16, weights, latent, column, inside, d, g_enc, g_dec, sum_active, decay,
+                W_enc, W_dec, v_W_enc, v_W_dec, enc16, dec16, weights, latent, column, inside, d, g_enc, g_dec, sum_active, decay,
                 fresh, correction, epsilon, least, rate, direction_rate, follow, by_row,
             )  # fmt: skip
             known = latent >= 0
@@ -267,12 +267,12 @@ def update_latents(
 
     Others are neither read nor written: their gradients are zero, and without momentum they do not move. `counts` are pairs,
     active and near ones over `num_rows` rows, `numbers` NUMBERS. `partial` gets, program by program, what latents send to b_dec:
-    d_f where active times the row of w_enc before the step. `parameters` and `squared` hold w_enc [d_in, d_sae] by latent.
+    d_f where active times the row of W_enc before the step. `parameters` and `squared` hold W_enc [d_in, d_sae] by latent.
     """
     (width, d_in), (groups, rows, _) = rounded.dec.shape, batch.errors.shape
     tile, warps, pairs = row_of_threads(d_in)
-    by_latent = [{**tensors, "w_enc": tensors["w_enc"].T} for tensors in (parameters, squared)]
-    owned = [tensors[name] for tensors in by_latent for name in ("w_enc", "w_dec", "b_enc", "threshold")]
+    by_latent = [{**tensors, "W_enc": tensors["W_enc"].T} for tensors in (parameters, squared)]
+    owned = [tensors[name] for tensors in by_latent for name in ("W_enc", "W_dec", "b_enc", "threshold")]
     _update[(len(partial),)](
         *owned, touched, *rounded, *lists, *segments, *batch, counts[0], counts[2], penalty, weights, numbers, partial, width,
         d_in, rows, float(num_rows), *fixed, segment, groups, pairs, tile, num_warps=warps,

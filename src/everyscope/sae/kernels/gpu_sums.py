@@ -41,7 +41,7 @@ class LatentSums(NamedTuple):
     d_b_enc: Float32[Tensor, " d_sae"]
     """d_f where active."""
     parallel: Float32[Tensor, " d_sae"]
-    """f d_f where active: the inner product of w_dec and its gradient, for d_f is one of w_dec and the error."""
+    """f d_f where active: the inner product of W_dec and its gradient, for d_f is one of W_dec and the error."""
     near_d_f: Float32[Tensor, " d_sae"]
     """d_f where near."""
 
@@ -93,7 +93,7 @@ def sum_latents(lists: PairLists, threshold: Float32[Tensor, " d_sae"], bandwidt
 
 
 @jit
-def _add_pairs(d_w_enc, d_w_dec, begin, end, row_of, pre_of, d_f_of, x, error, column, inside, level, d, pairs: constexpr):
+def _add_pairs(d_W_enc, d_W_dec, begin, end, row_of, pre_of, d_f_of, x, error, column, inside, level, d, pairs: constexpr):
     """Add to both gradients, on some columns, what the pairs [begin, end) of one latent give."""
     for first in range(begin, end, pairs):
         pair = first + tl.arange(0, pairs)
@@ -102,9 +102,9 @@ def _add_pairs(d_w_enc, d_w_dec, begin, end, row_of, pre_of, d_f_of, x, error, c
         line = tl.load(row_of + pair, active, other=0).to(tl.int64)[:, None] * d + column[None, :]
         taken = active[:, None] & inside[None, :]
         d_f = tl.load(d_f_of + pair, active, other=0.0)
-        d_w_enc += tl.sum(d_f[:, None] * tl.load(x + line, taken, other=0.0), 0)
-        d_w_dec += tl.sum(tl.where(active, pre, 0.0)[:, None] * tl.load(error + line, taken, other=0.0), 0)
-    return d_w_enc, d_w_dec
+        d_W_enc += tl.sum(d_f[:, None] * tl.load(x + line, taken, other=0.0), 0)
+        d_W_dec += tl.sum(tl.where(active, pre, 0.0)[:, None] * tl.load(error + line, taken, other=0.0), 0)
+    return d_W_enc, d_W_dec
 
 
 @jit
@@ -120,7 +120,7 @@ def gradients_of(
     latent, column, start, row_of, pre_of, d_f_of, x, error, level, segment_start, segment_sums, d, segment: constexpr,
     pairs: constexpr, tile: constexpr,
 ):  # fmt: skip
-    """A latent's gradients by w_enc and w_dec on some columns: its first segment's pairs, and the sums of the others."""
+    """A latent's gradients by W_enc and W_dec on some columns: its first segment's pairs, and the sums of the others."""
     inside = column < d
     begin = tl.load(start + latent)
     end = tl.minimum(begin + segment, tl.load(start + latent + 1))
@@ -151,14 +151,14 @@ def _sum_segments(
         end = tl.minimum(begin + segment, tl.load(start + low + 1))
         column = tl.program_id(1) * tile + tl.arange(0, tile)
         error = errors_of(low, errors, prefixes, rows, d, groups)
-        d_w_enc = tl.zeros([tile], tl.float32)
-        d_w_dec = tl.zeros([tile], tl.float32)
-        d_w_enc, d_w_dec = _add_pairs(
-            d_w_enc, d_w_dec, begin, end, row_of, pre_of, d_f_of, x, error, column, column < d, tl.load(threshold + low), d, pairs
+        d_W_enc = tl.zeros([tile], tl.float32)
+        d_W_dec = tl.zeros([tile], tl.float32)
+        d_W_enc, d_W_dec = _add_pairs(
+            d_W_enc, d_W_dec, begin, end, row_of, pre_of, d_f_of, x, error, column, column < d, tl.load(threshold + low), d, pairs
         )
         at = sums + number.to(tl.int64) * 2 * d + column
-        tl.store(at, d_w_enc, column < d)
-        tl.store(at + d, d_w_dec, column < d)
+        tl.store(at, d_W_enc, column < d)
+        tl.store(at + d, d_W_dec, column < d)
 
 
 @jit
@@ -187,7 +187,7 @@ def sum_gradients(
     prefixes: Int64[Tensor, " groups"],
     segment_sums: Float32[Tensor, "segments 2 d_in"],
 ) -> None:
-    """Fill in each latent's gradients by w_enc and by w_dec (whose part along the latent's direction is still in it)."""
+    """Fill in each latent's gradients by W_enc and by W_dec (whose part along the latent's direction is still in it)."""
     segments = sum_segments(lists, threshold, centred, errors, prefixes, segment_sums)
     groups, rows, d_in = errors.shape
     tile, warps = columns_of(d_in, 4)

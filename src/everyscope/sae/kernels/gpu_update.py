@@ -31,9 +31,9 @@ class AdamStep(NamedTuple):
     rate: float
     threshold_rate: float
     direction_rate: float
-    """For rows of w_dec as a whole; 0 moves their numbers each by `rate`."""
+    """For rows of W_dec as a whole; 0 moves their numbers each by `rate`."""
     follow: float
-    """What a row of w_enc moves by, besides, of its direction's move."""
+    """What a row of W_enc moves by, besides, of its direction's move."""
 
 
 @jit
@@ -59,35 +59,35 @@ def _round(w, rounded, at, inside, kept, lost):
 
 @jit
 def _turn_row(
-    w_enc, w_dec, mean_of, turning, weights, rounded, row, d, squares, product, steep, decay, fresh, correction, epsilon, least,
+    W_enc, W_dec, mean_of, turning, weights, rounded, row, d, squares, product, steep, decay, fresh, correction, epsilon, least,
     rate, follow, tile: constexpr,
 ):  # fmt: skip
-    """Turn a direction by Adam on its whole row, and let its row of w_enc follow; the sums of squares that `_round` adds to.
+    """Turn a direction by Adam on its whole row, and let its row of W_enc follow; the sums of squares that `_round` adds to.
 
-    `turning` holds the gradient, `steep` its squared norm, `product` what it has in common with w_dec, `squares` w_dec's own.
+    `turning` holds the gradient, `steep` its squared norm, `product` what it has in common with W_dec, `squares` W_dec's own.
     """
     mean = decay * tl.load(mean_of) + fresh * steep
     tl.store(mean_of, mean)
     factor = rate / (tl.maximum(tl.sqrt(mean * correction), least * tl.sqrt(steep)) + epsilon)
-    length = tl.sqrt(squares + factor * (factor * steep - 2 * product))  # of w_dec less `factor` times its gradient
+    length = tl.sqrt(squares + factor * (factor * steep - 2 * product))  # of W_dec less `factor` times its gradient
     kept = tl.zeros([tile], tl.float32)
     lost = tl.zeros([tile], tl.float32)
     for first in range(0, d, tile):
         column = first + tl.arange(0, tile)
         inside = column < d
         at = row * d + column
-        old = tl.load(w_dec + at, inside, other=0.0)
+        old = tl.load(W_dec + at, inside, other=0.0)
         new = (old - factor * tl.load(turning + at, inside, other=0.0)) / length
-        tl.store(w_dec + at, new, inside)
-        w = tl.load(w_enc + at, inside, other=0.0) + follow * tl.load(weights + column, inside, other=0.0) * (new - old)
-        tl.store(w_enc + at, w, inside)
+        tl.store(W_dec + at, new, inside)
+        w = tl.load(W_enc + at, inside, other=0.0) + follow * tl.load(weights + column, inside, other=0.0) * (new - old)
+        tl.store(W_enc + at, w, inside)
         kept, lost = _round(w, rounded, at, inside, kept, lost)
     return kept, lost
 
 
 @jit
 def _update_latents(
-    w_enc, w_dec, b_enc, threshold, v_w_enc, v_w_dec, v_b_enc, v_threshold, touched, w_rounded, w_norm, w_residual, start, row_of,
+    W_enc, W_dec, b_enc, threshold, v_W_enc, v_W_dec, v_b_enc, v_threshold, touched, w_rounded, w_norm, w_residual, start, row_of,
     pre_of, d_f_of, num_pairs, num_near, d_b_enc, parallel, near_d_f, penalty, segment_start, segment_sums, x, errors, prefixes,
     weights, turning, rows, d, step, log_beta2, fresh, correction, epsilon, least, rate, threshold_rate, direction_rate, follow,
     bandwidth, room, by_row: constexpr, segment: constexpr, groups: constexpr, pairs: constexpr, tile: constexpr,
@@ -111,9 +111,9 @@ def _update_latents(
         g_enc, g_dec = gradients_of(
             latent, column, start, row_of, pre_of, d_f_of, x, error, level, segment_start, segment_sums, d, segment, pairs, tile
         )
-        w = _move(w_enc, v_w_enc, at, inside, g_enc, 0.0, decay, fresh, correction, epsilon, least, rate)
+        w = _move(W_enc, v_W_enc, at, inside, g_enc, 0.0, decay, fresh, correction, epsilon, least, rate)
         if by_row:
-            old = tl.load(w_dec + at, inside, other=0.0)
+            old = tl.load(W_dec + at, inside, other=0.0)
             g_dec -= along * old
             tl.store(turning + at, g_dec, inside)
             squares += old * old
@@ -121,19 +121,19 @@ def _update_latents(
             steep += g_dec * g_dec
         else:
             kept, lost = _round(w, w_rounded, at, inside, kept, lost)
-            w = _move(w_dec, v_w_dec, at, inside, g_dec, along, decay, fresh, correction, epsilon, least, rate)
+            w = _move(W_dec, v_W_dec, at, inside, g_dec, along, decay, fresh, correction, epsilon, least, rate)
             squares += w * w
     tl.debug_barrier()  # rows are read again, not necessarily by the threads that wrote them
     if by_row:
         kept, lost = _turn_row(
-            w_enc, w_dec, v_w_dec + latent, turning, weights, w_rounded, latent, d, tl.sum(squares, 0), tl.sum(product, 0),
+            W_enc, W_dec, v_W_dec + latent, turning, weights, w_rounded, latent, d, tl.sum(squares, 0), tl.sum(product, 0),
             tl.sum(steep, 0), decay, fresh, correction, epsilon, least, direction_rate, follow, tile,
         )  # fmt: skip
     else:
         length = tl.sqrt(tl.sum(squares, 0))
         for first in range(0, d, tile):
             column = first + tl.arange(0, tile)
-            at = w_dec + latent * d + column
+            at = W_dec + latent * d + column
             tl.store(at, tl.load(at, column < d, other=0.0) / length, column < d)
     tl.store(w_norm + latent, tl.sqrt(tl.sum(kept, 0)) * room)
     tl.store(w_residual + latent, tl.sqrt(tl.sum(lost, 0)) * room)
@@ -162,10 +162,10 @@ def update_latents(
     bandwidth: float,
     adam: AdamStep,
 ) -> None:
-    """One step of each latent with pairs: gradients, projection, Adam, unit norm, thresholds, and the screen's copy of w_enc.
+    """One step of each latent with pairs: gradients, projection, Adam, unit norm, thresholds, and the screen's copy of W_enc.
 
     Others are neither read nor written: their gradients are zero, and without momentum they do not move. `segment_sums` is
-    scratch with room for one segment in SEGMENT pairs, `weights` are those of coordinates. `parameters` and `squared` hold w_enc
+    scratch with room for one segment in SEGMENT pairs, `weights` are those of coordinates. `parameters` and `squared` hold W_enc
     [d_in, d_sae] by latent.
     """
     segments = sum_segments(lists, parameters["threshold"], centred, errors, prefixes, segment_sums)
@@ -225,10 +225,10 @@ def _update(
     groups, d_in = errors.shape[0], errors.shape[2]
     tile, warps = columns_of(d_in, 4)
     pairs = (lists.start, lists.row, lists.pre, lists.d_f)
-    by_latent = [{**tensors, "w_enc": tensors["w_enc"].T} for tensors in (parameters, squared)]
-    owned = [tensors[name] for tensors in by_latent for name in ("w_enc", "w_dec", "b_enc", "threshold")]
+    by_latent = [{**tensors, "W_enc": tensors["W_enc"].T} for tensors in (parameters, squared)]
+    owned = [tensors[name] for tensors in by_latent for name in ("W_enc", "W_dec", "b_enc", "threshold")]
     correction, by_row = 1 / (1 - adam.beta2 ** (adam.step + 1)), adam.direction_rate > 0
-    turning = torch.empty_like(parameters["w_dec"]) if by_row else errors  # directions' gradients; else not used
+    turning = torch.empty_like(parameters["W_dec"]) if by_row else errors  # directions' gradients; else not used
     _update_latents[(len(touched),)](
         *owned, touched, *w_rounded, *pairs, sums.pairs, sums.near, sums.d_b_enc, sums.parallel, sums.near_d_f, penalty, segments,
         segment_sums, centred, errors, prefixes, weights, turning, rows, d_in, adam.step, math.log2(adam.beta2), 1 - adam.beta2,
@@ -238,23 +238,23 @@ def _update(
 
 
 @jit
-def _sum_through_encoder(partial, d_b_enc, w_enc, width, d, latents: constexpr, at_once: constexpr, tile: constexpr):
+def _sum_through_encoder(partial, d_b_enc, W_enc, width, d, latents: constexpr, at_once: constexpr, tile: constexpr):
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros([tile], tl.float32)
     for first in range(0, latents, at_once):
         latent = tl.program_id(0) * latents + first + tl.arange(0, at_once)
         g = tl.load(d_b_enc + latent, latent < width, other=0.0)
         taken = (g != 0)[:, None] & (column < d)[None, :]
-        w = tl.load(w_enc + latent[:, None].to(tl.int64) * d + column[None, :], taken, other=0.0)
+        w = tl.load(W_enc + latent[:, None].to(tl.int64) * d + column[None, :], taken, other=0.0)
         total += tl.sum(g[:, None] * w, 0)
     tl.store(partial + tl.program_id(0).to(tl.int64) * d + column, total, column < d)
 
 
-def sum_through_encoder(d_b_enc: Float32[Tensor, " d_sae"], w_enc: Float32[Tensor, "d_sae d_in"]) -> Float32[Tensor, " d_in"]:
-    """The sum over latents of d_b_enc * w_enc, what they send to b_dec; rows of silent latents are not read."""
-    width, d_in = w_enc.shape
+def sum_through_encoder(d_b_enc: Float32[Tensor, " d_sae"], W_enc: Float32[Tensor, "d_sae d_in"]) -> Float32[Tensor, " d_in"]:
+    """The sum over latents of d_b_enc * W_enc, what they send to b_dec; rows of silent latents are not read."""
+    width, d_in = W_enc.shape
     tile, warps = columns_of(d_in, 4)
-    partial = w_enc.new_empty(blocks(width, LATENTS_AT_ONCE), d_in)
+    partial = W_enc.new_empty(blocks(width, LATENTS_AT_ONCE), d_in)
     grid = (partial.shape[0], blocks(d_in, tile))
-    _sum_through_encoder[grid](partial, d_b_enc, w_enc, width, d_in, LATENTS_AT_ONCE, 16, tile, num_warps=warps)
+    _sum_through_encoder[grid](partial, d_b_enc, W_enc, width, d_in, LATENTS_AT_ONCE, 16, tile, num_warps=warps)
     return partial.sum(0)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from served_rows import LARGEST_CHUNK, row_ids
 
 from everyscope.activations.serve.config import ServeConfig
-from everyscope.activations.serve.guard import RefusalLog, is_loopback, read_token, require_safe
+from everyscope.activations.serve.guard import RefusalLog, read_token, require_safe, resolves_to_loopback
 from everyscope.activations.serve.origin import ShardOrigin
 from everyscope.activations.serve.run import serving
 from everyscope.activations.stream.flight import FlightSource
@@ -40,7 +40,7 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("10.1.2.3", False)],
 )
 def test_loopback_is_this_host_alone(host, is_here):
-    assert is_loopback(host) == is_here
+    assert resolves_to_loopback(host) == is_here
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "10.1.2.3:8815"])

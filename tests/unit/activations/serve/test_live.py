@@ -12,7 +12,7 @@ import torch
 from served_rows import row_ids
 
 from everyscope.activations.serve.config import ServeConfig
-from everyscope.activations.serve.leases import Key
+from everyscope.activations.serve.leases import ChunkKey
 from everyscope.activations.serve.live import LiveOrigin
 from everyscope.activations.serve.run import Serving, ring_of, serving
 from everyscope.activations.shards.format import CARRIER
@@ -68,7 +68,7 @@ def test_chunks_are_the_rows_in_their_order_whichever_is_asked_first(dtype, chun
     chunks, rng = Chunks(NUM_ROWS, chunk_rows), np.random.default_rng(0)
     origin = LiveOrigin(buckets, config_of(chunk_rows=chunk_rows))
     for chunk in rng.permutation(chunks.num_chunks)[:60].tolist():
-        key = Key(SITE, chunk)
+        key = ChunkKey(SITE, chunk)
         found = origin.read(key)
         assert set(found) == set(origin.group(key)) >= {key}
         for (site, number), rows in found.items():
@@ -86,9 +86,9 @@ def test_groups_part_the_chunks_of_a_slice_and_forward_each_bucket_is_made_once(
         if not held:
             continue
         origin = LiveOrigin(buckets, config_of(chunk_rows=chunk_rows, slice=f"{index}/{slices}"))
-        groups = {origin.group(Key(site, chunk)) for site in WIDTHS for chunk in held}
+        groups = {origin.group(ChunkKey(site, chunk)) for site in WIDTHS for chunk in held}
         members = [key for group in groups for key in group]
-        assert sorted(members) == sorted(Key(site, chunk) for site in WIDTHS for chunk in held)
+        assert sorted(members) == sorted(ChunkKey(site, chunk) for site in WIDTHS for chunk in held)
         for group in sorted(groups, key=lambda group: group[0].chunk):
             assert all(origin.group(key) == group for key in group)
             origin.read(group[0])
@@ -101,13 +101,13 @@ def test_groups_part_the_chunks_of_a_slice_and_forward_each_bucket_is_made_once(
 def test_a_site_whose_trainer_comes_later_needs_no_second_run():
     buckets = Made()
     origin = LiveOrigin(buckets, config_of())
-    origin.read(Key(SITE, 0))
-    origin.read(Key(OTHER, 1))
+    origin.read(ChunkKey(SITE, 0))
+    origin.read(ChunkKey(OTHER, 1))
     assert buckets.made == {0: 1}
 
 
 def test_a_chunk_lets_go_of_its_bucket():
-    rows = LiveOrigin(Made(), config_of()).read(Key(SITE, 0))
+    rows = LiveOrigin(Made(), config_of()).read(ChunkKey(SITE, 0))
     assert all(array.base is None for array in rows.values())
 
 
@@ -204,11 +204,11 @@ def test_a_laggard_is_waited_for_until_hold_seconds_and_memory_stays_bounded():
     assert ring.slots == 8
     ring.lease("fast", "fast", SITE, False, now=0)
     ring.lease("slow", "slow", OTHER, False, now=0)
-    loads: list[Key] = []
+    loads: list[ChunkKey] = []
 
-    def ask(lease: str, chunk: int, now: float) -> bool:
+    def request(lease: str, chunk: int, now: float) -> bool:
         """Whether the chunk comes without time passing."""
-        wait = ring.ask(lease, chunk, now=now)
+        wait = ring.request(lease, chunk, now=now)
         for _ in range(3):
             decision = ring.step(now)
             assert ring.num_held <= ring.slots
@@ -222,18 +222,18 @@ def test_a_laggard_is_waited_for_until_hold_seconds_and_memory_stays_bounded():
             return False
         return True
 
-    assert ask("slow", 0, 0.0)
+    assert request("slow", 0, 0.0)
     place = 0
-    while ask("fast", place, 1.0):
+    while request("fast", place, 1.0):
         place += 1
     assert 4 <= place < 12, "the fast one goes ahead as far as two buckets reach"
-    assert not ask("fast", place, hold - 0.01)
+    assert not request("fast", place, hold - 0.01)
     assert loads[0].site == OTHER
-    assert ask("slow", 1, hold - 0.005), "what is held for the laggard is there"
-    assert ask("slow", 2, hold - 0.004)
+    assert request("slow", 1, hold - 0.005), "what is held for the laggard is there"
+    assert request("slow", 2, hold - 0.004)
     before = len(loads)
-    assert ask("fast", place, hold), "the laggard has gone on by a bucket, and so there is room for the next"
-    assert not ask("fast", 11, 2 * hold - 0.01)
-    assert ask("fast", 11, 2 * hold + 0.01), "nobody is waited for any longer than hold_seconds"
+    assert request("fast", place, hold), "the laggard has gone on by a bucket, and so there is room for the next"
+    assert not request("fast", 11, 2 * hold - 0.01)
+    assert request("fast", 11, 2 * hold + 0.01), "nobody is waited for any longer than hold_seconds"
     assert len(loads) == before + 2
-    assert ask("slow", 3, 2 * hold + 1.0), "and what the laggard missed is made again"
+    assert request("slow", 3, 2 * hold + 1.0), "and what the laggard missed is made again"

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from everyscope.activations.serve.counters import Counters, SiteCounts
-from everyscope.activations.serve.leases import Key, Leases, Refused
+from everyscope.activations.serve.counters import ServerCounters, SiteCounts
+from everyscope.activations.serve.leases import ChunkKey, Leases, Refused
 from everyscope.activations.serve.ring import Ring
+from everyscope.activations.stream.chunk_tracker import ChunkRequest, ChunkTracker
 from everyscope.activations.stream.order import Chunks
-from everyscope.activations.stream.taking import Ask, Taking
 from everyscope.activations.stream.wire import Refusal
 
 SITE, LEASE_SECONDS = "resid_post/layer_0", 30.0
@@ -22,7 +22,7 @@ SCHEDULES = 240
 
 
 def new_ring(slots: int, part: range, hold: float = 0.0, in_flight: int = 3, group=lambda key: (key,), sites=(SITE,)) -> Ring:
-    counters = Counters({site: SiteCounts() for site in sites})
+    counters = ServerCounters({site: SiteCounts() for site in sites})
     leases = Leases(LEASE_SECONDS, dict.fromkeys(sites, part))
     return Ring(slots, leases, counters, lambda key: 1, group, in_flight, hold)
 
@@ -63,8 +63,8 @@ class Server:
         for failed in list(self.calls.values()):
             self.clock.after(0.01, failed, None)
 
-    def call(self, lease: str, chunk: int | None, epoch: int, ask: int, answer) -> int:
-        number = self.ring.ask(lease, chunk, epoch, ask, now=self.clock.now)
+    def call(self, lease: str, chunk: int | None, epoch: int, request: int, answer) -> int:
+        number = self.ring.request(lease, chunk, epoch, request, now=self.clock.now)
         self.calls[number] = answer
         self.step()
         return number
@@ -84,7 +84,7 @@ class Server:
         counts = ring.counters.sites[SITE]
         assert counts.bytes_served + counts.bytes_wasted >= counts.bytes_read - counts.bytes_fresh
 
-    def load(self, ring: Ring, key: Key) -> None:
+    def load(self, ring: Ring, key: ChunkKey) -> None:
         if ring is self.ring and self.is_up:
             self.buffered |= set(ring.loaded(key, self.clock.now))
             self.step()
@@ -120,7 +120,7 @@ class Trainer:
     def start(self) -> None:
         self.life += 1
         self.leases: dict[int, tuple[Ring, str]] = {}
-        self.taking = Taking(self.chunks, self.journal)
+        self.tracker = ChunkTracker(self.chunks, self.journal)
         self.coming: dict[int, bool] = {}
         self.place = len(self.journal)
         self.clock.after(0, self.pump, self.life)
@@ -139,7 +139,7 @@ class Trainer:
     def lease(self, part: int) -> str:
         server = self.servers[part]
         if part not in self.leases or self.leases[part][0] is not server.ring:
-            epoch, seen = self.taking.seen(part) if self.is_any else (0, None)
+            epoch, seen = self.tracker.seen(part) if self.is_any else (0, None)
             name = f"{self.name}.{self.life}.{self.clock.now}.{self.rng.random()}"
             server.ring.lease(name, self.name, SITE, self.is_any, epoch, seen, now=self.clock.now)
             self.leases[part] = (server.ring, name)
@@ -150,42 +150,42 @@ class Trainer:
         if life != self.life or self.is_done:
             return
         if self.is_any:
-            while self.taking.num_ahead < 3:
-                ask = self.taking.next_ask([server.is_up for server in self.servers])
-                if ask is None:
+            while self.tracker.num_ahead < 3:
+                request = self.tracker.next_request([server.is_up for server in self.servers])
+                if request is None:
                     break
-                self.wish(life, ask)
+                self.wish(life, request)
         else:
             for place in range(self.place, min(self.place + 3, self.stop)):
                 if place not in self.coming:
                     self.coming[place] = False
                     self.certain(life, place)
 
-    def wish(self, life: int, ask: Ask) -> None:
+    def wish(self, life: int, request: ChunkRequest) -> None:
         if life != self.life:
             return
-        server = self.servers[ask.slice]
+        server = self.servers[request.slice]
 
         def answer(chunk: int | None) -> None:
             if life != self.life:
                 return
             if chunk is None or self.rng.random() < 0.02:  # lost on the way
-                self.taking.gave_up(ask)
+                self.tracker.gave_up(request)
             else:
-                self.taking.arrived(ask, chunk)
+                self.tracker.arrived(request, chunk)
             self.clock.after(0.01, self.pump, life)
 
         answer.trainer = self
         try:
             assert server.is_up
-            server.call(self.lease(ask.slice), None, ask.epoch, ask.number, answer)
+            server.call(self.lease(request.slice), None, request.epoch, request.number, answer)
         except AssertionError:
-            self.taking.gave_up(ask)
+            self.tracker.gave_up(request)
             self.clock.after(0.5, self.pump, life)
         except Refused as refused:
             require(refused, Refusal.LEASE, Refusal.EXHAUSTED, Refusal.BUSY)
-            self.leases.pop(ask.slice, None)
-            self.clock.after(0.5, self.wish, life, ask)
+            self.leases.pop(request.slice, None)
+            self.clock.after(0.5, self.wish, life, request)
 
     def certain(self, life: int, place: int) -> None:
         if life != self.life:
@@ -217,10 +217,10 @@ class Trainer:
         if life != self.life or self.is_done:
             return
         if self.is_any:
-            chunk = self.taking.first()
+            chunk = self.tracker.first()
             if chunk is not None:
                 self.journal.append(chunk)  # before it is used
-                assert self.taking.take() == chunk
+                assert self.tracker.take() == chunk
         elif self.coming.get(self.place):
             self.journal.append(self.chunks.at(self.place % self.chunks.num_chunks))
             self.place += 1
@@ -320,7 +320,7 @@ def test_who_stays_silent_holds_nobody_back_for_long():
     for step in range(400):
         now = step * 0.5
         if served == step // 2:  # else it still waits
-            ring.ask("a", served, now=now)
+            ring.request("a", served, now=now)
         decision = ring.step(now)
         for key in decision.loads:
             ring.loaded(key, now)
@@ -338,13 +338,13 @@ def test_a_stalled_trainer_takes_no_more_than_its_share():
     ring.lease("stalled", "stalled", SITE, False, now=0)
     ring.lease("well", "well", SITE, False, now=0)
     for chunk in range(8):
-        ring.ask("stalled", chunk, now=0)
+        ring.request("stalled", chunk, now=0)
     for _ in range(10):
         for key in ring.step(0).loads:
             ring.loaded(key, 0)
     assert ring.report()["pinned"] == 2
     for chunk in range(50, 90):
-        wait = ring.ask("well", chunk, now=1)
+        wait = ring.request("well", chunk, now=1)
         for _ in range(3):
             decision = ring.step(1)
             for key in decision.loads:
@@ -358,22 +358,22 @@ def test_a_stalled_trainer_takes_no_more_than_its_share():
 def test_a_repeated_wish_gets_the_same_chunk_and_a_new_lease_ends_the_old():
     ring = new_ring(6, range(10))
     ring.lease("one", "t", SITE, True, now=0)
-    first = ring.ask("one", None, 0, 7, now=0)
+    first = ring.request("one", None, 0, 7, now=0)
     (key,) = ring.step(0).loads
     ring.loaded(key, 0)
     assert [(g.wait, g.key) for g in ring.step(0).grants] == [(first, key)]
-    again = ring.ask("one", None, 0, 7, now=0)
+    again = ring.request("one", None, 0, 7, now=0)
     assert [(g.wait, g.key) for g in ring.step(0).grants] == [(again, key)]
     seen = np.ones(10, bool)
     seen[4] = False
     ring.lease("two", "t", SITE, True, 0, seen, now=1)
     with pytest.raises(Refused, match="another process") as replaced:
-        ring.ask("one", None, 0, 8, now=1)
+        ring.request("one", None, 0, 8, now=1)
     assert replaced.value.refusal is Refusal.REPLACED
-    ring.ask("two", None, 0, 1, now=1)
-    assert ring.step(1).loads == [Key(SITE, 4)]
+    ring.request("two", None, 0, 1, now=1)
+    assert ring.step(1).loads == [ChunkKey(SITE, 4)]
     with pytest.raises(Refused) as exhausted:
-        ring.ask("two", None, 0, 2, now=1)
+        ring.request("two", None, 0, 2, now=1)
     assert exhausted.value.refusal is Refusal.EXHAUSTED
 
 
@@ -384,10 +384,10 @@ def test_leases_end_by_silence_and_are_limited_by_the_slots():
     with pytest.raises(Refused, match="larger buffer") as busy:
         ring.lease("c", "c", SITE, False, now=LEASE_SECONDS / 2)
     assert busy.value.refusal is Refusal.BUSY
-    ring.ask("a", 0, now=LEASE_SECONDS / 2)
+    ring.request("a", 0, now=LEASE_SECONDS / 2)
     ring.lease("c", "c", SITE, False, now=LEASE_SECONDS + 1)
     with pytest.raises(Refused) as lapsed:
-        ring.ask("b", 0, now=LEASE_SECONDS + 1)
+        ring.request("b", 0, now=LEASE_SECONDS + 1)
     assert lapsed.value.refusal is Refusal.LEASE
 
 
@@ -395,9 +395,9 @@ def test_a_group_comes_as_one_and_only_for_sites_with_trainers():
     """What a language model gives: chunks of one bucket at all sites in one pass."""
     sites = ("a", "b", "c")
 
-    def bucket(key: Key) -> tuple[Key, ...]:
+    def bucket(key: ChunkKey) -> tuple[ChunkKey, ...]:
         start = key.chunk // 2 * 2
-        return tuple(Key(site, chunk) for site in sites for chunk in (start, start + 1))
+        return tuple(ChunkKey(site, chunk) for site in sites for chunk in (start, start + 1))
 
     ring = new_ring(9, range(8), hold=1000.0, group=bucket, sites=sites)
     ring.lease("x", "x", "a", False, now=0)
@@ -405,7 +405,7 @@ def test_a_group_comes_as_one_and_only_for_sites_with_trainers():
     passes = 0
     for chunk in range(8):
         for lease in "xy":
-            wait = ring.ask(lease, chunk, now=chunk)
+            wait = ring.request(lease, chunk, now=chunk)
             for _ in range(2):
                 decision = ring.step(chunk)
                 for key in decision.loads:
@@ -420,9 +420,9 @@ def test_a_group_comes_as_one_and_only_for_sites_with_trainers():
 def test_a_read_that_fails_is_told_to_those_who_wait_for_it():
     ring = new_ring(6, range(10))
     ring.lease("a", "a", SITE, False, now=0)
-    bad, good = ring.ask("a", 3, now=0), ring.ask("a", 4, now=0)
+    bad, good = ring.request("a", 3, now=0), ring.request("a", 4, now=0)
     loads = ring.step(0).loads
-    assert loads == [Key(SITE, 3), Key(SITE, 4)]
+    assert loads == [ChunkKey(SITE, 3), ChunkKey(SITE, 4)]
     assert ring.failed(loads[0]) == [bad]
     ring.loaded(loads[1], 0)
     assert [grant.wait for grant in ring.step(0).grants] == [good]
@@ -431,19 +431,19 @@ def test_a_read_that_fails_is_told_to_those_who_wait_for_it():
 
 def test_groups_that_overlap_what_is_there_or_coming_bring_nothing_twice():
     sites = ("a", "b")
-    everything = tuple(Key(site, chunk) for site in sites for chunk in range(4))
+    everything = tuple(ChunkKey(site, chunk) for site in sites for chunk in range(4))
     for seed in range(100):
         rng, coming = random.Random(seed), []
-        ring = new_ring(8, range(4), group=lambda key: (*everything, Key("a", 9)), sites=sites)
+        ring = new_ring(8, range(4), group=lambda key: (*everything, ChunkKey("a", 9)), sites=sites)
         ring.lease("x", "x", "a", False, now=0)
         ring.lease("y", "y", "b", True, now=0)
         sending, there = [], set()
         for now in range(200):
             with contextlib.suppress(Refused):
                 if rng.random() < 0.5:
-                    ring.ask("x", rng.randrange(4), now=now)
+                    ring.request("x", rng.randrange(4), now=now)
                 else:
-                    ring.ask("y", None, now // 50, now, now=now)
+                    ring.request("y", None, now // 50, now, now=now)
             if coming and rng.random() < 0.6:
                 kept = ring.loaded(coming.pop(rng.randrange(len(coming))), now)
                 assert not there & set(kept)

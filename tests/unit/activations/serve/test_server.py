@@ -128,13 +128,13 @@ def test_an_end_of_the_source_ends_its_waiting(start):
     server.buffer.drain()
     errors = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
             source.batch(7, 100)
         except StorageError as error:
             errors.append(error)
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=request)
     asking.start()
     source.close()
     asking.join(20)

@@ -6,7 +6,7 @@ import torch
 from everyscope.activations.shards import opened, reader
 from everyscope.activations.shards.checksums import BLOCK_BYTES, block_checksum
 from everyscope.activations.shards.manifest import shard_path, sidecar_path
-from everyscope.activations.shards.reader import Shards, Tokens
+from everyscope.activations.shards.reader import Shards, TokenBlocks
 from everyscope.base.errors import DamagedData, DataError, ShapeMismatch
 from tests.unit.activations.shards.conftest import D_IN, SIZES, write_site
 
@@ -133,13 +133,13 @@ def test_a_changed_sidecar_is_refused(written):
 
 def test_tokens_and_activations_are_not_mixed_up(written, tokens):
     folder, blocks = tokens
-    opened = Tokens(folder)
+    opened = TokenBlocks(folder)
     assert (opened.num_blocks, opened.context) == tuple(blocks.shape)
     assert torch.equal(opened.input_ids(2, 6), blocks[2:6])
     with pytest.raises(DataError, match="expected activations"):
         Shards(folder)
     with pytest.raises(DataError, match="expected tokens"):
-        Tokens(written.folder)
+        TokenBlocks(written.folder)
 
 
 def test_an_unfinished_folder_is_refused(written):

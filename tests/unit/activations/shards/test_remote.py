@@ -11,7 +11,7 @@ from everyscope.activations.shards import remote, transports
 from everyscope.activations.shards.cache import BlockCache
 from everyscope.activations.shards.checksums import BLOCK_BYTES
 from everyscope.activations.shards.manifest import shard_path
-from everyscope.activations.shards.reader import Shards, Tokens, open_shards, shard_folder
+from everyscope.activations.shards.reader import Shards, TokenBlocks, open_shards, shard_folder
 from everyscope.activations.shards.remote import RemoteFolder
 from everyscope.activations.shards.transports import FsspecTransport, HttpTransport, Patience, transport_of
 from everyscope.base.errors import ConfigError, DamagedData, DataError, MissingExtra, StorageError
@@ -231,7 +231,7 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch):
 def test_tokens_are_read_from_afar_too(tokens, tmp_path):
     folder, blocks = tokens
     with serving(folder) as web:
-        opened = Tokens(shard_folder(web.address))
+        opened = TokenBlocks(shard_folder(web.address))
         assert torch.equal(opened.input_ids(1, 6), blocks[1:6])
         with pytest.raises(DataError, match="expected activations"):
             open_shards(web.address)

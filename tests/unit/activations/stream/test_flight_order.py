@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from everyscope.activations.stream.chunk_tracker import ChunkTracker
 from everyscope.activations.stream.journal import HEADER_BYTES, RECORD, Journal
 from everyscope.activations.stream.order import Chunks
-from everyscope.activations.stream.sliced import spans
-from everyscope.activations.stream.taking import Taking
+from everyscope.activations.stream.sliced import chunk_spans
 from everyscope.base.errors import ConfigError, DamagedData, DataError
 
 SHAPES = [Chunks(*shape) for shape in itertools.product((1, 5, 12, 13, 40), (1, 3, 4, 50), (1, 2, 3, 7))]
@@ -50,7 +50,7 @@ def test_batches_follow_one_another_without_gap(rows, slices):
     got = [
         chunks.rows_of(chunks.at(span.place))[0] + span.start + offset
         for step in range(12)
-        for span in spans(chunks, step, rows)
+        for span in chunk_spans(chunks, step, rows)
         for offset in range(span.rows)
     ]
     assert got == [epoch[index % 23] for index in range(12 * rows)]
@@ -112,36 +112,36 @@ def test_whatever_servers_answer_each_chunk_is_taken_once_an_epoch():
         rng = random.Random(seed)
         chunks = Chunks(rng.randrange(1, 40), rng.randrange(1, 5), rng.randrange(1, 4))
         stop, taken = 3 * chunks.num_chunks, []
-        taking, wishes = Taking(chunks, taken), []
+        tracker, choices = ChunkTracker(chunks, taken), []
         while len(taken) < stop:
             action = rng.random()
-            if action < 0.4 and taking.num_ahead < 6:
-                ask = taking.next_ask([rng.random() < 0.8 for _ in range(chunks.num_slices)])
-                wishes += [ask] if ask else []
-            elif action < 0.7 and wishes:
-                ask = wishes.pop(rng.randrange(len(wishes)))
+            if action < 0.4 and tracker.num_ahead < 6:
+                request = tracker.next_request([rng.random() < 0.8 for _ in range(chunks.num_slices)])
+                choices += [request] if request else []
+            elif action < 0.7 and choices:
+                request = choices.pop(rng.randrange(len(choices)))
                 if rng.random() < 0.1:
-                    taking.gave_up(ask)
+                    tracker.gave_up(request)
                 else:
-                    taking.arrived(ask, rng.randrange(chunks.num_chunks))  # anything, had or not, ours or not
-            elif action < 0.98 and taking.first() is not None:
-                chunk = taking.first()
-                assert taking.take() == chunk
+                    tracker.arrived(request, rng.randrange(chunks.num_chunks))  # anything, had or not, ours or not
+            elif action < 0.98 and tracker.first() is not None:
+                chunk = tracker.first()
+                assert tracker.take() == chunk
                 taken.append(chunk)
             elif action > 0.99:
-                taking, wishes = Taking(chunks, taken), []
+                tracker, choices = ChunkTracker(chunks, taken), []
         for epoch in range(3):
             part = taken[epoch * chunks.num_chunks : (epoch + 1) * chunks.num_chunks]
             assert Counter(part) == Counter(range(chunks.num_chunks))
 
 
 def test_servers_are_asked_evenly_and_told_what_is_here():
-    taking = Taking(Chunks(12, 1, 3), [0, 4])
-    asks = [taking.next_ask([True, True, True]) for _ in range(4)]
-    assert sorted(ask.slice for ask in asks) == [0, 1, 2, 2]
+    tracker = ChunkTracker(Chunks(12, 1, 3), [0, 4])
+    asks = [tracker.next_request([True, True, True]) for _ in range(4)]
+    assert sorted(request.slice for request in asks) == [0, 1, 2, 2]
     assert asks[0].slice == 2  # the most is left there
-    assert taking.arrived(asks[0], 9)
-    epoch, seen = taking.seen(2)
+    assert tracker.arrived(asks[0], 9)
+    epoch, seen = tracker.seen(2)
     assert epoch == 0
     assert np.flatnonzero(seen).tolist() == [1]
-    assert np.flatnonzero(taking.seen(0)[1]).tolist() == [0]
+    assert np.flatnonzero(tracker.seen(0)[1]).tolist() == [0]

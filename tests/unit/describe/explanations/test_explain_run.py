@@ -13,7 +13,7 @@ from everyscope.base.errors import ConfigError, DataError
 from everyscope.describe.explanations import run as explain
 from everyscope.describe.explanations.config import EndpointConfig, ExplainConfig
 from everyscope.describe.explanations.passages import read_passages
-from everyscope.describe.explanations.table import SCHEMA, facts_of
+from everyscope.describe.explanations.table import SCHEMA, explanation_facts
 from everyscope.sites.names import Site
 from everyscope.suite.latents import UNLABELLED
 from everyscope.text.blocks import read_blocks
@@ -203,7 +203,7 @@ def test_answers_that_cannot_be_read_are_counted_and_kept(explained: ExplainConf
     fake.script = script
     config = asking(explained, tmp_path, fake.url)
     explain.run(config)
-    facts = facts_of(tmp_path / "mlp_out/layer_1/w32_0/explanations.parquet")
+    facts = explanation_facts(tmp_path / "mlp_out/layer_1/w32_0/explanations.parquet")
     assert facts["num_asked"] == len(fake.asked)
     assert facts["num_unparsed"] == len(fake.asked) - 3
     judged = [row for row in rows_of(config) if row["method"] == "judge"]

@@ -74,8 +74,8 @@ def test_massive_rows_have_no_firings(passages: Passages):
     model = load_language_model(ModelConfig()).model
     some, site = replace(passages, input_ids=passages.input_ids[:2], mask=passages.mask[:2]), Site("resid_post", 1)
     generator = torch.Generator().manual_seed(0)
-    w_enc = torch.randn(128, 32, generator=generator)
-    sae = Sae(w_enc, w_enc.T.contiguous(), torch.zeros(32), torch.zeros(128), torch.full((32,), 0.1))
+    W_enc = torch.randn(128, 32, generator=generator)
+    sae = Sae(W_enc, W_enc.T.contiguous(), torch.zeros(32), torch.zeros(128), torch.full((32,), 0.1))
     rows = capture(model, [site], torch.from_numpy(some.input_ids).long())[site].reshape(-1, 128)
     norms = rows[torch.from_numpy(some.mask.ravel())].norm(dim=1).sort().values
     limit = float(norms[len(norms) // 2 :][:2].mean())  # between two rows, not at one

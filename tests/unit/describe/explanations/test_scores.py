@@ -9,7 +9,7 @@ from everyscope.describe.explanations.offline import Ground, other_labels, sampl
 from everyscope.describe.explanations.passages import SCORE
 from everyscope.describe.explanations.rules import OneOf, Rule
 from everyscope.describe.explanations.samples import neighbours_of, stratified
-from everyscope.describe.explanations.scores import Answers, balanced_accuracy, resampling_weights, score
+from everyscope.describe.explanations.scores import Answers, balanced_accuracy_of_sums, resampling_weights, score
 
 
 def answers(truth: list[int], answer: list[int], documents: list[int] | None = None) -> Answers:
@@ -34,7 +34,7 @@ def test_the_same_answer_to_all_scores_one_half(says: int, share: int):
 
 def test_balanced_accuracy_in_closed_form():
     case = answers([1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 1])
-    assert balanced_accuracy(case.sums()) == pytest.approx(0.5 * (3 / 4 + 1 / 2))
+    assert balanced_accuracy_of_sums(case.sums()) == pytest.approx(0.5 * (3 / 4 + 1 / 2))
     assert np.array_equal(case.by_document(4).sum(0), case.sums())
 
 

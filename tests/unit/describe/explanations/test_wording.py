@@ -5,7 +5,7 @@ import pytest
 
 from everyscope.describe.explanations.offline import Ground
 from everyscope.describe.explanations.rules import OneOf, Rule
-from everyscope.describe.explanations.traits import Family, Traits
+from everyscope.describe.explanations.traits import TraitFamily, Traits
 from everyscope.describe.explanations.wording import MAX_LABEL, SUBJECTS, UNSAFE, phrase_of, quoted, safe_label, shortened
 
 HOSTILE = [
@@ -40,12 +40,12 @@ def test_hostile_tokens_give_safe_labels(piece: bytes):
     pieces = [piece, b"other", piece + b"`"]
     values = np.zeros(4, np.int32)
     families = {
-        "token": Family("token", values, (0, 1, 2), 5),
-        "pair": Family("pair", values, ((0, 1), (2, 0)), 5),
-        "word": Family("word", values, (piece.decode("utf-8", "replace"), "b"), 5),
-        "stripped": Family("stripped", values, (piece.decode("utf-8", "replace").strip(), "b"), 5),
-        "two before": Family("two before", values, ((0, 2), (1, 0)), 5),
-        "next": Family("next", values, (0, -1), 5),
+        "token": TraitFamily("token", values, (0, 1, 2), 5),
+        "pair": TraitFamily("pair", values, ((0, 1), (2, 0)), 5),
+        "word": TraitFamily("word", values, (piece.decode("utf-8", "replace"), "b"), 5),
+        "stripped": TraitFamily("stripped", values, (piece.decode("utf-8", "replace").strip(), "b"), 5),
+        "two before": TraitFamily("two before", values, ((0, 2), (1, 0)), 5),
+        "next": TraitFamily("next", values, (0, -1), 5),
     }
     traits = Traits(families, pieces)
     for name in families:

@@ -11,21 +11,21 @@ from everyscope.evaluate.comparisons.dictionaries import (
     NEW,
     SPLIT,
     nearest,
+    normalised_rows,
     null_nearest,
     p_values,
     random_directions,
     relations,
     shares,
-    unit_rows,
 )
-from everyscope.evaluate.comparisons.splitting import kinship
+from everyscope.evaluate.comparisons.splitting import decoder_match
 
 D_IN, NARROW, WIDE = 64, 80, 160
 NULLS = ["isotropic", "covariance"]
 
 
 def directions(num: int, seed: int) -> torch.Tensor:
-    return unit_rows(torch.randn(num, D_IN, generator=torch.Generator().manual_seed(seed)))
+    return normalised_rows(torch.randn(num, D_IN, generator=torch.Generator().manual_seed(seed)))
 
 
 def settings(null: str) -> SplittingConfig:
@@ -38,13 +38,13 @@ def planted() -> tuple[torch.Tensor, torch.Tensor]:
     wide[:20] = narrow[:20]
     wide[7] = directions(1, 5)[0]
     clones = narrow[7] + 0.05 * torch.randn(3, D_IN, generator=torch.Generator().manual_seed(3))
-    wide[100:103] = unit_rows(clones)
+    wide[100:103] = normalised_rows(clones)
     return narrow, wide
 
 
 @pytest.mark.parametrize("null", NULLS)
 def test_a_planted_split_is_found(null: str):
-    kin = kinship(*planted(), settings(null))
+    kin = decoder_match(*planted(), settings(null))
     assert kin.parent[100:103].tolist() == [7, 7, 7]
     assert kin.relation[100:103] == [SPLIT] * 3
     kept = [latent for latent in range(20) if latent != 7]
@@ -58,7 +58,7 @@ def test_a_planted_split_is_found(null: str):
 
 @pytest.mark.parametrize("null", NULLS)
 def test_a_random_dictionary_finds_none(null: str):
-    kin = kinship(directions(NARROW, 1), directions(WIDE, 2), settings(null))
+    kin = decoder_match(directions(NARROW, 1), directions(WIDE, 2), settings(null))
     assert shares(kin.relation)[SPLIT] == 0
     assert shares(kin.relation)[MATCHED] <= 2 / WIDE
     assert kin.null[NEW] >= 1 - 2 / WIDE
@@ -70,14 +70,17 @@ def test_decoders_in_few_dimensions_are_near_by_chance_and_only_the_covariance_k
     flat = torch.randn(4, D_IN, generator=torch.Generator().manual_seed(8))
     narrow = torch.randn(NARROW, 4, generator=torch.Generator().manual_seed(6)) @ flat
     wide = torch.randn(WIDE, 4, generator=torch.Generator().manual_seed(7)) @ flat
-    assert shares(kinship(narrow, wide, settings("isotropic")).relation)[NEW] == 0
-    assert shares(kinship(narrow, wide, settings("covariance")).relation)[NEW] > 0.98
+    assert shares(decoder_match(narrow, wide, settings("isotropic")).relation)[NEW] == 0
+    assert shares(decoder_match(narrow, wide, settings("covariance")).relation)[NEW] > 0.98
 
 
 def test_scale_does_not_matter():
     narrow, wide = planted()
     lengths = torch.rand(WIDE, 1, generator=torch.Generator().manual_seed(4)) + 0.5
-    one, other = kinship(narrow, wide, settings("covariance")), kinship(3 * narrow, wide * lengths, settings("covariance"))
+    one, other = (
+        decoder_match(narrow, wide, settings("covariance")),
+        decoder_match(3 * narrow, wide * lengths, settings("covariance")),
+    )
     assert one.relation == other.relation
     assert_close(one.cosine, other.cosine)
 
@@ -95,10 +98,10 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_null_has_the_moments_it_claims():
     like = torch.randn(500, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 1, 1, 1, 0.1])
-    draws = random_directions(unit_rows(like), "covariance")(20_000, torch.Generator().manual_seed(1))
+    draws = random_directions(normalised_rows(like), "covariance")(20_000, torch.Generator().manual_seed(1))
     assert_close(draws.norm(dim=1), torch.ones(20_000))
     assert draws.square().mean(0)[0] > 2 * draws.square().mean(0)[1] > 2 * draws.square().mean(0)[4]
-    isotropic = random_directions(unit_rows(like), "isotropic")(20_000, torch.Generator().manual_seed(1))
+    isotropic = random_directions(normalised_rows(like), "isotropic")(20_000, torch.Generator().manual_seed(1))
     assert_close(isotropic.square().mean(0), torch.full((5,), 0.2), atol=0.01, rtol=0)
 
 

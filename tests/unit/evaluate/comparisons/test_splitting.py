@@ -6,11 +6,11 @@ import pytest
 import torch
 from small_scope import tree_bytes
 
-from everyscope.evaluate.codes import Codes, codes_of
+from everyscope.evaluate.codes import RowCodes, codes_of
 from everyscope.evaluate.comparisons import canonical, splitting, widths
 from everyscope.evaluate.comparisons.config import SplittingConfig, WidthsConfig
 from everyscope.evaluate.comparisons.scored import read_scored
-from everyscope.evaluate.comparisons.splitting import Firings
+from everyscope.evaluate.comparisons.splitting import FiringCounts
 from everyscope.evaluate.config import EvaluateConfig
 
 
@@ -18,15 +18,15 @@ def settings(config: EvaluateConfig, **changes) -> SplittingConfig:
     return SplittingConfig(evaluate=config, canonical_l0=6, num_sequences=8, null_latents=500, **changes)
 
 
-def codes(f: torch.Tensor) -> Codes:
+def codes(f: torch.Tensor) -> RowCodes:
     row, latent = (f > 0).nonzero(as_tuple=True)
-    return Codes(len(f), row, latent, f[row, latent].float())
+    return RowCodes(len(f), row, latent, f[row, latent].float())
 
 
 def test_firings_are_those_of_dense_codes():
     generator = torch.Generator().manual_seed(0)
     parent = torch.tensor([2, 0, 0, 1, 2, 2])
-    firings, narrow_all, wide_all = Firings(parent, 4), [], []
+    firings, narrow_all, wide_all = FiringCounts(parent, 4), [], []
     for rows in (30, 1, 0, 17):
         narrow = (torch.rand(rows, 4, generator=generator) < 0.4).float()
         wide = (torch.rand(rows, 6, generator=generator) < 0.3).float()
@@ -52,7 +52,7 @@ def test_canonical_saes_are_the_nearest_ones(suite: EvaluateConfig):
 
 def test_pairs_are_of_one_site_adjacent_widths_and_nearest_l0(suite: EvaluateConfig):
     scored = read_scored(suite)
-    pairs = splitting.pairs_of(settings(suite))
+    pairs = splitting.width_pairs(settings(suite))
     assert [(pair.narrow.width, pair.wide.width) for pair in pairs] == [(16, 48)] * 2
     for pair in pairs:
         assert pair.narrow.site == pair.wide.site
@@ -63,12 +63,12 @@ def test_pairs_are_of_one_site_adjacent_widths_and_nearest_l0(suite: EvaluateCon
 def test_the_table_says_what_decoders_and_codes_say(scratch: EvaluateConfig):
     config = settings(scratch)
     content = json.loads(splitting.run(config).read_text())
-    pair, row = splitting.pairs_of(config)[0], content["pairs"][0]
+    pair, row = splitting.width_pairs(config)[0], content["pairs"][0]
     table = pyarrow.parquet.read_table(config.slices / row["table"])
     assert table.schema.names == ["narrow", "wide", "cosine", "null_p", "cofiring", "conditional", "relation"]
     assert [str(kind) for kind in table.schema.types] == ["int32", "int32", *["float"] * 4, "string"]
     assert (row["narrow"], row["wide"], row["site"]) == (pair.narrow.name, pair.wide.name, pair.narrow.site.folder)
-    narrow, wide = (torch.nn.functional.normalize(one.target.sae().w_dec, dim=1) for one in (pair.narrow, pair.wide))
+    narrow, wide = (torch.nn.functional.normalize(one.target.sae().W_dec, dim=1) for one in (pair.narrow, pair.wide))
     cosines = wide @ narrow.T
     columns = table.to_pydict()
     assert columns["wide"] == list(range(48))
@@ -102,8 +102,8 @@ def test_it_is_made_once_and_what_is_lost_is_made_again(scratch: EvaluateConfig,
     assert len(tables) == 2
     tables[0].unlink()
     made = []
-    compare = splitting.kinship
-    monkeypatch.setattr(splitting, "kinship", lambda *arguments: made.append(1) or compare(*arguments))
+    compare = splitting.decoder_match
+    monkeypatch.setattr(splitting, "decoder_match", lambda *arguments: made.append(1) or compare(*arguments))
     splitting.run(settings(scratch))
     assert len(made) == 1
     assert tree_bytes(scratch.out) == before

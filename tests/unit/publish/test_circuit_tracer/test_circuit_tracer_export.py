@@ -16,7 +16,6 @@ from invented_suite import DEAD, WORDS, Shape, SuiteShape, write_suite
 from everyscope.base.errors import ConfigError, DamagedData, DataError
 from everyscope.base.files import read_json, read_sealed, sha256, write_json, write_sealed
 from everyscope.cli.main import dispatch
-from everyscope.formats.circuit_tracer import layer_files, read_config
 from everyscope.publish.circuit_tracer import run as export
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.features import GROUPS, percentiles, read_feature
@@ -25,6 +24,7 @@ from everyscope.sae.conventions import to_convention
 from everyscope.sae.folded import Sae
 from everyscope.sites import norms
 from everyscope.sites.names import Site
+from everyscope.suite.formats.circuit_tracer import layer_files, read_config
 from everyscope.suite.reader import load_sae
 
 LAYERS = 3  # of the invented suite's model
@@ -175,7 +175,7 @@ def test_percentiles_are_read_off_the_histogram():
 
 def test_the_input_is_converted_by_the_models_gain(both: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     gain = torch.linspace(0.5, 2, 6)
-    monkeypatch.setattr(export, "load_language_model", lambda _: type("Model", (), {"anatomy": None}))
+    monkeypatch.setattr(export, "load_language_model", lambda _: type("Model", (), {"adapter": None}))
     monkeypatch.setattr(export, "mlp_norm_of", lambda _, layer: norms.Affine(gain + layer, torch.zeros(6)))
     exported(both[0], tmp_path, input="normalised", features=False)
     assert read_config(tmp_path / "config.yaml")["feature_input_hook"] == "ln2.hook_normalized"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from everyscope.base.errors import ConfigError
 from everyscope.run.cost.cluster import Placed, cluster_plan, curve, scheduled
-from everyscope.run.cost.cluster_report import cluster_report, curve_table, plan_json
+from everyscope.run.cost.cluster_report import cluster_plan_json, cluster_report, curve_table
 from everyscope.run.cost.devices import DEVICES, device_of
 from everyscope.run.cost.machine import plan
 from everyscope.run.cost.prices import Rates
@@ -31,11 +31,11 @@ def on_64():
 def test_groups_are_those_that_a_run_on_such_a_cluster_trains(on_64):
     h100 = DEVICES["h100"]
     stages = stages_of(find_recipe("gemma_2_2b"), Path(), Devices(h100.memory_bytes, 8, 64))
-    assert sorted(placed.group.bank_id for placed in on_64.placed) == sorted(group.bank_id for group in stages.groups)
+    assert sorted(placed.group.group_id for placed in on_64.placed) == sorted(group.group_id for group in stages.groups)
 
 
 def test_json_holds_every_sae_and_shares_that_add_up(on_64):
-    value = json.loads(json.dumps(plan_json(on_64)))
+    value = json.loads(json.dumps(cluster_plan_json(on_64)))
     assert sum(len(group["widths"]) for group in value["groups"]) == 822
     assert sum(value["shares"].values()) == pytest.approx(1)
     assert value["shares"][value["bottleneck"]] == max(value["shares"].values())

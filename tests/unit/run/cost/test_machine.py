@@ -73,7 +73,7 @@ def test_suites_are_those_of_table_1():
 
 def test_real_runs_use_the_papers_recipe():
     config = find_recipe("gemma_2_2b")
-    recipe, train = config.recipe, config.train
+    recipe, train = config.preset, config.train
     assert (recipe.learning_rate, recipe.bandwidth, recipe.initial_threshold, recipe.beta2) == (7e-5, 1e-3, 1e-3, 0.999)
     assert (recipe.learning_rate_warmup_steps, recipe.sparsity_warmup_steps, train.batch_rows) == (1000, 10_000, 4096)
     assert (config.text.context, config.evaluate.num_sequences, config.harvest.dtype) == (1024, 2048, "float32")

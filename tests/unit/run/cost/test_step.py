@@ -23,12 +23,12 @@ from everyscope.run.cost.step import (
     summed_bytes,
     touched_share,
 )
-from everyscope.sae.config import SaeConfig, SaeRecipe
+from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.mesh import Axis, Mesh
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.trainable import new_sae
 from everyscope.train.engines import Dense
-from everyscope.train.memory import Part
+from everyscope.train.memory import DevicePart
 
 pairs_gpu = pytest.importorskip("everyscope.sae.pairs_gpu", reason="Triton is not installed")
 
@@ -45,7 +45,7 @@ def test_traffic_by_pairs_is_what_the_benchmark_counts():
         losses=SimpleNamespace(pairs=torch.tensor(pairs)),
         engine=SimpleNamespace(tensors=lambda: {"counts": torch.full((8, 1), listed)}),
     )
-    load = Load(Part(rows, d_in, width), pairs)
+    load = Load(DevicePart(rows, d_in, width), pairs)
     assert pairs_traffic(load, touched, pairs * rows, listed, cache_share=0) == benchmark.bytes_of(way, rows, d_in)
 
 
@@ -121,7 +121,7 @@ MESHES = [Mesh(2, 1), Mesh(1, 2), Mesh(2, 2, rank=3)]
 
 def summed(engine, mesh: Mesh, shares) -> tuple[dict[Axis, int], Load, int]:
     """What a rank sums in a step of a small SAE, its load, and how many latents moved."""
-    config = SaeConfig(width=200, sparsity_coefficient=1e-3, recipe=SaeRecipe(prefix_shares=shares, initial_threshold=0.35))
+    config = SaeConfig(width=200, sparsity_coefficient=1e-3, preset=SaePreset(prefix_shares=shares, initial_threshold=0.35))
     sae = new_sae(config, 24, latents=mesh.latents(200))
     collective = Counting(mesh)
     x = torch.nn.functional.normalize(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)))

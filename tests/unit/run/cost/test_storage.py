@@ -36,7 +36,7 @@ def test_one_site_by_hand():
     ("trained", "sharing", "rows_read"),
     [((8,), 1, 8), ((8, 4, 4), 1, 16), ((4, 8, 4), 3, 8), ((8, 4, 4), 2, 12), ((8, 8, 4, 4, 2), 2, 14), ((5, 5), 7, 5)],
 )
-def test_banks_that_share_a_read_pay_for_the_longest(trained, sharing, rows_read):
+def test_groups_that_share_a_read_pay_for_the_longest(trained, sharing, rows_read):
     assert SiteDemand(3, 8, trained).bytes_read(sharing) == 3 * rows_read
 
 
@@ -114,7 +114,7 @@ def test_a_disk_is_measured_once_and_left_as_it_was(tmp_path):
 
 
 def test_a_recipe_s_plan_has_it():
-    """tiny: 12 sites, 2 widths x 3 sparsities in one bank each, every row read once."""
+    """tiny: 12 sites, 2 widths x 3 sparsities in one training group each, every row read once."""
     price = plan(stages_of(find_recipe("tiny"), Path()), GIVEN, disk_gbps=2.0, model_tokens_per_second=1000.0)
     storage = price.storage
     assert storage.disk_bytes == storage.bytes_read == storage.bytes_read_shared == price.shard_bytes
@@ -127,6 +127,6 @@ def test_a_recipe_s_plan_has_it():
     assert plan(stages_of(reread, Path()), GIVEN, disk_gbps=2.0).storage.passes == 6
 
 
-def test_16k_and_131k_banks_of_a_9b_site_share_a_read():
+def test_16k_and_131k_groups_of_a_9b_site_share_a_read():
     storage = plan(stages_of(find_recipe("gemma_2_9b"), Path()), Rates(1e14, 1e14, "given"), disk_gbps=1.0).storage
     assert storage.bytes_read > storage.bytes_read_shared > storage.disk_bytes

@@ -16,7 +16,7 @@ from everyscope.run.jobs import ray_cluster
 from everyscope.run.jobs.config import EngineConfig
 from everyscope.run.jobs.job import Job, Resources
 from everyscope.run.jobs.ray_cluster import require_closed, require_token, stays_here
-from everyscope.run.jobs.ray_place import _fits
+from everyscope.run.jobs.ray_executor import _fits
 from everyscope.run.jobs.runner import opened_runner
 from everyscope.run.jobs.watch import Board, written
 from everyscope.run.stage_jobs import model_resources
@@ -133,7 +133,7 @@ def test_a_device_that_a_cluster_cannot_give_is_refused():
 def test_the_table_shows_what_is_at_work_first_and_the_log_says_what_went_wrong(tmp_path, capsys):
     jobs = [Job(print, None, f"job {number}", units=100) for number in range(40)]
     write = written(tmp_path / "jobs/events.jsonl")
-    with Board("banks", jobs, "steps") as board:
+    with Board("groups", jobs, "steps") as board:
         for event in (
             {"event": "started", "job": "job 39", "host": "far", "attempt": 1},
             {"event": "units", "job": "job 39", "done": 50, "attempt": 1},
@@ -158,7 +158,7 @@ def test_the_table_shows_what_is_at_work_first_and_the_log_says_what_went_wrong(
 
 def test_neither_ray_nor_a_launcher_is_loaded_before_it_is_asked_for():
     code = (
-        "import sys, everyscope.run.pipeline, everyscope.run.jobs.runner, everyscope.run.jobs.ray_place\n"
+        "import sys, everyscope.run.pipeline, everyscope.run.jobs.runner, everyscope.run.jobs.ray_executor\n"
         "print(sorted({'ray', 'torch.distributed.run', 'torch.distributed.launcher'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

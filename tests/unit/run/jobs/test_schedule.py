@@ -8,7 +8,7 @@ import pytest
 
 from everyscope.base.errors import ConfigError, EveryscopeError, StorageError
 from everyscope.run.jobs.job import Job, Resources
-from everyscope.run.jobs.schedule import FIRST_PAUSE, LONGEST_PAUSE, Place, Schedule
+from everyscope.run.jobs.schedule import FIRST_PAUSE, LONGEST_PAUSE, Executor, Schedule
 
 LOST = {"event": "lost", "why": "its process was killed by SIGKILL"}
 DONE = {"event": "done"}
@@ -22,7 +22,7 @@ def units(done: int) -> dict:
     return {"event": "units", "done": done}
 
 
-class Stage(Place):
+class Stage(Executor):
     """A place where each attempt goes as it is written, on a clock that only waiting moves."""
 
     def __init__(self, scripts: dict[str, list[list[dict]]], slots: int = 10**6) -> None:
