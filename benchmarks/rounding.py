@@ -45,7 +45,7 @@ def rounded_gradients(
     sae: TrainableSae, x: Tensor, step: int, round_: Callable[[Tensor], Tensor] = to_bfloat16, is_dense: bool = False
 ) -> Gradients:
     """`functional.loss_gradients` with the roundings of the bfloat16 step; of its dense way, which rounds two arrays more."""
-    p, rows, half, prefixes = sae.parameters, len(x), sae.config.recipe.bandwidth / 2, sae.prefixes
+    p, rows, half, prefixes = sae.parameters, len(x), sae.config.preset.bandwidth / 2, sae.prefixes
     again = round_ if is_dense else lambda values: values
     centred, W_enc, W_dec = round_(x - p["b_dec"]), round_(p["W_enc"]), round_(p["W_dec"])
     pre = round_(centred @ W_enc) + p["b_enc"]
@@ -67,7 +67,7 @@ def rounded_gradients(
         W_dec=d_W_dec,
         b_enc=d_b_enc,
         b_dec=total.sum(0) - p["W_enc"] @ d_b_enc,
-        threshold=-(p["threshold"] * (d_f * near).sum(0) + near.sum(0) * cost / rows) / sae.config.recipe.bandwidth,
+        threshold=-(p["threshold"] * (d_f * near).sum(0) + near.sum(0) * cost / rows) / sae.config.preset.bandwidth,
         reconstruction_loss=errors[-1].square().sum() / rows,
         l0=fired.sum() / rows,
         fired=fired,

@@ -17,7 +17,7 @@ def config_of(settings: Settings, d_in: int) -> SaeConfig:
     knobs = dict(settings.knobs)
     target = {"target_l0": knobs.pop("target_l0", settings.l0), "target_weight": knobs.pop("target_weight", TARGET_WEIGHT)}
     preset = SaePreset.model_validate(fast(d_in).model_dump() | knobs)
-    return SaeConfig(width=settings.width, seed=settings.seed, preset=preset, **target)
+    return SaeConfig(width=settings.width, seed=settings.seed, preset=preset, **target)  # pyright: ignore[reportArgumentType]
 
 
 class Everyscope:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline.parallel_driver import CHECKPOINT_STEPS, D_IN, MESHES, ROWS, SAES, SCALE, STEPS, group, train_on_every_mesh
+from pipeline.parallel_driver import CHECKPOINT_STEPS, D_IN, MESHES, ROWS, SAES, SCALE, STEPS, train_on_every_mesh, training_group
 
 from everyscope.activations.shards.manifest import seal_folder, shard_path
 from everyscope.activations.shards.writer import new_activation_shard
@@ -75,7 +75,7 @@ def at_step(step: int, act: Callable[[], None]) -> Callable[[int], None]:
 @pytest.fixture(scope="module")
 def pair(shards, tmp_path_factory) -> TrainConfig:
     """The run of two shards, undisturbed."""
-    config = group(shards, tmp_path_factory.mktemp("pair"), 2, 1)
+    config = training_group(shards, tmp_path_factory.mktemp("pair"), 2, 1)
     run(config)
     return config
 
@@ -84,7 +84,7 @@ def pair(shards, tmp_path_factory) -> TrainConfig:
 def alone(shards, tmp_path_factory) -> TrainConfig:
     """One process's run."""
     torch.set_num_threads(1)
-    config = group(shards, tmp_path_factory.mktemp("alone"))
+    config = training_group(shards, tmp_path_factory.mktemp("alone"))
     run(config)
     return config
 
@@ -92,10 +92,10 @@ def alone(shards, tmp_path_factory) -> TrainConfig:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_what_one_process_trains(shards, alone, tmp_path, ranks):
     heard: list[int] = []
-    launch(train_on_every_mesh, group(shards, tmp_path), ranks, heard.append)
+    launch(train_on_every_mesh, training_group(shards, tmp_path), ranks, heard.append)
     assert heard == [len(MESHES[ranks])]
     for latent_shards, replicas in MESHES[ranks]:
-        config = group(shards, tmp_path / f"{latent_shards}_{replicas}", latent_shards, replicas)
+        config = training_group(shards, tmp_path / f"{latent_shards}_{replicas}", latent_shards, replicas)
         far = distances(config, alone)
         assert max(far.values()) < TOLERANCE, (latent_shards, replicas, far)
         assert config.group_id == alone.group_id
@@ -121,7 +121,7 @@ def listening(pids: list[int]) -> list[str]:
 
 
 def test_a_killed_rank_changes_nothing_and_sockets_listen_on_loopback_alone(shards, pair, alone, tmp_path, capsys):
-    killed, seen, heard = group(shards, tmp_path, 2, 1), [], []
+    killed, seen, heard = training_group(shards, tmp_path, 2, 1), [], []
 
     def kill() -> None:
         ranks = multiprocessing.active_children()
@@ -146,7 +146,7 @@ def test_four_ranks_checkpoint_is_gone_on_from_by_one_and_by_two(shards, alone, 
     def give_up() -> None:
         raise KeyboardInterrupt
 
-    config = group(shards, tmp_path / "four", 2, 2)
+    config = training_group(shards, tmp_path / "four", 2, 2)
     with pytest.raises(KeyboardInterrupt):
         run(config, at_step(STEPS // 2, give_up))
     assert not multiprocessing.active_children()
@@ -156,7 +156,7 @@ def test_four_ranks_checkpoint_is_gone_on_from_by_one_and_by_two(shards, alone, 
     assert kept.place.num_steps_done in range(CHECKPOINT_STEPS, STEPS, CHECKPOINT_STEPS)
     assert not is_finished(config)
     for latent_shards, replicas in ((1, 1), (2, 1)):
-        other = group(shards, tmp_path / f"{latent_shards}_{replicas}", latent_shards, replicas)
+        other = training_group(shards, tmp_path / f"{latent_shards}_{replicas}", latent_shards, replicas)
         shutil.copytree(config.out, other.out)
         heard: list[int] = []
         run(other, heard.append)
@@ -166,7 +166,7 @@ def test_four_ranks_checkpoint_is_gone_on_from_by_one_and_by_two(shards, alone, 
 
 
 def test_sigterm_keeps_what_is_done_and_all_ranks_leave_together(shards, pair, tmp_path):
-    config = group(shards, tmp_path, 2, 1, checkpoint_steps=10**6)
+    config = training_group(shards, tmp_path, 2, 1, checkpoint_steps=10**6)
     with pytest.raises(SystemExit) as left:
         run(config, at_step(STEPS // 3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert left.value.code == 128 + signal.SIGTERM

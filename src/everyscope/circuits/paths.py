@@ -29,7 +29,9 @@ def strongest_paths(graph: Graph, count: int) -> list[Path]:
     shares = edges.shares(len(graph))
     bounds = np.searchsorted(edges.target, np.arange(len(graph) + 1))
     total = graph.start.sum()
-    waiting = [(-weight / total, number, (int(node),), 1) for number, (node, weight) in enumerate(_targets(graph))]
+    waiting: list[tuple[float, int, tuple[int, ...], int]] = [
+        (-weight / total, number, (int(node),), 1) for number, (node, weight) in enumerate(_targets(graph))
+    ]
     heapq.heapify(waiting)
     found: list[Path] = []
     number = len(waiting)

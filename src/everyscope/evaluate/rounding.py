@@ -19,7 +19,7 @@ def rounded(sae: Sae, dtype: SaeDtype) -> Sae:
 
 
 def _cast(sae: Sae, dtype: torch.dtype) -> Sae:
-    return sae.with_tensors(**{name: tensor.to(dtype) for name, tensor in sae.own_tensors().items()})
+    return sae.with_tensors(None, **{name: tensor.to(dtype) for name, tensor in sae.own_tensors().items()})
 
 
 def _int8(sae: Sae) -> Sae:
@@ -27,7 +27,7 @@ def _int8(sae: Sae) -> Sae:
     matrices = {"W_enc": per_latent(sae.W_enc.T).T.contiguous(), "W_dec": per_latent(sae.W_dec)}
     if sae.W_skip is not None:
         matrices["W_skip"] = per_latent(sae.W_skip)
-    return sae.with_tensors(**matrices)
+    return sae.with_tensors(None, **matrices)
 
 
 def per_latent(weights: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:

@@ -27,7 +27,7 @@ def write_flat_table(suite: Path, records: Iterable[SaeRecord], metrics: dict[st
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
     with whole_file(suite / TABLE_FILE) as partial:
-        pyarrow.parquet.write_flat_table(pyarrow.table(columns), partial, compression="zstd")
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial, compression="zstd")
 
 
 def flat_row(record: SaeRecord, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,9 @@ def test_defaults_fit_model_and_machine(words):
 @pytest.mark.parametrize("hours", [0.03, 0.1, 1, 10])
 def test_tokens_are_as_many_as_the_hours_allow(hours, words):
     config = automatic("m", SHAPE, CPU, UserChoices(hours=hours), text_of(str(words), 128), seconds_of)
-    tokens, passes = config.harvest.num_tokens, config.groups[0].num_tokens // config.harvest.num_tokens
+    tokens = config.harvest.num_tokens or 0
     assert tokens >= LEAST_TOKENS
+    passes = config.groups[0].num_tokens // tokens
     assert config.groups[0].num_tokens == passes * tokens
     assert hours_of(config) <= hours
     more = automatic("m", SHAPE, CPU, UserChoices(tokens=2 * tokens, passes=passes), text_of(str(words), 128), seconds_of)

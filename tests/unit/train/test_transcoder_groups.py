@@ -146,7 +146,7 @@ def test_aligned_rows_are_those_of_each_site(shards):
         ({"settings": TrainSettings(batch_rows=BATCH, replicas=2)}, "train in one process"),
         ({"target": None}, "skip=True of an SAE"),
         (
-            {"saes": (SaeConfig(width=8, target_l0=2, recipe=fast_transcoder(12).model_copy(update={"encoder_follows": True})),)},
+            {"saes": (SaeConfig(width=8, target_l0=2, preset=fast_transcoder(12).model_copy(update={"encoder_follows": True})),)},
             "fast_t",
         ),
     ],
