@@ -85,7 +85,7 @@ def ways_of(d_in: int, width: int, options: argparse.Namespace, x: Tensor) -> tu
 
     def add(name: str, make: Callable[[], Callable[[Tensor], object]]) -> Callable[[Tensor], object] | None:
         try:
-            found = built(make, x, on_cuda)
+            found = built(make, x, on_cuda)  # pyright: ignore[reportArgumentType]
         except Exception as error:  # another package's
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             found = None
