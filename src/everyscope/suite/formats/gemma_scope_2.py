@@ -1,6 +1,6 @@
 """Gemma Scope 2 (DeepMind, December 2025): config.json and params.safetensors; SAEs and transcoders of one layer.
 
-    f = pre where pre > threshold, else 0,   pre = x @ W_enc + b_enc,   y = f @ W_dec + b_dec [+ x @ affine_skip_connection]
+    f = pre where pre > threshold, else 0,   pre = x @ w_enc + b_enc,   y = f @ w_dec + b_dec [+ x @ affine_skip_connection]
 
 The skip is [d_in, d_out]: not transposed. Transcoders read the MLP's input with the norm's gain (convention B). Crosscoders and
 cross-layer transcoders, which have a file for each layer, are refused.
@@ -19,7 +19,7 @@ from everyscope.suite.formats.hooks import described, module_name, module_place
 from everyscope.suite.formats.weights import read_safetensors, taken
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "params.safetensors"
-NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
+NAMES = {"W_enc": "w_enc", "W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 SKIP = "affine_skip_connection"
 
 

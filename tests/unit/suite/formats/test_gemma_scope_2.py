@@ -28,7 +28,7 @@ IN = {
 def folder_of(path: Path, a: dict, **config) -> Path:
     """As DeepMind writes it."""
     path.mkdir(parents=True)
-    names = {"W_enc": "W_enc", "W_dec": "W_dec", "W_skip": "affine_skip_connection"}
+    names = {"W_enc": "w_enc", "W_dec": "w_dec", "W_skip": "affine_skip_connection"}
     save_file({names.get(name, name): array for name, array in a.items()}, path / "params.safetensors")
     said = {"hf_hook_point_in": IN["mlp_in"], "hf_hook_point_out": OUT, "width": 40, "model_name": "google/gemma-3-1b-pt"}
     said |= {"architecture": "jump_relu", "l0": 100, "affine_connection": "W_skip" in a, "type": "transcoder"}

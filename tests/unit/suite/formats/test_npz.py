@@ -116,7 +116,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"W_enc": np.ones((D_IN, D_SAE), np.float32)}, "both W_enc and W_enc"),
+        ({"w_enc": np.ones((D_IN, D_SAE), np.float32)}, "both W_enc and w_enc"),
         ({"threshold": np.full(D_SAE, -0.5, np.float32)}, "threshold has -0.5"),
         ({"W_enc": np.ones(D_IN, np.float32)}, r"W_enc has shape \(6,\)"),
         ({"W_enc": np.ones((), np.float32)}, r"W_enc has shape \(\)"),
