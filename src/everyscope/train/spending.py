@@ -19,7 +19,8 @@ class Spending:
 
     def __init__(self) -> None:
         """Nothing spent yet."""
-        self.seconds, self.num_rows = dict.fromkeys(PARTS, 0.0), 0
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.num_rows = 0
 
     @contextmanager
     def on(self, part: str) -> Iterator[None]:

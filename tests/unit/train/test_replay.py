@@ -35,7 +35,8 @@ class Again:
         self.group._engine.refresh()
 
         def again() -> None:
-            known, self.group.num_steps_done, self.group._engine._step = self.group.num_steps_done, None, None
+            known = self.group.num_steps_done
+            vars(self.group)["num_steps_done"] = vars(self.group._engine)["_step"] = None
             numbers.copy_(function(argument)[0])  # any use of a step's number fails
             self.group.num_steps_done = known
             self.replayed += 1

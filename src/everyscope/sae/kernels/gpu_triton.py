@@ -70,8 +70,8 @@ def blocks(count: int, size: int) -> int:
 def row_of_threads(d_in: int) -> tuple[int, int, int]:
     """For a program that holds whole rows: their padded width, its warps, and the pairs that it takes at once.
 
-    32 columns a thread and four pairs at once are what was fastest at d_in=2304 on an H200. Rows of more than 4,096 columns take 16
-    warps, with two pairs at once: eight warps would spill thousands of bytes.
+    32 columns a thread and four pairs at once are what was fastest at d_in=2304 on an H200. Rows of more than 4,096 columns take
+    16 warps, with two pairs at once: eight warps would spill thousands of bytes.
     """
     tile = max(128, 1 << (d_in - 1).bit_length())
     return (tile, max(1, tile // 1024), 4) if tile <= 4096 else (tile, 16, 2)
