@@ -43,6 +43,8 @@ from everyscope.train.training_group import TrainingGroup
 SIZES = ((2304, 1 << 14), (2304, 1 << 16), (3584, 1 << 17))
 """d_in and width of each measurement."""
 Calls = dict[str, Callable[[], object]]
+WIDEST_OF_PEERS = 1 << 16
+"""Beyond it four trainers' states and activations do not fit one card together."""
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, at a name within the device's."""
 
@@ -102,7 +104,7 @@ def ways_of(d_in: int, width: int, options: argparse.Namespace, x: Tensor) -> tu
     if exact := add("float32", lambda: Pairs(sae())):
         engines["float32"] = exact
     add("compiled", lambda: Dense(sae(), on_cuda))
-    for name, make in peers(d_in, width, batch, options.l0, x) if options.peers else ():
+    for name, make in peers(d_in, width, batch, options.l0, x) if options.peers and width <= WIDEST_OF_PEERS else ():
         add(name, make)
     return calls, memory, engines
 
