@@ -18,7 +18,7 @@ COEFFICIENT, SPREAD, MOST = 2e-3, 1.5, 0.3
 """Of sparsity; of the rates' logarithm; the highest rate."""
 RECIPE = SaePreset(learning_rate=1e-6, learning_rate_warmup_steps=0, sparsity_warmup_steps=0)
 STEPS = 10**6
-Way = TypeVar("Way", bound=Callable[[Tensor], None])
+Way = TypeVar("Way", bound=Callable[[Tensor], object])
 
 
 def sae_with_l0(d_in: int, width: int, l0: float, device: str) -> TrainableSae:

@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
 if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
@@ -41,6 +42,9 @@ from everyscope.train.training_group import TrainingGroup
 
 SIZES = ((2304, 1 << 14), (2304, 1 << 16), (3584, 1 << 17))
 """d_in and width of each measurement."""
+Calls = dict[str, Callable[[], object]]
+WIDEST_OF_PEERS = 1 << 16
+"""Beyond it four trainers' states and activations do not fit one card together."""
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s by the makers' data sheets, at a name within the device's."""
 
@@ -70,15 +74,15 @@ def check_agreement(d_in: int, width: int, batch: int, l0: float, device: str, c
     return worst
 
 
-def ways_of(d_in: int, width: int, options: argparse.Namespace, x: Tensor) -> tuple[dict[str, Callable[[], object]], dict, dict]:
+def ways_of(d_in: int, width: int, options: argparse.Namespace, x: Tensor) -> tuple[Calls, dict[str, int], dict[str, Any]]:
     """What is timed, by name; the peak memory of each in bytes; and our own two engines, by precision.
 
     A way for which the device has not enough memory, or whose package fails, is left out.
     """
     on_cuda, batch = x.device.type == "cuda", options.batch
-    calls: dict[str, Callable[[], object]] = {}
+    calls: Calls = {}
     memory: dict[str, int] = {}
-    engines = {}
+    engines: dict[str, Any] = {}
 
     def sae() -> TrainableSae:
         return sae_with_l0(d_in, width, options.l0, str(x.device))
@@ -100,7 +104,7 @@ def ways_of(d_in: int, width: int, options: argparse.Namespace, x: Tensor) -> tu
     if exact := add("float32", lambda: Pairs(sae())):
         engines["float32"] = exact
     add("compiled", lambda: Dense(sae(), on_cuda))
-    for name, make in peers(d_in, width, batch, options.l0, x) if options.peers else ():
+    for name, make in peers(d_in, width, batch, options.l0, x) if options.peers and width <= WIDEST_OF_PEERS else ():
         add(name, make)
     return calls, memory, engines
 
