@@ -163,7 +163,7 @@ class RunConfig(Schema):
         for site in self.all_sites:
             for number, group in enumerate(self.groups):
                 settings = group.train_settings(self.train)
-                for place, sae in enumerate(self.saes_of(group) if site in self.sites(group) else []):
+                for place, sae in enumerate(self.saes_of(group, site) if site in self.sites(group) else []):
                     part = None if group.saes_per_training_group is None else (number, place // group.saes_per_training_group)
                     training_groups.setdefault((site, group.num_tokens, settings, part), []).append(sae)
         names = Counter((site, sae_name(sae)) for (site, *_), saes in training_groups.items() for sae in saes)
@@ -196,15 +196,16 @@ class RunConfig(Schema):
         target_source = source and f"{source.rstrip('/')}/{writes.folder}"
         return fields | {"target": writes, "target_shards": shards / writes.folder, "target_source": target_source}
 
-    def saes_of(self, group: SaeGroup) -> list[SaeConfig]:
-        """The SAEs that a group wants at each of its sites."""
+    def saes_of(self, group: SaeGroup, site: Site | None = None) -> list[SaeConfig]:
+        """The SAEs that a group wants at one of its sites, by default at its first kind of them."""
+        is_transcoder = (group.sites[0] if site is None else site.kind) == "transcoder"
+        recipe, skips = (for_transcoders(self.preset), group.skips) if is_transcoder else (self.preset, (False,))
         sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
-        recipe = for_transcoders(self.preset) if "transcoder" in group.sites else self.preset
         sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]
         return [
             SaeConfig(width=width, seed=seed, preset=recipe, skip=skip, **sparsity)
             for width in group.widths
-            for skip in group.skips
+            for skip in skips
             for sparsity in sparsities
             for seed in group.seeds
         ]

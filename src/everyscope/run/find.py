@@ -18,6 +18,7 @@ RECIPES = {
     "smollm2_135m": "everyscope.run.recipes.small_models:smollm2_135m",
     "gemma_3_270m": "everyscope.run.recipes.small_models:gemma_3_270m",
     "gemma_2_2b": "everyscope.run.recipes.gemma_2:gemma_2_2b",
+    "gemma_2_2b_transcoders": "everyscope.run.recipes.gemma_2:gemma_2_2b_transcoders",
     "gemma_2_9b": "everyscope.run.recipes.gemma_2:gemma_2_9b",
     "gemma_2_27b": "everyscope.run.recipes.gemma_2:gemma_2_27b",
     "gemma_2_9b_it": "everyscope.run.recipes.gemma_2:gemma_2_9b_it",

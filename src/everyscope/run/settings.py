@@ -66,7 +66,7 @@ class SaeGroup(Schema):
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial decoders."""
     skips: tuple[bool, ...] = (False,)
-    """Of transcoders: whether an affine map stands beside the latents; (False, True) trains each with and without."""
+    """Of transcoders: whether an affine map stands beside the latents; False True trains each without and with."""
     num_tokens: int = Field(ge=1)
     """Activation vectors that each SAE sees [tokens]."""
     saes_per_training_group: int | None = Field(default=None, ge=1)
@@ -81,10 +81,10 @@ class SaeGroup(Schema):
         if bool(self.sparsity_coefficients) == bool(self.target_l0s):
             given = "neither is" if not self.target_l0s else "both are"
             raise ValueError(f"target_l0s or sparsity_coefficients: {given} given; give one of them, or make two groups")
-        if any(self.skips) and set(self.sites) != {"transcoder"}:
-            raise ValueError(
-                f"skips={self.skips} with sites={self.sites}: only transcoders have a skip; give them a group of their own"
-            )
+        if any(self.skips) and "transcoder" not in self.sites:
+            raise ValueError(f"skips={self.skips} with sites={self.sites}: only transcoders have a skip; leave it out")
+        if not self.skips or len(set(self.skips)) < len(self.skips):
+            raise ValueError(f"skips={self.skips}: expected (False,), (True,) or both")
         return self
 
     def train_settings(self, common: TrainSettings) -> TrainSettings:

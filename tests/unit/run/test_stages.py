@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from everyscope.base.errors import ConfigError, EveryscopeError, MissingExtra, ModelError, TextError
 from everyscope.cli.main import main
@@ -12,7 +13,9 @@ from everyscope.run.checks import check
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.run.jobs.config import EngineConfig
+from everyscope.run.settings import SaeGroup
 from everyscope.run.stages import ActivationSource, stages_of
+from everyscope.sites.names import Site
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -20,7 +23,8 @@ def test_all_stages_of_every_shipped_recipe_are_derived_and_no_sae_is_lost(name,
     config = find_recipe(name)
     stages = stages_of(config, tmp_path)
     for part in stages.parts:
-        assert part.harvest.sites == part.config.all_sites == tuple(dict.fromkeys(group.site for group in part.train))
+        assert part.config.all_sites == tuple(dict.fromkeys(group.coder_site for group in part.train))
+        assert part.harvest.sites == part.config.all_places
         wanted = sum(len(part.config.sites(group)) * len(part.config.saes_of(group)) for group in part.config.groups)
         assert sum(len(group.saes) for group in part.train) == wanted
         assert part.harvest.num_tokens <= max(group.num_tokens for group in part.train)
@@ -107,3 +111,33 @@ def test_a_dry_run_shows_what_a_run_would_do_and_writes_nothing(tmp_path, capsys
     shown = capsys.readouterr().out
     assert "81 SAEs in 18 groups on cpu" in shown
     assert not out.exists()
+
+
+def test_transcoders_harvest_both_places_and_train_from_both():
+    groups = (
+        SaeGroup(
+            sites=("transcoder", "mlp_out"), layers=(1, 2), widths=(64,), target_l0s=(8,), skips=(False, True), num_tokens=2**12
+        ),
+    )
+    config = find_recipe("tiny").model_copy(update={"groups": groups, "instruction_tuned": None, "random_weights": None})
+    stages = stages_of(config, Path("run"), servers=ActivationSource("flight://a:1"))
+    places = {Site(kind, layer) for kind in ("mlp_in", "mlp_out") for layer in (1, 2)}
+    assert set(stages.parts[0].harvest.sites) == places
+    groups = {str(group.coder_site): group for group in stages.groups}
+    assert set(groups) == {"transcoder layer 1", "transcoder layer 2", "mlp_out layer 1", "mlp_out layer 2"}
+    group, sae = groups["transcoder layer 2"], groups["mlp_out layer 2"]
+    assert (group.shards, group.target_shards) == (Path("run/shards/mlp_in/layer_2"), Path("run/shards/mlp_out/layer_2"))
+    assert (group.source, group.target_source) == ("flight://a:1/mlp_in/layer_2", "flight://a:1/mlp_out/layer_2")
+    assert group.out == Path("run/train/transcoder/layer_2")
+    assert [one.skip for one in group.saes] == [False, True]
+    assert not any(one.recipe.encoder_follows for one in group.saes)
+    assert ([one.skip for one in sae.saes], sae.target, sae.saes[0].recipe) == ([False], None, config.recipe)
+    with pytest.raises(ValidationError, match="only transcoders have a skip"):
+        SaeGroup(sites=("mlp_out",), widths=(64,), target_l0s=(8,), skips=(True,), num_tokens=2**12)
+
+
+def test_the_released_transcoders_of_gemma_2_2b():
+    stages = stages_of(find_recipe("gemma_2_2b_transcoders"), Path("run"))
+    assert [group.coder_site for group in stages.groups] == [Site("transcoder", layer) for layer in range(26)]
+    assert {(sae.width, sae.skip) for group in stages.groups for sae in group.saes} == {(2**14, False)}
+    assert len(stages.parts[0].harvest.sites) == 52

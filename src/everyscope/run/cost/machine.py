@@ -135,7 +135,7 @@ def planned_saes(stages: Stages) -> list[PlannedSae]:
         for group in config.groups
         for site in config.sites(group)
         for d_in in (config.sizes.d_in(site),)
-        for sae in config.saes_of(group)
+        for sae in config.saes_of(group, site)
     ]
 
 

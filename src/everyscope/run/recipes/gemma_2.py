@@ -70,6 +70,15 @@ def gemma_2_2b() -> RunConfig:
     return suite("2b", "Gemma 2 2B scope", SHAPE_2B, groups)
 
 
+def gemma_2_2b_transcoders() -> RunConfig:
+    """2B, pretrained: a transcoder of every MLP at 2^14, without skip, as in the release's gemma-scope-2b-pt-transcoders.
+
+    Trained on what the MLP receives. The release takes that without the norm's gain; `sae.conventions` converts, exactly.
+    """
+    groups = (group(("transcoder",), None, (14,), 4, FIVE_SPARSITIES),)
+    return suite("2b", "Gemma 2 2B transcoders", SHAPE_2B, groups).model_copy(update={"name": "gemma_2_2b_transcoders"})
+
+
 def gemma_2_9b() -> RunConfig:
     """9B, pretrained: every sublayer at 2^14 and 2^17; layer 20 residual at four more widths; 2^20 at three layers."""
     groups = (
