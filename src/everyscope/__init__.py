@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from everyscope.base.errors import EveryscopeError
     from everyscope.circuits.attribution import attribute
     from everyscope.circuits.config import AttributionConfig, Contrast, Latent, TargetTokens
+    from everyscope.circuits.intervene import Edit, intervene
+    from everyscope.circuits.validation import validate
     from everyscope.run.config import RunConfig
     from everyscope.run.find import find_recipe
     from everyscope.run.pipeline import run_recipe
@@ -35,6 +37,7 @@ _HOMES = {
     "ArraySource": "everyscope.activations.stream.local",
     "AttributionConfig": "everyscope.circuits.config",
     "Contrast": "everyscope.circuits.config",
+    "Edit": "everyscope.circuits.intervene",
     "EveryscopeError": "everyscope.base.errors",
     "FlightSource": "everyscope.activations.stream.flight",
     "LanguageModel": "everyscope.sites.model",
@@ -59,6 +62,7 @@ _HOMES = {
     "find_recipe": "everyscope.run.find",
     "gemma_scope": "everyscope.sae.presets",
     "gemma_scope_2": "everyscope.sae.presets",
+    "intervene": "everyscope.circuits.intervene",
     "load_language_model": "everyscope.sites.model",
     "load_sae": "everyscope.suite.reader",
     "load_suite": "everyscope.suite.reader",
@@ -69,6 +73,7 @@ _HOMES = {
     "tokenize": "everyscope.sites.inputs",
     "train_saes": "everyscope.train.arrays",
     "train_transcoders": "everyscope.train.arrays",
+    "validate": "everyscope.circuits.validation",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

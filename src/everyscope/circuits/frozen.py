@@ -162,6 +162,12 @@ class FrozenModel:
         """Tokens of the prompt [tokens]."""
         return self.input_ids.shape[1]
 
+    @property
+    def norms(self) -> list[tuple[nn.Module, FrozenNorm]]:
+        """The norms on the stream, of all blocks and the final one, and what each is when held still."""
+        inside = [pair for block in self.blocks for pair in block.norms.items()]
+        return [*inside, (self._final_module, self.final)]
+
     def added(self, layer: int) -> Float[Tensor, "ctx d_model"]:
         """What the MLP of `layer` added in the clean pass."""
         added = self.blocks[layer].added

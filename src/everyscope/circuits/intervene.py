@@ -1,8 +1,9 @@
 """Interventions: what the model does when latents are set, scaled or removed, beside what a graph predicts.
 
 Measured in the model itself: the output of an MLP changes by what the edited latents write, all later modules run as they are,
-and what transcoders leave out stays. Attention may be held as it was, as in the graph. Predicted: an edited latent's edges
-shrink or grow with it, and so do those of every latent that it reaches, level by level; none falls below 0.
+and what transcoders leave out stays. Attention patterns and norms' sizes may be held as they were, as in the graph. Predicted:
+an edited latent's edges shrink or grow with it, and so do those of every latent that it reaches, level by level; none falls
+below 0.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from everyscope.sites.logits import final_norm
 from everyscope.sites.model import LanguageModel, bare
 from everyscope.sites.names import Site
 from everyscope.sites.registry import adapter_of
+from everyscope.sites.splice import forward_replaced
 
 BATCH = 16
 """Variants of the prompt that run at once [variants]."""
@@ -63,12 +65,13 @@ def intervene(
     variants: Sequence[Sequence[Edit]],
     *,
     freezes_attention: bool = False,
+    freezes_norms: bool = False,
 ) -> Effects:
-    """The prompt of a graph, once for each variant with all its edits.
+    """The prompt of a graph, once for each variant with all its edits; with attention and norms held as in the graph, if asked.
 
     ConfigError for an edit of a latent that no transcoder has or of a position outside the prompt, and for another model's graph.
     """
-    worker = Intervention(model, transcoders, graph, freezes_attention)
+    worker = Intervention(model, transcoders, graph, freezes_attention, freezes_norms)
     worker.check(variants)
     clean = worker.run([[]])
     parts = [worker.run(variants[first : first + BATCH]) for first in range(0, len(variants), BATCH)]
@@ -100,10 +103,17 @@ def predicted(graph: Graph, edits: Sequence[tuple[int | None, Edit]]) -> Float[n
 class Intervention:
     """A model ready to run variants of one prompt."""
 
-    def __init__(self, model: nn.Module | LanguageModel, transcoders: Coders, graph: Graph, freezes_attention: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module | LanguageModel,
+        transcoders: Coders,
+        graph: Graph,
+        freezes_attention: bool,
+        freezes_norms: bool,
+    ) -> None:
         """Make the clean pass."""
         self.model: Any = bare(model)
-        self.graph, self.freezes_attention = graph, freezes_attention
+        self.graph, self.freezes_attention, self.freezes_norms = graph, freezes_attention, freezes_norms
         self.adapter = adapter_of(self.model)
         if graph.facts.method != "replacement" or graph.facts.num_layers != self.adapter.num_layers:
             raise ConfigError(f"the graph is of {graph.facts.model} with {graph.facts.num_layers} layers; give its own model")
@@ -140,6 +150,9 @@ class Intervention:
             if self.freezes_attention:
                 for block in self.frozen.blocks:
                     stack.enter_context(attending(block.attention, block.attend))
+            if self.freezes_norms:
+                for norm, still in self.frozen.norms:
+                    stack.enter_context(forward_replaced(norm, still))
             for layer, coder in self.coders.items():
                 stack.enter_context(visiting(self._visits(layer, coder, variants, reads)))
 

@@ -61,6 +61,7 @@ def validate(
     *,
     num_latents: int = 200,
     freezes_attention: bool = False,
+    freezes_norms: bool = False,
 ) -> Validation:
     """Remove latents of the graph one by one: all of them, or `num_latents` evenly spaced by rank of influence.
 
@@ -75,7 +76,8 @@ def validate(
     chosen = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(num_latents, len(ranked))).round().astype(int))]
     latents = tuple(Latent(int(graph.layer[node]), int(graph.position[node]), int(graph.index[node])) for node in chosen)
     variants = [[Edit(latent)] for latent in latents]
-    effects = intervene(model, transcoders, graph, variants, freezes_attention=freezes_attention)
+    held = {"freezes_attention": freezes_attention, "freezes_norms": freezes_norms}
+    effects = intervene(model, transcoders, graph, variants, **held)
     weight = graph.start[is_target] / graph.start[is_target].sum()
     return Validation(latents, graph.influence[chosen], effects.measured, effects.predicted, weight)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SHOWN = 12
 """Rows of each table [rows]."""
 Labels = dict[tuple[int, int], str]
+Tested = dict[str, "Validation"]
+"""What removing latents showed: in the model as it is (free), and with attention and norms held as in the graph."""
 
 
 def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -64,7 +66,11 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
     labels, pruned = labels_of(suite, graph), graph.pruned(options.node_share, options.edge_share)
     if options.circuit_tracer is not None:
         write_json(options.circuit_tracer, to_json(pruned, slug, labels, loaded.index.title, options.node_share))
-    tested = validate(model, coders, graph, num_latents=options.validate) if options.validate else None
+    tested: Tested = {}
+    if options.validate:
+        for name, is_held in (("free", False), ("held", True)):
+            held = {"freezes_attention": is_held, "freezes_norms": is_held}
+            tested[name] = validate(model, coders, graph, num_latents=options.validate, **held)
     if options.json:
         print(json.dumps(as_json(path, graph, pruned, labels, tested), indent=2))
     else:
@@ -87,7 +93,7 @@ def target_of(options: argparse.Namespace) -> Target:
     return TargetTokens(tuple(options.target)) if options.target else None
 
 
-def as_json(path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Validation | None") -> dict[str, Any]:
+def as_json(path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Tested") -> dict[str, Any]:
     """What is printed, for programs."""
     paths = strongest_paths(pruned, SHOWN)
     return {
@@ -117,12 +123,13 @@ def as_json(path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Va
         "paths": [
             {"share": one.share, "sign": one.sign, "nodes": [named(pruned, node, labels) for node in one.nodes]} for one in paths
         ],
-        "validation": None
-        if tested is None
-        else {
-            "num_latents": len(tested.latents),
-            "rank_correlation": tested.rank_correlation,
-            "prediction_correlation": tested.prediction_correlation,
+        "validation": {
+            name: {
+                "num_latents": len(one.latents),
+                "rank_correlation": one.rank_correlation,
+                "prediction_correlation": one.prediction_correlation,
+            }
+            for name, one in tested.items()
         },
     }
 
@@ -133,7 +140,7 @@ def strongest_latents(graph: Graph) -> list[int]:
     return nodes[np.argsort(-graph.influence[nodes], kind="stable")][:SHOWN].tolist()
 
 
-def show(console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Validation | None") -> None:
+def show(console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Tested") -> None:
     """What is printed, for people."""
 
     def safe(words: str) -> str:
@@ -145,8 +152,8 @@ def show(console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labe
     console.print(f"{counts}; {(graph.kind == LATENT).sum()} of {graph.facts.num_active} active latents computed")
     is_exact = graph.largest_violation <= LARGEST_VIOLATION
     console.print(safe(graph.words), style=None if is_exact else "bold red")
-    if tested is not None:
-        console.print(tested.words)
+    for name, one in tested.items():
+        console.print(f"{one.words}{', attention and norms held' if name == 'held' else ''}")
     table = Table(title="Strongest latents", title_justify="left", box=None, pad_edge=False)
     for name in ("influence", "activation", "latent"):
         table.add_column(name, justify="left" if name == "latent" else "right")

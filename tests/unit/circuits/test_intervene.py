@@ -87,6 +87,15 @@ def test_with_attention_frozen_another_position_moves_only_by_values(gemma2, pro
     assert not free[(graph.position < latent.position) | (graph.layer == 0)].any()
 
 
+def test_with_norms_held_the_graph_is_right_about_the_last_layer(model, family, prompt):
+    """Nothing but the final norm lies between it and the logits; free, that norm changes its size too."""
+    graph = attribute(model, CODERS, prompt, target=TargetTokens((7, 9)))
+    variants = [[Edit(latent)] for latent in latents_of(graph, 2) if latent.position == prompt.shape[1] - 1][:8]
+    held, free = (intervene(model, CODERS, graph, variants, freezes_norms=freezes) for freezes in (True, False))
+    np.testing.assert_allclose(held.measured, held.predicted, rtol=1e-3, atol=1e-4)
+    assert np.abs(free.measured - free.predicted).max() > 1e-3
+
+
 def test_predictions_are_sums_over_paths(graph):
     """With edits so small that no latent falls to 0: (1 - A)^-1 on changes of activations."""
     latents = latents_of(graph, 0)[2:5]
