@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from invented_coders import D_OUT, TRANSCODER, X, arrays, assert_equal_coders, assert_reads_as, assert_refused, coder, jumprelu
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.sae.conventions import to_convention
@@ -87,6 +87,15 @@ def test_a_round_trip_gives_the_same_bytes(tmp_path: Path, d_out: int, skip: boo
     for name in ("config.json", "params.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert_equal_coders(load_sae(tmp_path / "b"), wanted)
+
+
+def test_files_hold_the_names_that_the_release_has(tmp_path: Path):
+    """Spelt in capitals, so that no renaming of ours across the repository changes reader, writer and test alike."""
+    gemma_scope_2.write(tmp_path, coder(skip=True))
+    wanted = ("W_ENC", "W_DEC", "B_ENC", "B_DEC", "THRESHOLD", "AFFINE_SKIP_CONNECTION")
+    assert set(load_file(tmp_path / "params.safetensors")) == {name.lower() for name in wanted}
+    said = ("HF_HOOK_POINT_IN", "HF_HOOK_POINT_OUT", "WIDTH", "MODEL_NAME", "ARCHITECTURE", "L0", "AFFINE_CONNECTION", "TYPE")
+    assert set(json.loads((tmp_path / "config.json").read_text())) == {name.lower() for name in said}
 
 
 def test_another_input_is_refused_until_it_is_converted(tmp_path: Path):
