@@ -26,6 +26,10 @@ CHOICES = ("sites", "layers", "widths", "l0", "tokens", "passes", "text", "hours
 """Flags that are for a model, not for a recipe, which says all of it."""
 
 
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of these is there where torch may find a GPU: of NVIDIA's driver, AMD's, and of Windows' below Linux."""
+
+
 def is_model(name: str) -> bool:
     """Whether a first argument means a language model: a folder that holds one, a bundled one, or a hub id."""
     if name in RECIPES or name.endswith(".py"):
@@ -71,6 +75,8 @@ def device_of(config: RunConfig, out: Path) -> str | None:
         return RunConfig.model_validate_json(json.dumps(read_json(out / RECIPE_FILE))).model.device
     if {"device"} & (config.model.model_fields_set | config.train.model_fields_set):
         return None
+    if not any(Path(name).exists() for name in GPU_DRIVERS):
+        return None  # known without torch, which takes seconds to load
     from everyscope.run.checks import found_devices
     from everyscope.run.jobs.config import EngineConfig
 
