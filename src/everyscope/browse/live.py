@@ -85,7 +85,7 @@ class Live(Protocol):
 
 
 class Stopped(EveryscopeError):
-    """The work was given up: nobody waits for it any more, or it took too long."""
+    """The work was given up: no page waits for it any more, or it took too long."""
 
 
 class Busy(EveryscopeError):
@@ -130,7 +130,7 @@ class LiveModel:
 
         def begin() -> Result:
             if asking.is_given_up:
-                raise Stopped("nobody waits for it any more")
+                raise Stopped("no page waits for it any more")
             model = self._loaded(factory)
             asking.begin()
             return work(model)

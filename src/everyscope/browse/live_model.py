@@ -137,7 +137,7 @@ class SuiteModel:
         cache, fed = None, input_ids
         for _ in range(num_tokens):
             if stop():
-                raise Stopped(f"{num_tokens} tokens took too long, or nobody waits for them any more; ask for fewer")
+                raise Stopped(f"{num_tokens} tokens took too long, or no page waits for them any more; ask for fewer")
             output = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits[0, -1].float()
             if temperature:

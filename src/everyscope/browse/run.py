@@ -78,7 +78,7 @@ def listen(port: int | None) -> socket.socket:
             continue
         listener.listen(128)
         return listener
-    raise ConfigError(f"port {port}: cannot be had ({refusal.strerror}); choose another with --port, or 0 for any that is free")
+    raise ConfigError(f"port {port}: is unavailable ({refusal.strerror}); choose another with --port, or 0 for any that is free")
 
 
 def has_screen() -> bool:

@@ -185,7 +185,7 @@ def too_cheap(cost: float, interval: Sequence[float] | None) -> str | None:
     A share of a cost that is within its own noise is noise: a cost [nats/token] must be known to better than half of itself.
     """
     if interval is None:
-        return f"costs {cost:.3g} nats/token, with noise that nobody knows: its interval needs two documents"
+        return f"costs {cost:.3g} nats/token, with unknown noise: its interval needs two documents"
     if min(interval) <= cost / 2:
         return f"costs {cost:.3g} nats/token, within its noise: [{interval[0]:.3g}, {interval[1]:.3g}]"
     return None

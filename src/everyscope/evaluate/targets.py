@@ -85,7 +85,7 @@ def load_targets(config: EvaluateConfig) -> list[EvaluateTarget]:
         )
     places = {f"{sae.site.folder}/{sae.name}" for sae in found}
     if config.saes is not None and (missing := sorted(set(config.saes) - places)):
-        raise DataError(f"{config.trained}: has no SAE {missing[0]}; it has {', '.join(sorted(places)[:3])}, ...; mend saes")
+        raise DataError(f"{config.trained}: has no SAE {missing[0]}; it has {', '.join(sorted(places)[:3])}, ...; change saes")
     chosen = [
         sae
         for sae in found
@@ -94,7 +94,7 @@ def load_targets(config: EvaluateConfig) -> list[EvaluateTarget]:
     ]
     if not chosen:
         have = ", ".join(str(site) for site in sorted({sae.site for sae in found}))
-        raise DataError(f"{config.trained}: has no SAE of the sites asked for; it has SAEs of {have}; mend sites")
+        raise DataError(f"{config.trained}: has no SAE of the sites asked for; it has SAEs of {have}; change sites")
     sources = {site: calibration_identity(config, site) for site in sorted({sae.site for sae in chosen})}
     return sorted((_target(config, sae, sources[sae.site]) for sae in chosen), key=lambda target: (target.site, target.name))
 

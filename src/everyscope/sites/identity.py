@@ -49,7 +49,7 @@ def check_residual_identity(model: nn.Module, tolerance: float | None = None, ad
             if not error <= tolerance:  # so that NaN fails too
                 raise ModelError(
                     f"{type(model).__name__}, layer {layer}: {complaint} (relative error {error:.2g}, allowed {tolerance:.2g}); "
-                    "SAEs on its sublayers would mean nothing: use a supported model, or mend its entry in sites/registry.py"
+                    "SAEs on its sublayers would mean nothing: use a supported model, or correct its entry in sites/registry.py"
                 )
             worst = max(worst, error)
     return worst
@@ -105,7 +105,7 @@ def _error_again(made: Tensor, modules: Sequence[nn.Module], x: Tensor) -> float
 
 def _seen(found: dict[tuple[int, str], Tensor], layer: int, name: str) -> Tensor:
     if (layer, name) not in found:
-        raise ModelError(f"layer {layer}: the pass did not run the module of {name!r}; mend its entry in sites/registry.py")
+        raise ModelError(f"layer {layer}: the pass did not run the module of {name!r}; correct its entry in sites/registry.py")
     return found[layer, name]
 
 

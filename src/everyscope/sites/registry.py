@@ -186,5 +186,5 @@ def _part(block: nn.Module, path: str) -> nn.Module:
         return block.get_submodule(path)
     except AttributeError as error:
         raise ModelError(
-            f"{type(block).__name__} has no {path}; this version of transformers builds it otherwise: mend sites/registry.py"
+            f"{type(block).__name__} has no {path}; this version of transformers builds it otherwise: change sites/registry.py"
         ) from error

@@ -118,7 +118,7 @@ def spans_of(tokenizer: Any, messages: Messages, text: str, is_wanted: Callable[
     if not is_found or place != len(text):
         raise TextError(
             f"{name}: the chat template of {tokenizer.name_or_path!r} does not write every message as it is, so that roles "
-            "cannot be told apart; leave roles out"
+            "cannot be distinguished; leave roles out"
         )
     return spans
 

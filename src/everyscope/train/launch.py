@@ -76,10 +76,10 @@ def launch(
             failures, pause = (1, first_pause) if reports.furthest > before else (failures + 1, min(2 * pause, LONGEST_PAUSE))
             if failures > max_restarts:
                 raise EveryscopeError(
-                    f"{reason}, {failures} times in a row; the same command goes on from the last checkpoint: "
+                    f"{reason}, {failures} times in a row; the same command resumes from the last checkpoint: "
                     "look for what ends it, most likely want of memory"
                 )
-            say(f"  {reason}; all {ranks} ranks go on from the last checkpoint in {pause:.3g} s")
+            say(f"  {reason}; all {ranks} ranks resume from the last checkpoint in {pause:.3g} s")
             _pause(pause, is_asked_to_stop)
 
 

@@ -85,7 +85,7 @@ class _peers:  # noqa: N801
         if isinstance(error, RuntimeError):
             raise LostPeer(
                 f"rank {self._mesh.rank} of {self._mesh.ranks} has lost another one ({first_line(error)}); "
-                "run the same command again: it goes on from the last checkpoint"
+                "run the same command to resume from the last checkpoint"
             ) from error
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("forked_interpreters")
 
 def test_ranks_that_never_get_further_are_given_up(tmp_path):
     (tmp_path / "kills").write_text("100")
-    with pytest.raises(EveryscopeError, match="killed by signal 9, 2 times in a row; the same command goes on"):
+    with pytest.raises(EveryscopeError, match="killed by signal 9, 2 times in a row; the same command resumes"):
         launch(launch_driver.die_while_told, tmp_path, 2, max_restarts=1, first_pause=0.01)
     assert (tmp_path / "starts_1").read_text() == "2"
 

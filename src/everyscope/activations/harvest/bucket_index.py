@@ -87,7 +87,7 @@ def find_bucket_index(config: HarvestConfig, model: str, tokenizer: Any) -> Buck
     if not found:
         raise TextError(f"{config.text.origin}: the train split has no token that counts; give documents that are not empty")
     if place.rows < config.num_tokens:
-        say(f"live: the text ends after {place.rows} of {config.num_tokens} tokens; then it begins anew")
+        say(f"live: the text ends after {place.rows} of {config.num_tokens} tokens; then it restarts from the beginning")
     whole = known.model_copy(update={"buckets": tuple(found), "is_whole": True})
     write_bucket_index(file, whole)
     return whole

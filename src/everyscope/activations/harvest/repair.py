@@ -29,7 +29,7 @@ def take_away_damage(folders: tuple[Path, ...]) -> None:
     A shard without manifest is held against its sidecar. Manifests and statistics that do not follow from the rest go too.
     """
     damaged = sum(_take_away(folder) for folder in folders)
-    say(f"  repair: shards to be written anew: {damaged}" if damaged else "  repair: every shard is what was written")
+    say(f"  repair: shards to be rewritten: {damaged}" if damaged else "  repair: every shard is what was written")
 
 
 def _take_away(folder: Path) -> int:

@@ -135,7 +135,7 @@ def _write_buckets(folder: HarvestFolder, handle: ModelHandle, timings: Timings)
         raise TextError(f"{config.text.source}: the train split has no token that counts; give documents that are not empty")
     if place.rows < config.num_tokens:
         end = f"max_bytes={config.max_bytes} is used up" if room.is_used_up else "the text ends"
-        say(f"harvest: {end} after {place.rows} of {config.num_tokens} tokens; going on with what there is")
+        say(f"harvest: {end} after {place.rows} of {config.num_tokens} tokens; continuing with these")
     return place
 
 
@@ -218,7 +218,7 @@ def _seal(folder: HarvestFolder, end: HarvestPosition) -> bool:
                 version=version("everyscope"),
             )
             if manifest.identity != folder.unsealed.get(name, manifest.identity):
-                say(f"harvest: {name} has other bytes than before, as another machine computes them; train on it anew")
+                say(f"harvest: {name} has other bytes than before, as another machine computes them; retrain on it")
     return True
 
 

@@ -90,7 +90,7 @@ def _safetensors(path: Path, name: str | None) -> ActivationTable:
         name = _chosen(path, "tensor", names, name)
         tensor = file.get_slice(name)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not readable as safetensors ({first_line(error)}); write it anew") from error
+        raise DataError(f"{path}: not readable as safetensors ({first_line(error)}); write it again") from error
     if tensor.get_dtype() not in FLOATS:
         raise DataError(f"{path}: {name} is {tensor.get_dtype()}, expected {', '.join(FLOATS)}; convert it to float32")
     shape = _shape(path, tuple(tensor.get_shape()))
@@ -109,7 +109,7 @@ def _arrow(folder: Path, name: str | None) -> ActivationTable:
     try:
         files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'state.json'}: names no data files; write the cache anew") from error
+        raise DataError(f"{folder / 'state.json'}: names no data files; write the cache again") from error
     missing = [path for path in files if not path.is_file()]
     if missing or not files:
         raise DataError(f"{missing[0] if missing else folder}: no such file; is the cache complete?")
@@ -133,7 +133,7 @@ def _stream(path: Path) -> Any:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path)))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: no Arrow stream ({first_line(error)}); write the cache anew") from error
+        raise DataError(f"{path}: no Arrow stream ({first_line(error)}); write the cache again") from error
 
 
 def _column(path: Path, batch: Any, name: str) -> np.ndarray:

@@ -128,7 +128,7 @@ class Leases:
                 Refusal.REPLACED, f"another process trains under the name {self._replaced[id]!r}; give each trainer its own"
             )
         if lease is None:
-            raise Refused(Refusal.LEASE, "no such lease here; it has lapsed, or the server has started anew")
+            raise Refused(Refusal.LEASE, "no such lease here; it has lapsed, or the server has restarted")
         lease.expires = now + self.lease_seconds
         return lease
 

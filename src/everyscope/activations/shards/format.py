@@ -123,7 +123,7 @@ def open_shard(path: Path, layout: Layout) -> np.ndarray:
     No MADV_SEQUENTIAL: that advice made cold reads twenty times slower when it was measured.
     """
     if not path.is_file():
-        raise DamagedData(f"{path}: the shard is missing; run the same harvest again, which writes it anew")
+        raise DamagedData(f"{path}: the shard is missing; run the same harvest again, which rewrites it")
     got = path.stat().st_size
     if got != layout.num_bytes:
         raise DamagedData(f"{path}: holds {got} bytes, expected {layout.num_bytes}; run the same harvest again with --repair")

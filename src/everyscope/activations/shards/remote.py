@@ -98,7 +98,7 @@ class RemoteFolder:
                 self._cache.put(key, data)
                 return np.frombuffer(data, np.uint8)
         raise DamagedData(
-            f"{self.location}/{record.file}: block {index} of 4 MiB differs from its checksum; copy it anew from its harvest"
+            f"{self.location}/{record.file}: block {index} of 4 MiB differs from its checksum; copy it again from its harvest"
         )
 
     def _shard_bytes(self, file: str, start: int, stop: int) -> bytes:

@@ -74,7 +74,7 @@ class HttpTransport:
             if error.code in (401, 403):
                 raise PermissionError(f"HTTP {error.code}") from error
             if error.code == 416:
-                raise DamagedData(f"{address}: ends before byte {stop}; copy it anew from where it was written") from error
+                raise DamagedData(f"{address}: ends before byte {stop}; copy it again from where it was written") from error
             raise
         except http.client.HTTPException as error:
             raise OSError(f"broken answer: {first_line(error)}") from error
@@ -136,7 +136,7 @@ def _range_size(address: str, response: Any, start: int, stop: int) -> int:
     """Bytes to expect of an answer to a request for a range."""
     header = response.headers.get("Content-Range", "")
     if response.status == 206 and not header.startswith(f"bytes {start}-{stop - 1}/"):
-        raise DamagedData(f"{address}: sent {header or 'no Content-Range'} for bytes {start}-{stop - 1}; copy it anew")
+        raise DamagedData(f"{address}: sent {header or 'no Content-Range'} for bytes {start}-{stop - 1}; copy it again")
     is_all = start == 0 and response.headers.get("Content-Length") == str(stop)
     if response.status != 206 and not is_all:
         raise StorageError(

@@ -92,7 +92,7 @@ def _checks_of(folder: Path) -> list[_Check]:
     expected = {name for entry in manifest.shards for name in (entry.file, sidecar_path(folder / entry.file).name)}
     for path in sorted(folder.glob("shard_*")):
         if path.name not in expected and not path.name.endswith(PARTIAL):
-            raise DamagedData(f"{path}: is not in the manifest; finish the harvest that is going on here, or delete it")
+            raise DamagedData(f"{path}: is not in the manifest; finish the harvest that is running here, or delete it")
     return [_Check(folder / entry.file, entry, manifest) for entry in manifest.shards]
 
 

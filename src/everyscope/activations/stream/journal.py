@@ -95,12 +95,12 @@ class Journal:
             chunk = RECORD.unpack(record)[0] if len(record) == RECORD.size else -1
             if chunk < 0 or record != self._record(place, chunk):
                 if start + RECORD.size < len(raw):
-                    raise DamagedData(f"{self._path}: the record of place {place} is damaged; put the file back, or train anew")
+                    raise DamagedData(f"{self._path}: the record of place {place} is damaged; restore the file, or retrain")
                 break  # torn by a kill: its chunk was not used
             if place % num_chunks == 0:
                 epoch.clear()
             if chunk in epoch or chunk >= num_chunks:
-                raise DamagedData(f"{self._path}: has chunk {chunk} twice in an epoch; put the file back, or train anew")
+                raise DamagedData(f"{self._path}: has chunk {chunk} twice in an epoch; restore the file, or retrain")
             epoch.add(chunk)
             found.append(chunk)
         return found

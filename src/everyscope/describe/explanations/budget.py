@@ -98,12 +98,12 @@ class Budget:
             if self.requests + 1 > endpoint.max_requests:
                 raise ConfigError(
                     f"{self.requests} requests are sent, max_requests={endpoint.max_requests} allows no more (repeated ones "
-                    "count); what is paid is kept: raise it, and the same command goes on from here"
+                    "count); what is paid is kept: raise it and run the same command to resume"
                 )
             if endpoint.max_cost is not None and (self.cost or 0.0) + self._held + most > endpoint.max_cost:
                 raise ConfigError(
                     f"{self.cost:.4f} is spent, and the next request could pass max_cost={endpoint.max_cost}; "
-                    "what is paid is kept: raise it, and the same command goes on from here"
+                    "what is paid is kept: raise it and run the same command to resume"
                 )
             self.requests += 1
             self._held += most

@@ -145,7 +145,7 @@ class Endpoint:
         self._stopping.set()
         raise ModelError(
             f"{config.url}: model {config.model!r} gave no answer: {outcome.status}, {safe_label(outcome.raw)!r}; "
-            f"check url, model and the key in {config.key_variable}; answers so far are kept, the same command goes on from here"
+            f"check url, model and the key in {config.key_variable}; answers so far are kept: run the same command to resume"
         )
 
     def _attempt(self, payload: dict[str, Any]) -> _Outcome:

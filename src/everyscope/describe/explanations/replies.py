@@ -127,4 +127,4 @@ def _read_journal(path: Path) -> tuple[list[Reply], int]:
         rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
         return [Reply(**row) for row in rows], len(whole)
     except (ValueError, TypeError) as error:
-        raise DamagedData(f"{path}: cannot be read ({error}); its answers are paid for: mend it, or delete it") from error
+        raise DamagedData(f"{path}: cannot be read ({error}); its answers are paid for: restore it, or delete it") from error

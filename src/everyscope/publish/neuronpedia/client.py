@@ -124,11 +124,11 @@ class Client:
                 f"{where}: refuses the key (HTTP {answer.status}: {words}); set {KEY_VARIABLE} to one that may write"
             )
         if answer.status in PASSING:
-            again = "the same command goes on from here"
+            again = "run the same command to resume"
             code = f"HTTP {answer.status}: " if answer.status else ""
             return StorageError(f"{where}: not reached in {1 + self._config.retries} attempts ({code}{words}); {again}")
         return DataError(
-            f"{where}: refuses what we send (HTTP {answer.status}: {words}); mend that, the same command goes on from here"
+            f"{where}: refuses what we send (HTTP {answer.status}: {words}); correct that and run the same command to resume"
         )
 
     def _hidden(self, text: bytes) -> str:

@@ -66,7 +66,7 @@ def sources_of(config: NeuronpediaConfig, index: SuiteIndex) -> tuple[Neuronpedi
     model_id, prefix = model_id_of(config, index), set_prefix(config, index)
     found = [_source(record, model_id, prefix) for record in index.saes if fnmatchcase(record.folder, config.saes)]
     if not found:
-        raise ConfigError(f"saes={config.saes!r} matches none of {len(index.saes)} SAEs, as {index.saes[0].folder}; mend --saes")
+        raise ConfigError(f"saes={config.saes!r} matches none of {len(index.saes)} SAEs, as {index.saes[0].folder}; set --saes")
     ids = [source.id for source in found]
     doubled = next((id_ for id_ in ids if ids.count(id_) > 1), None)
     if doubled is not None:

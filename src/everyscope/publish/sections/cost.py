@@ -33,7 +33,7 @@ def cost_section(evidence: Evidence) -> Section | None:
     clean, total = forwards.get("clean", 0), sum(forwards.values())
     return Section(
         anchor="cost",
-        title="What this has cost",
+        title="Compute cost",
         basis=f"{human_count(cost['tokens'])} tokens through the untouched model" if cost.get("tokens") else evidence.basis,
         says=(
             f"{total:,} forward passes measured {len(evidence.index.saes)} SAEs, {clean:,} of them with the untouched model; "

@@ -1,4 +1,4 @@
-"""From layer to layer: what the canonical SAEs reach."""
+"""By layer: what the canonical SAEs reach."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -40,7 +40,7 @@ def depth_section(evidence: Evidence) -> Section | None:
     best = min(evidence.canonical, key=lambda sae: sae.metrics.delta_loss)
     return Section(
         anchor="depth",
-        title="From layer to layer",
+        title="By layer",
         basis=evidence.basis,
         says=(
             f"Of the canonical SAEs, {worst.where} at width {width_label(worst.width)} costs the model most "

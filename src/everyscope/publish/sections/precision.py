@@ -41,7 +41,7 @@ def precision_section(evidence: Evidence) -> Section | None:
     keys = [LegendKey(SITE_TITLES[kind], SITE_COLOURS[kind], SITE_MARKERS[kind]) for kind in present(others)]
     return Section(
         anchor="precision",
-        title="In fewer bits",
+        title="Reduced precision",
         basis=evidence.basis_of(rows[0].get("num_tokens"), evidence.index.measured.data),
         says=_says(others, exact),
         notes=("Changes against float32 for both, on the same tokens: one canonical SAE for each site.",),

@@ -41,7 +41,7 @@ def probing_section(evidence: Evidence) -> Section | None:
     measured = evidence.basis_of(slice_.get("num_tokens"), slice_.get("data", evidence.index.measured.data))
     return Section(
         anchor="probing",
-        title="What a few latents tell",
+        title="Sparse probing",
         basis=f"{measured} · {slice_['seeds']} seeds",
         says=_says(rows),
         notes=(

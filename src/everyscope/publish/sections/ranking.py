@@ -38,7 +38,7 @@ def ranking_section(evidence: Evidence) -> Section | None:
     certain = sum(first == last for first, last in deltas)
     return Section(
         anchor="ranking",
-        title="In order, as far as it is certain",
+        title="Ranking (ties by confidence interval)",
         basis=evidence.basis,
         says=f"By delta loss, {certain} of {len(saes)} canonical SAEs have places of their own; {len(saes) - certain} tie.",
         notes=(

@@ -44,7 +44,7 @@ def subsets_section(evidence: Evidence) -> Section | None:
         pictures.append(Picture(f"{name.removesuffix('_usual')}_by_text", title, tuple(panels), tuple(evidence.layer_keys)))
     return Section(
         anchor="texts",
-        title="From text to text",
+        title="Across corpora",
         basis=evidence.basis_of(sum(subset["num_tokens"] for subset in subsets), "each text’s own held-out documents"),
         says=_says(subsets),
         notes=(

@@ -69,7 +69,7 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, progress: Meter) -> Non
     except BrokenProcessPool as error:
         raise EveryscopeError(
             "a worker process was killed from outside, most likely for want of memory; "
-            "the same command goes on from its last checkpoint: try it with fewer --workers"
+            "the same command resumes from its last checkpoint: try it with fewer --workers"
         ) from error
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):

@@ -137,7 +137,7 @@ class LocalCluster:
         if _listens(f"{_own_address()}:{self.address.rpartition(':')[2]}"):
             self.close()
             raise EveryscopeError(
-                f"Ray listens at {_own_address()} although it was told to stay at {LOOPBACK}; install the version that "
+                f"Ray listens at {_own_address()} although it was configured for {LOOPBACK}; install the version that "
                 "everyscope[ray] names, or start a cluster yourself and give its --address"
             )
 

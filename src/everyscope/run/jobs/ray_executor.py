@@ -128,7 +128,7 @@ class RayExecutor(Executor):
             if time.monotonic() > end:
                 raise EveryscopeError(
                     f"{address}: no Ray cluster that takes our token answers there; start it (with the same token, and a Ray of "
-                    "this version on this host too), and the same command goes on"
+                    "this version on this host too), and run the same command to resume"
                 )
             time.sleep(PAUSE_SECONDS)
 

@@ -142,8 +142,8 @@ class Schedule:
             if event["event"] == "failed":
                 raise as_error(event)
             raise EveryscopeError(
-                f"{name}: {why}; {attempts.fruitless} attempts in a row brought it no further. What is done is kept: mend that, "
-                "or lower what the job needs, and the same command goes on"
+                f"{name}: {why}; {attempts.fruitless} attempts in a row made no progress. What is done is kept: fix the cause, "
+                "or lower what the job needs, and run the same command to resume"
             )
         doubled = FIRST_PAUSE * 2.0 ** max(attempts.fruitless - 1, 0)
         pause = min(doubled, LONGEST_PAUSE) * (1 + attempts.jitter.random()) / 2

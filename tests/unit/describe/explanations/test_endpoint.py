@@ -99,7 +99,7 @@ def test_lasting_errors_end_at_once(fake: Any, tmp_path: Path, code: int):
 def test_giving_up_keeps_what_was_answered(fake: Any, completed: Any, tmp_path: Path):
     fake.script = lambda payload, number: (500, "") if "question 2" in str(payload) else (200, completed("yes"))
     asking = Asking(tmp_path, fake.url, concurrency=1, retries=2)
-    with pytest.raises(ModelError, match="same command goes on"):
+    with pytest.raises(ModelError, match="run the same command to resume"):
         asking.ask(1, 2)
     asking.replies.close()
     fake.script = echo(completed)
