@@ -32,12 +32,12 @@ def test_the_gain_is_folded_into_a_transcoder_that_takes_its_input_without_it(ti
     config = EvaluateConfig(
         model=ModelConfig(name=str(tiny_random_model_folder)), text=TextConfig(), trained=tmp_path, out=tmp_path / "scores"
     )
-    loaded = run._load(target, sizes, config, language, 1.0)
+    loaded = run._load(target, sizes, config, language.adapter, torch.device("cpu"), 1.0)
     found = capture(language, ["resid_mid.1", "mlp_in.1"], torch.arange(3, 20)[None])
     mid = found["resid_mid.1"].double()
     normalised = (mid / (mid.square().mean(-1, keepdim=True) + language.adapter.config.rms_norm_eps).sqrt()).float()
     torch.testing.assert_close(loaded(found["mlp_in.1"]), coder(normalised), rtol=1e-4, atol=1e-4)
     assert loaded.metadata.convention == "mlp_input"
     coder.metadata = SaeMetadata(Site("resid_mid", 1), target=writes, convention="residual")
-    with pytest.raises(ConfigError, match="residual stream before the norm"):
-        run._load(target, sizes, config, language, 1.0)
+    with pytest.raises(ConfigError, match="residual stream before the MLP"):
+        run._load(target, sizes, config, language.adapter, torch.device("cpu"), 1.0)

@@ -130,8 +130,8 @@ def test_transcoders_harvest_both_places_and_train_from_both():
     assert (group.source, group.target_source) == ("flight://a:1/mlp_in/layer_2", "flight://a:1/mlp_out/layer_2")
     assert group.out == Path("run/train/transcoder/layer_2")
     assert [one.skip for one in group.saes] == [False, True]
-    assert not any(one.recipe.encoder_follows for one in group.saes)
-    assert ([one.skip for one in sae.saes], sae.target, sae.saes[0].recipe) == ([False], None, config.recipe)
+    assert not any(one.preset.encoder_follows for one in group.saes)
+    assert ([one.skip for one in sae.saes], sae.target, sae.saes[0].preset) == ([False], None, config.preset)
     with pytest.raises(ValidationError, match="only transcoders have a skip"):
         SaeGroup(sites=("mlp_out",), widths=(64,), target_l0s=(8,), skips=(True,), num_tokens=2**12)
 
