@@ -23,14 +23,14 @@ import sys, time
 from pathlib import Path
 from everyscope.describe import codes, run
 from everyscope.describe.config import DescribeConfig
-encode, write, pauses = codes.encoded, run.write_latents, [float(pause) for pause in sys.argv[2:]]
+encode, write, pauses = codes.encode_rows, run.write_latents, [float(pause) for pause in sys.argv[2:]]
 def encode_slowly(*arguments):
     time.sleep(pauses[0])
     return encode(*arguments)
 def write_slowly(*arguments):
     time.sleep(pauses[1])
     write(*arguments)
-codes.encoded, run.write_latents = encode_slowly, write_slowly
+codes.encode_rows, run.write_latents = encode_slowly, write_slowly
 run.run(DescribeConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 """
 

@@ -47,7 +47,7 @@ def recipe():
         ),
         compare=CompareSettings(slices=("widths", "splitting", "precision"), num_sequences=4, splitting_sequences=8),
         instruction_tuned=None,
-        random_weights=Companion(
+        random_weights=Control(
             model=ModelConfig(name={model!r}, weights="random"),
             groups=(
                 SaeGroup(

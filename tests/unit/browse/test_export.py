@@ -1,5 +1,6 @@
 """An export is the served pages, with relative links, each of which leads to a file."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -27,7 +28,7 @@ class Dom(HTMLParser):
         super().__init__()
         self.found: list[tuple] = []
         self.links: list[str] = []
-        self.feed(page)
+        self.feed(re.sub(r'<a href="/circuits">Circuits</a>\s*', "", page))  # graphs are computed, and not exported
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, [(name, value) for name, value in attrs if name not in self.LINKS]))

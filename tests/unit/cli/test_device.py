@@ -4,6 +4,7 @@ import pytest
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import write_json
+from everyscope.cli import recipe as cli_recipe
 from everyscope.cli.recipe import device_of, placed_on
 from everyscope.run import checks
 from everyscope.run.checks import check_device
@@ -23,6 +24,10 @@ def test_all_models_and_training_are_placed():
 
 def test_the_device_is_found(tmp_path, monkeypatch):
     config = recipe()
+    monkeypatch.setattr(checks, "found_devices", lambda engine: Devices(80 << 30, 1, 1))
+    monkeypatch.setattr(cli_recipe, "GPU_DRIVERS", (str(tmp_path / "no driver"),))
+    assert device_of(config, tmp_path) is None  # torch is not even asked
+    monkeypatch.setattr(cli_recipe, "GPU_DRIVERS", (str(tmp_path),))
     monkeypatch.setattr(checks, "found_devices", lambda engine: None)
     assert device_of(config, tmp_path) is None
     monkeypatch.setattr(checks, "found_devices", lambda engine: Devices(80 << 30, 1, 1))

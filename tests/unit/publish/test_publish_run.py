@@ -183,7 +183,7 @@ def test_a_finished_run_reads_no_weights_again(few: PublishConfig, monkeypatch: 
         read.append(path.name)
         return sha256(path)
 
-    for module in ("publish.run", "publish.sources", "publish.descriptions", "publish.slices", "suite.verify", "sae.files"):
+    for module in ("publish.run", "publish.targets", "publish.descriptions", "publish.slices", "suite.verify", "sae.files"):
         monkeypatch.setattr(f"everyscope.{module}.sha256", counted)
     publish.run(few, by_bytes=False)
     assert not [name for name in read if name.endswith((".safetensors", ".npz"))]
