@@ -3,9 +3,9 @@
     python benchmarks/circuits.py [--out benchmarks/results/circuits.json]
 
 The models are tiny (Gemma 2) and a random Llama, the transcoders random directions with least-squares decoders.
-Two things differ by rule, both at position 0 (BOS), where no transcoder is trained. circuit-tracer drops its errors, where we keep
-what MLPs add: these are taken out before comparing. And a skip works there too, where for us all is error: with skips, edges from
-position 0 are compared apart. It also lists latents that reach no target, which we leave out.
+Two things differ by rule, both at position 0 (BOS), where no transcoder is trained. circuit-tracer drops its errors, where we
+keep what MLPs add: these are taken out before comparing. And a skip works there too, where for us all is error: with skips, edges
+from position 0 are compared apart. It also lists latents that reach no target, which we leave out.
 """
 
 import argparse
