@@ -109,7 +109,7 @@ def test_a_dry_run_shows_what_a_run_would_do_and_writes_nothing(tmp_path, capsys
     assert found == json.loads(json.dumps(stages.as_json()))
     main(["run", "tiny", "--out", str(out), "--dry-run"])
     shown = capsys.readouterr().out
-    assert "81 SAEs in 18 groups on cpu" in shown
+    assert "93 SAEs in 22 groups on cpu" in shown
     assert not out.exists()
 
 

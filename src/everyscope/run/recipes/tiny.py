@@ -35,7 +35,9 @@ def group(sites: tuple[SiteKind, ...], layers: tuple[int, ...] | None, widths: t
 
 
 def recipe() -> RunConfig:
-    """All three sublayer sites of all four layers, two widths, three sparsities: 72 SAEs; and nine to compare with."""
+    """All three sublayer sites of all four layers, two widths, three sparsities: 72 SAEs, and nine to compare with; and of every
+    MLP three transcoders with a skip.
+    """
     tuned, untrained = ModelConfig(name=BUNDLED_MODELS[1]), ModelConfig(name=BUNDLED_MODELS[0], weights="random")
     turns = TextConfig(source="standard_library_instructions", context=CONTEXT)
     return RunConfig(
@@ -44,7 +46,10 @@ def recipe() -> RunConfig:
         model=ModelConfig(name=BUNDLED_MODELS[0]),
         shape=ModelShape(num_layers=4, d_model=128, d_attention=160, num_parameters=1_558_656),
         text=TextConfig(source="standard_library", context=CONTEXT),
-        groups=(group(SUBLAYERS, None, (512, 1024), (12, 25, 50)),),
+        groups=(
+            group(SUBLAYERS, None, (512, 1024), (12, 25, 50)),
+            SaeGroup(sites=("transcoder",), widths=(512,), target_l0s=(12, 25, 50), skips=(True,), num_tokens=TOKENS),
+        ),
         instruction_tuned=Control(model=tuned, text=turns, groups=(group(("resid_post",), (1, 2, 3), (512, 1024), (25,)),)),
         random_weights=Control(model=untrained, groups=(group(SUBLAYERS, (2,), (1024,), (25,)),)),
         preset=fast(d_in=128),

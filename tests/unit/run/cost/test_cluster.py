@@ -115,7 +115,7 @@ def test_the_report_names_groups_totals_bottleneck_and_assumptions():
     assert [line["devices"] for line in found["curve"]] == [1, 2, 4, 8, 16]
     found, _ = cluster_report(find_recipe("tiny"), 3, "a100")
     assert "curve" not in found
-    assert sum(len(group["widths"]) for group in found["groups"]) == 72
+    assert sum(len(group["widths"]) for group in found["groups"]) == 84
     assert "50.8% model FLOP utilisation" in str(curve_table([], "none", DEVICES["tpuv3"]).caption)
 
 

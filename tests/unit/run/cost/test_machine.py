@@ -81,7 +81,7 @@ def test_real_runs_use_the_papers_recipe():
 
 def test_the_json_names_every_sae():
     value = plan_json(price("tiny"))
-    assert len(value["saes"]) == value["num_saes"] == 72
+    assert len(value["saes"]) == value["num_saes"] == 84
     assert sum(site["bytes"] for site in value["sites"]) == value["shard_bytes"]
     training = next(stage["seconds"] for stage in value["stages"] if stage["name"] == "train")
     assert training == pytest.approx(sum(sae["flop"] for sae in value["saes"]) / 1e12)
