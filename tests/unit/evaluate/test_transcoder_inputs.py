@@ -26,7 +26,7 @@ def test_the_gain_is_folded_into_a_transcoder_that_takes_its_input_without_it(ti
     tensors = [torch.randn(*shape, generator=g) / d**0.5 for shape in ((d, 20), (20, d), (20,), (d,))]
     reads, writes = Site("mlp_in", 1), Site("mlp_out", 1)
     metadata = SaeMetadata(reads, target=writes, convention="normalised")
-    coder = Sae(*tensors, torch.rand(20, generator=g), torch.randn(d, d, generator=g), metadata=metadata)
+    coder = Sae(*tensors, torch.rand(20, generator=g), torch.randn(d, d, generator=g), metadata=metadata)  # pyright: ignore[reportCallIssue]
     target: Any = SimpleNamespace(site=Site("transcoder", 1), sae=lambda: coder, is_of_unscaled_embeddings=False, folder="coder")
     sizes: Any = {place: SimpleNamespace(mean=torch.zeros(d)) for place in (reads, writes)}
     config = EvaluateConfig(
