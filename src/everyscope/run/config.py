@@ -158,6 +158,7 @@ class RunConfig(Schema):
         SAEs would have the same folder.
 
         `source` is where all sites are served, as flight://HOST:PORT, if activations do not come from the run's own shards.
+        Rows of two sites belong together in fixed order alone, so transcoders take that.
         """
         training_groups: dict[tuple[Site, int, TrainSettings, tuple[int, int] | None], list[SaeConfig]] = {}
         for site in self.all_sites:
@@ -175,7 +176,7 @@ class RunConfig(Schema):
         return tuple(
             TrainConfig(
                 **self._sides(site, out / "shards", source),
-                order=order,
+                order=order if site.inputs == site.outputs else "fixed",
                 tls_roots=tls_roots,
                 saes=tuple(saes),
                 num_tokens=num_tokens,

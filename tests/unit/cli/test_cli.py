@@ -73,13 +73,22 @@ def test_flags_override_any_field(capsys):
             "64",
             "--groups.0.layers",
             "2",
+            "--groups.1.widths",
+            "64",
+            "--groups.1.layers",
+            "2",
             "--harvest.dtype",
             "float32",
         ]
     )
     value = json.loads(capsys.readouterr().out)
     assert {sae["width"] for sae in value["saes"]} == {64}
-    assert {site["site"] for site in value["sites"]} == {"attn_out/layer_2", "mlp_out/layer_2", "resid_post/layer_2"}
+    assert {site["site"] for site in value["sites"]} == {
+        "attn_out/layer_2",
+        "mlp_in/layer_2",
+        "mlp_out/layer_2",
+        "resid_post/layer_2",
+    }
     assert value["dtype"] == "float32"
 
 

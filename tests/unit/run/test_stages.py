@@ -38,7 +38,8 @@ def test_all_stages_of_every_shipped_recipe_are_derived_and_no_sae_is_lost(name,
 def test_where_training_reads_from_servers_there_may_be_no_shards(tmp_path):
     config = find_recipe("tiny")
     stages = stages_of(config, tmp_path, servers=ActivationSource("flight://10.0.0.1:8815", "any"), harvests=False)
-    assert {group.order for group in stages.groups} == {"any"}
+    orders = {(group.order, group.coder_site.kind == "transcoder") for group in stages.groups}
+    assert orders == {("any", False), ("fixed", True)}, "two sites' rows belong together in fixed order alone"
     assert all(group.source == f"flight://10.0.0.1:8815/{group.site.folder}" for group in stages.groups)
     assert stages.parts[0].evaluate.shards is None
     (tmp_path / "shards").mkdir()
