@@ -133,7 +133,7 @@ def test_a_killed_rank_changes_nothing_and_sockets_listen_on_loopback_alone(shar
     assert len(seen) >= 2
     assert set(seen) <= {"0100007F", "0000000000000000FFFF00000100007F"}
     assert sum(heard) == STEPS
-    assert capsys.readouterr().err.count("rank 1 was killed by signal 9; all 2 ranks go on from the last checkpoint") == 1
+    assert capsys.readouterr().err.count("rank 1 was killed by signal 9; all 2 ranks resume from the last checkpoint") == 1
     assert trained_bytes(killed) == trained_bytes(pair)
     logs = [(each.out / f"group_{each.group_id}.metrics.jsonl").read_bytes() for each in (killed, pair)]
     assert logs[0] == logs[1]

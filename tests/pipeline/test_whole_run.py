@@ -262,7 +262,7 @@ def test_empty_text_is_one_line_and_leaves_nothing(recipe, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(SystemExit):
         main(["run", str(recipe), "--out", str(tmp_path / "run"), "--text.paths", str(tmp_path / "empty.txt")])
-    assert "every document is empty" in capsys.readouterr().err
+    assert "no text in" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 

@@ -27,7 +27,7 @@ def test_ranks_that_get_further_each_time_are_not_and_each_step_is_heard_once(tm
     launch(launch_driver.die_while_told, tmp_path, 2, heard.append, max_restarts=1, first_pause=0.01)
     assert [(tmp_path / f"starts_{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
     assert heard == [1, 1, 1]
-    assert capsys.readouterr().err.count("rank 1 was killed by signal 9; all 2 ranks go on") == 2
+    assert capsys.readouterr().err.count("rank 1 was killed by signal 9; all 2 ranks resume") == 2
     assert not multiprocessing.active_children()
 
 
