@@ -70,7 +70,7 @@ def row_texts(sae: SaeRecord, ties: Ties) -> dict[str, str]:
         number_text(metrics.delta_loss, metrics.intervals.delta_loss, ties.delta_loss),
         NOT_KNOWN if recovered is None else f"{recovered:.3f}",
         f"{metrics.dead_fraction:.1%}",
-        f"{metrics.dense_fraction:.1%}",
+        f"{metrics.dense_fraction:.{0 if metrics.dense_fraction >= 0.1 else 1}%}",
     )
     return dict(zip(COLUMNS, texts, strict=True))
 
