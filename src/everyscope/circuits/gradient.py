@@ -7,7 +7,6 @@ the way. So edges do not add up to a node's value; `violation` says by how much 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,31 +14,16 @@ from torch import Tensor, nn
 
 from everyscope.base.errors import ConfigError
 from everyscope.circuits.frozen import FrozenModel
-from everyscope.circuits.replacement import Direction, Rows
+from everyscope.circuits.replacement import Direction, LayerLatents, Rows, Sources
 from everyscope.sae.folded import Sae
-from everyscope.sae.functional import pre_activations
 from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
 from everyscope.sites.names import Site
 from everyscope.sites.registry import HookPoint
 
 
-@dataclass(frozen=True, eq=False)
-class SiteLatents:
-    """The active latents of one SAE, by position and number."""
-
-    position: Int[Tensor, " n"]
-    latent: Int[Tensor, " n"]
-    activation: Float[Tensor, " n"]
-    pre: Float[Tensor, " n"]
-    """x @ W_enc + b_enc of each; its graph leads back to the sites before."""
-
-
-class GradientTracer:
-    """A model with SAEs on its residual stream, at most one behind each layer.
-
-    Sources are numbered as those of `LocalReplacement`: latents by layer, errors by layer and position, tokens.
-    """
+class GradientTracer(Sources):
+    """A model with SAEs on its residual stream, at most one behind each layer."""
 
     def __init__(self, frozen: FrozenModel, saes: Mapping[int, Sae], counted: Bool[Tensor, " ctx"]) -> None:
         """Make the pass. ConfigError where an SAE is not of the residual stream behind its layer."""
@@ -48,22 +32,10 @@ class GradientTracer:
                 raise ConfigError(f"{sae!r}: gradients are traced through SAEs of the residual stream (resid_post) of one model")
         self.frozen, self.counted = frozen, counted.to(frozen.embed.device)
         self.coders = {layer: sae.with_tensors().to(frozen.embed) for layer, sae in saes.items()}
-        self.layers: list[SiteLatents] = []
+        self.layers: list[LayerLatents] = []
         self.errors: list[Float[Tensor, "ctx d_model"]] = []
         self._cuts: dict[int, Tensor] = {}
         self._embed, self._last = self._pass()
-        counts = [len(found.latent) for found in self.layers]
-        self.starts = [sum(counts[:layer]) for layer in range(len(counts) + 1)]
-
-    @property
-    def num_latents(self) -> int:
-        """Active latents of all SAEs."""
-        return self.starts[-1]
-
-    @property
-    def num_sources(self) -> int:
-        """Latents, errors and tokens."""
-        return self.num_latents + (self.frozen.num_layers + 1) * self.frozen.context
 
     @property
     def row_bytes(self) -> int:
@@ -114,16 +86,15 @@ class GradientTracer:
         if sae is None:
             none = torch.zeros(0, dtype=torch.int64, device=self.frozen.embed.device)
             empty = self.frozen.embed.new_zeros(0)
-            self.layers.append(SiteLatents(none, none, empty, empty))
+            self.layers.append(LayerLatents(none, none, empty, empty, empty))
             self.errors.append(torch.zeros_like(self.frozen.embed[0]))
             return
         read = self._reads[layer][0]
-        pre = pre_activations(read, sae.W_enc, sae.b_enc)
-        position, latent = ((pre > sae.threshold) & self.counted[:, None]).nonzero(as_tuple=True)
-        chosen = pre[position, latent]
-        self.layers.append(SiteLatents(position, latent, chosen.detach(), chosen))
-        f = torch.zeros_like(pre.detach()).index_put_((position, latent), chosen.detach())
-        written = f @ sae.W_dec + torch.where(self.counted[:, None], sae.b_dec, torch.zeros_like(sae.b_dec))
+        f = sae.encode(read) * self.counted[:, None]
+        position, latent = f.nonzero(as_tuple=True)
+        chosen = f[position, latent]
+        self.layers.append(LayerLatents(position, latent, chosen.detach(), chosen, torch.zeros_like(chosen.detach())))
+        written = f.detach() @ sae.W_dec + torch.where(self.counted[:, None], sae.b_dec, torch.zeros_like(sae.b_dec))
         self.errors.append(read.detach() - written)
 
     def rows(self, latents: Int[Tensor, " some"], directions: list[Direction]) -> Rows:

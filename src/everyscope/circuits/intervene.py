@@ -23,7 +23,6 @@ from everyscope.circuits.frozen import FrozenModel, attending
 from everyscope.circuits.graph import LATENT, LOGIT, Graph
 from everyscope.circuits.replacement import fitting, reading
 from everyscope.sae.folded import Sae
-from everyscope.sae.functional import jumprelu
 from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
 from everyscope.sites.model import LanguageModel, bare
@@ -183,9 +182,7 @@ class Intervention:
         def edited(y: Tensor) -> Tensor | None:
             if not edits:
                 return None
-            read = reads[layer][which, position].to(coder.dtype)
-            pre = torch.einsum("nd,dn->n", read, coder.W_enc[:, latent]) + coder.b_enc[latent]
-            f = jumprelu(pre, coder.threshold[latent])
+            f = coder.encode(reads[layer][which, position])[torch.arange(len(latent)), latent]
             moved = ((factor - 1) * f + value)[:, None] * coder.W_dec[latent]
             return y.index_put((which, position), moved.to(y), accumulate=True)
 

@@ -9,7 +9,8 @@ compares.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +20,6 @@ from everyscope.base.errors import ConfigError
 from everyscope.circuits.frozen import FrozenModel, Write
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.folded import Sae
-from everyscope.sae.functional import pre_activations
 from everyscope.sites.names import Site
 from everyscope.sites.norms import mlp_norm_of
 from everyscope.sites.registry import HookPoint, ModelAdapter
@@ -36,7 +36,8 @@ class LayerLatents:
     latent: Int[Tensor, " n"]
     activation: Float[Tensor, " n"]
     pre: Float[Tensor, " n"]
-    """x @ W_enc + b_enc of each; its activation, for it is active."""
+    """x @ W_enc + b_enc of each, which is its activation where it is active; of `GradientTracer`, with the way back to the sites
+    before."""
     bias: Float[Tensor, " n"]
     """Of `pre`, what b_enc and the paths of all other biases give."""
 
@@ -67,11 +68,30 @@ class Rows:
         return gap.abs() / (sent.abs().sum(1) + self.bias.double().abs()).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-class LocalReplacement:
-    """A frozen model and the transcoders of its layers.
+class Sources:
+    """What sends: the active latents by layer, position and number; then the errors by layer and position; then the tokens."""
 
-    Sources are numbered: latents by layer, position and number; then the errors by layer and position; then the tokens.
-    """
+    frozen: FrozenModel
+    layers: list[LayerLatents]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Of each layer the number of its first latent, and last the number of all."""
+        return [0, *accumulate(len(layer.latent) for layer in self.layers)]
+
+    @property
+    def num_latents(self) -> int:
+        """Active latents of all layers."""
+        return self.starts[-1]
+
+    @property
+    def num_sources(self) -> int:
+        """Latents, errors and tokens."""
+        return self.num_latents + (self.frozen.num_layers + 1) * self.frozen.context
+
+
+class LocalReplacement(Sources):
+    """A frozen model and the transcoders of its layers."""
 
     def __init__(self, frozen: FrozenModel, coders: Mapping[int, Sae], counted: Bool[Tensor, " ctx"]) -> None:
         """`counted` is True where latents count; elsewhere all that an MLP adds is error.
@@ -85,18 +105,6 @@ class LocalReplacement:
         self.errors: list[Float[Tensor, "ctx d_model"]] = []
         with torch.no_grad():
             self.final_stream, self.final_bias = self._forward()
-        counts = [len(layer.latent) for layer in self.layers]
-        self.starts = [sum(counts[:layer]) for layer in range(len(counts) + 1)]
-
-    @property
-    def num_latents(self) -> int:
-        """Active latents of all layers."""
-        return self.starts[-1]
-
-    @property
-    def num_sources(self) -> int:
-        """Latents, errors and tokens."""
-        return self.num_latents + (self.frozen.num_layers + 1) * self.frozen.context
 
     @property
     def row_bytes(self) -> int:
@@ -129,15 +137,16 @@ class LocalReplacement:
         if coder is None:
             none = torch.zeros(0, dtype=torch.int64, device=read.device)
             return LayerLatents(none, none, *(read.new_zeros(0) for _ in range(3)))
-        pre = pre_activations(read, coder.W_enc, coder.b_enc)
-        position, latent = ((pre > coder.threshold) & self.counted[:, None]).nonzero(as_tuple=True)
+        f = coder.encode(read) * self.counted[:, None]
+        position, latent = f.nonzero(as_tuple=True)
+        active = f[position, latent]
         bias = torch.cat(
             [
                 torch.einsum("nd,dn->n", bias_read[places], coder.W_enc[:, latents]) + coder.b_enc[latents]
                 for places, latents in zip(*_chunks(position, latent, coder.d_in * read.element_size()), strict=True)
             ]
         )
-        return LayerLatents(position, latent, pre[position, latent], pre[position, latent], bias)
+        return LayerLatents(position, latent, active, active, bias)
 
     def _latents_sum(self, layer: int) -> Float[Tensor, "ctx d_model"]:
         """What the active latents of a layer write at each position."""

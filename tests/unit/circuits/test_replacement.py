@@ -11,6 +11,7 @@ from everyscope.base.errors import ConfigError
 from everyscope.circuits.attribution import counted_tokens
 from everyscope.circuits.frozen import FrozenModel
 from everyscope.circuits.replacement import LocalReplacement
+from everyscope.sae.folded import Sae
 from everyscope.sites.registry import adapter_of
 
 D_MODEL, WIDTH, LAYERS = 32, 48, 3
@@ -67,6 +68,20 @@ def test_latents_are_those_of_the_clean_pass(gemma2, prompt):
     torch.testing.assert_close(dense, want)
     at_bos = replacement.errors[0][0]
     torch.testing.assert_close(at_bos, replacement.frozen.added(0)[0])
+
+
+def test_of_a_topk_transcoder_only_its_largest_latents_are_nodes(gemma2, prompt):
+    """As Sae.encode has them; the law holds for these too."""
+    plain = transcoder(0, D_MODEL, WIDTH, has_skip=True)
+    few = Sae(**plain.own_tensors(), metadata=plain.metadata, top_k=3)
+    counted = counted_tokens(gemma2, prompt[0])
+    most, fewer = (LocalReplacement(FrozenModel(gemma2, adapter_of(gemma2), prompt), {0: one}, counted) for one in (plain, few))
+    per_token = torch.bincount(fewer.layers[0].position, minlength=prompt.shape[1])
+    assert (per_token[counted] == 3).all()
+    assert fewer.num_latents < most.num_latents
+    kept = set(zip(*(part.tolist() for part in (fewer.layers[0].position, fewer.layers[0].latent)), strict=True))
+    assert kept <= set(zip(*(part.tolist() for part in (most.layers[0].position, most.layers[0].latent)), strict=True))
+    assert all_rows(fewer).violation.max() < ALLOWED[torch.float32]
 
 
 def test_a_row_is_the_gradient_of_the_frozen_model(model, prompt):

@@ -19,7 +19,7 @@ from everyscope.base.files import read_object, write_json
 from everyscope.base.tensors import write_tensors
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
-from everyscope.suite.formats.coder import folded, in_units_of_decoder_norms
+from everyscope.suite.formats.coder import folded, in_units_of_decoder_norms, require_relu
 from everyscope.suite.formats.hooks import described, place
 from everyscope.suite.formats.weights import read_safetensors, taken
 
@@ -104,6 +104,8 @@ def write(folder: Path, coder: Sae) -> None:
         raise ConfigError(
             "Llama Scope's format holds no skip, and names the hooks that are read and written; this coder does not fit"
         )
+    if coder.top_k is not None:
+        require_relu(coder, "a TopK coder of Llama Scope's format")
     tensors, theta = coder.tensors(), coder.threshold.detach().float().cpu()
     if bool((theta != theta[0]).any()):
         if bool((theta == 0).any()):

@@ -70,7 +70,10 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def taken(path: Path, tensors: Mapping[str, Tensor], names: Collection[str], form: str) -> tuple[Tensor, ...]:
-    """The tensors of these names as float32, in order; DataError where one is missing or holds no floating-point numbers."""
+    """The tensors of these names as float32, in order.
+
+    ShapeMismatch where one is missing, DataError where one holds no floating-point numbers.
+    """
     if missing := [name for name in names if name not in tensors]:
         held = ", ".join(sorted(tensors)[:12]) or "nothing"
         raise ShapeMismatch(f"{path}: has no tensor {missing[0]}; {form} has {', '.join(names)}, this file {held}")
