@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import ValidationError
 from torch import Tensor
 
-from everyscope.base.bundled import public_name
 from everyscope.base.errors import ConfigError, DataError, TextError
-from everyscope.base.files import read_object
 from everyscope.browse.live import MAX_TEXT, Continuations, Push, Stop, Stopped, TokenReading
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
@@ -25,7 +22,7 @@ from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 from everyscope.sites.splice import Edit, splice
-from everyscope.suite.reader import SuiteEntry, load_suite
+from everyscope.suite.reader import SuiteEntry, load_suite, model_of
 from everyscope.text.markers import markers_of
 from everyscope.text.pieces import special_tokens, token_pieces
 from everyscope.text.tokenizer import load_tokenizer, readable_ids, unreadable_tokens
@@ -36,26 +33,13 @@ TOP_LATENTS = 12
 """Latents told per token, the strongest [latents]."""
 
 
-def model_of(suite: Path, name: str) -> ModelConfig:
-    """The model that a suite calls `name`: that of the run in whose folder the suite lies, if it is published under this name."""
-    recipe = suite.resolve().parent / "recipe.json"
-    if recipe.is_file():
-        try:
-            found = ModelConfig.model_validate(read_object(recipe).get("model"))
-            if public_name(found.name) == name:
-                return found
-        except (DataError, ValidationError):
-            pass  # a recipe of another version: the name is all there is
-    return ModelConfig(name=name)
-
-
 class SuiteModel:
     """The model that a suite is of, and its SAEs as they are asked for."""
 
     def __init__(self, suite: Path, model: ModelConfig | None = None) -> None:
         """Load the model that `suite` names, or another one; ModelError where it cannot be had."""
         loaded = load_suite(suite)
-        config = model or model_of(suite, loaded.index.model)
+        config = (model or model_of(suite, loaded.index.model)).model_copy(update={"device": "cpu", "device_map": None})
         self._entries = {entry.record.folder: entry for entry in loaded}
         self._model: Any = load_language_model(config).model
         self._tokenizer = load_tokenizer(config.name, config.revision)

@@ -19,6 +19,7 @@ from everyscope.circuits.config import AttributionConfig, Contrast, Latent, Targ
 from everyscope.circuits.files import ENDING, FOLDER, slug_of
 from everyscope.circuits.graph import LARGEST_VIOLATION, LATENT, LOGIT, Graph
 from everyscope.circuits.paths import strongest_paths
+from everyscope.suite.layout import suite_folder
 
 if TYPE_CHECKING:
     from everyscope.circuits.validation import Validation
@@ -32,7 +33,7 @@ Tested = dict[str, "Validation"]
 
 def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
     """Compute, write, and show."""
-    suite = options.path if (options.path / "suite.json").is_file() else options.path / "suite"
+    suite = suite_folder(options.path)
     if not options.prompt:
         raise ConfigError(
             f'everyscope circuit {options.path} needs a PROMPT: the text whose next token is explained, in "quotes"'
@@ -44,15 +45,13 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
     for name, value in (("--node-share", options.node_share), ("--edge-share", options.edge_share)):
         if not 0 < value <= 1:
             raise ConfigError(f"{name} {value}: expected more than 0, at most 1")
-    from everyscope.browse.live_model import model_of
     from everyscope.circuits.attribution import attribute
     from everyscope.circuits.choosing import coders_of
     from everyscope.circuits.validation import validate
     from everyscope.circuits.writing import write_graph
-    from everyscope.run.pipeline import quiet_transformers
     from everyscope.sites.config import ModelConfig
-    from everyscope.sites.model import load_language_model
-    from everyscope.suite.reader import load_suite
+    from everyscope.sites.model import load_language_model, quiet_transformers
+    from everyscope.suite.reader import load_suite, model_of
 
     quiet_transformers()
     loaded = load_suite(suite)

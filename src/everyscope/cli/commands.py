@@ -28,7 +28,7 @@ from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.run.config import RunConfig
 from everyscope.run.find import RECIPES
 from everyscope.run.jobs.config import EngineConfig
-from everyscope.run.stages import RECIPE_FILE, ActivationSource, stages_of
+from everyscope.run.stages import ActivationSource, stages_of
 from everyscope.sites.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -255,19 +255,10 @@ def browse_command(options: argparse.Namespace, fields: list[str]) -> None:
         from everyscope.suite.layout import suite_folder
 
         quiet_transformers()
-        suite = suite_folder(config.suite)
-        model = model_beside(suite) if config.model is None else ModelConfig(name=config.model)
-        return SuiteModel(suite, model)
+        model = None if config.model is None else ModelConfig(name=config.model)
+        return SuiteModel(suite_folder(config.suite), model)
 
     run(config, live)
-
-
-def model_beside(suite: Path) -> "ModelConfig | None":
-    """The model of the run that the suite lies in: its suite may name it otherwise, as where it lies in a local folder."""
-    recipe = suite.parent / RECIPE_FILE
-    if not recipe.is_file():
-        return None
-    return RunConfig.model_validate_json(recipe.read_text(encoding="utf-8")).model.model_copy(update={"device": "cpu"})
 
 
 def export_command(options: argparse.Namespace, fields: list[str]) -> None:
@@ -280,9 +271,8 @@ def export_command(options: argparse.Namespace, fields: list[str]) -> None:
     if options.format == "circuit-tracer":
         tracer = configured(CircuitTracerConfig, options, "suite", fields)
         from everyscope.publish.circuit_tracer.run import run as write_for_circuit_tracer
-        from everyscope.suite.layout import suite_folder
 
-        print(write_for_circuit_tracer(tracer, model_beside(suite_folder(tracer.suite))).words)
+        print(write_for_circuit_tracer(tracer).words)
         return
     config = configured(ExportConfig, options, "suite", fields)
     from everyscope.browse.export import run

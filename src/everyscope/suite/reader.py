@@ -8,11 +8,15 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import ValidationError
 
+from everyscope.base.bundled import public_name
 from everyscope.base.errors import ConfigError, DataError, first_line
+from everyscope.base.files import read_object
 from everyscope.sae.files import has_sae, read_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
+from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, as_site
 from everyscope.suite.formats import gemma_scope, sparsify
 from everyscope.suite.formats.known import FORMATS, coders_in, read_coder
@@ -22,6 +26,8 @@ from everyscope.suite.verify import checksums, verify_file
 
 SUITE_DEPTH = 4
 """How far above an SAE's folder its suite lies: site, layer, width, L0."""
+RUN_RECIPE = "recipe.json"
+"""A run's config, in the folder that its suite lies in."""
 WEIGHT_SUFFIXES = (".npz", ".safetensors", ".pt")
 """What names of files of weights end with."""
 
@@ -189,3 +195,21 @@ def load_suite(path: str | Path) -> Suite:
     """
     root = suite_folder(Path(path))
     return Suite(root, read_index(root))
+
+
+def model_of(suite: Path, name: str) -> ModelConfig:
+    """The model that a suite calls `name`: that of the run in whose folder the suite lies, if it is published under this name.
+
+    On the CPU where the run's device is not here: a suite made on a GPU is looked at on a laptop.
+    """
+    recipe = suite.resolve().parent / RUN_RECIPE
+    if recipe.is_file():
+        try:
+            run = read_object(recipe)
+            found = ModelConfig.model_validate(run.get("model"))
+        except (DataError, ValidationError):
+            return ModelConfig(name=name)  # a recipe of another version: the name is all there is
+        if (run.get("public_model") or public_name(found.name)) == name:
+            is_here = not found.device.startswith("cuda") or torch.cuda.is_available()
+            return found if is_here else found.model_copy(update={"device": "cpu", "device_map": None})
+    return ModelConfig(name=name)

@@ -18,7 +18,7 @@ from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
 from everyscope.sites.names import Site
 from everyscope.suite.formats import gemma_scope
-from everyscope.suite.reader import load_sae
+from everyscope.suite.reader import load_sae, model_of
 
 SAE = random_sae(6, 40, 0.2, torch.linspace(-1, 1, 6), seed=0)
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + SAE.b_dec
@@ -174,3 +174,25 @@ def test_files_say_where_an_sae_sits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = load_sae("google/gemma-scope-9b-it-att/layer_20/width_16k/average_l0_71").metadata
     assert found == SaeMetadata(Site("attn_out", 20), "google/gemma-2-9b-it", 71.0)
     assert load_sae("someone/gemma-scope-9b-it-att/layer_20/width_16k/average_l0_71").metadata == SaeMetadata()
+
+
+@pytest.mark.parametrize(
+    ("name", "public", "device", "found"),
+    [
+        ("owner/model", None, "cpu", "owner/model"),
+        ("/data/mine", None, "cpu", "/data/mine"),
+        ("/data/mine", "mine-7b", "cpu", "/data/mine"),
+        ("/data/mine", None, "cuda:3", "/data/mine"),
+        ("/data/other", "another", "cpu", None),
+    ],
+)
+def test_the_model_of_a_suite_is_that_of_its_run_where_it_can_run(tmp_path, name, public, device, found, monkeypatch):
+    """Whatever the suite calls it; of a run of another model only the suite's own name is left."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    called = public if public in ("mine-7b",) else ("owner/model" if "owner" in name else "mine")
+    recipe = {"model": {"name": name, "device": device}, "public_model": public}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    model = model_of(tmp_path / "suite", called)
+    assert (model.name, model.device) == (found or called, "cpu")
+    (tmp_path / "recipe.json").write_text("{}")
+    assert model_of(tmp_path / "suite", called).name == called

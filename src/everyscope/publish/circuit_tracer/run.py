@@ -20,7 +20,7 @@ from everyscope.sites.model import load_language_model
 from everyscope.sites.norms import mlp_norm_of
 from everyscope.suite.formats.circuit_tracer import write as write_set
 from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, suite_folder
-from everyscope.suite.reader import load_sae
+from everyscope.suite.reader import load_sae, model_of
 from everyscope.suite.records import SaeRecord, read_index
 from everyscope.suite.verify import verify_file
 
@@ -66,7 +66,7 @@ def run(config: CircuitTracerConfig, model: ModelConfig | None = None) -> Circui
     scan = config.scan or str(make_folder(config.out).resolve())
     name = config.model or index.model
     output = config.output_hook or ("mlp.hook_out" if "qwen3" in name.lower().replace("-", "") else "hook_mlp_out")
-    coders = _coders(config, suite, records, model or ModelConfig(name=index.model))
+    coders = _coders(config, suite, records, model or model_of(suite, index.model))
     write_set(config.out, coders, model=name, output=output, scan=scan)
     layers = _write_features(config, suite, records, text, scan) if config.features else []
     labels = {str(layer): one.labels for layer, one in enumerate(layers)}
