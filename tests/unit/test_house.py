@@ -28,6 +28,9 @@ HEAVY = ("torch", "transformers", "matplotlib")
 LIGHT = ("everyscope.base", "everyscope.browse", "everyscope.cli", "everyscope.run.cost", "everyscope.run.find")
 """Packages that are torch-free, beside every config.py; of `browse` all but the model behind its live pages."""
 
+IMPORTED_AS = {"pyyaml": "yaml"}
+"""Packages whose module has another name."""
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -108,7 +111,8 @@ def test_imports_stand_at_the_top():
 
 
 def test_imports_are_declared_dependencies():
-    declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in PYPROJECT["project"]["dependencies"]}
+    packages = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in PYPROJECT["project"]["dependencies"]}
+    declared = {IMPORTED_AS.get(package, package) for package in packages}
     known = declared | sys.stdlib_module_names | {PACKAGE.name}
     unknown = []
     for path in FILES:

@@ -8,15 +8,16 @@ config.yaml say what the MLP's input is (`hooks.CONVENTIONS`). Files hold these 
 transcoders have a skip or none has.
 """
 
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from everyscope.base.errors import ConfigError, DataError, ShapeMismatch
+from everyscope.base.errors import ConfigError, DataError, ShapeMismatch, first_line
 from everyscope.base.files import read_bytes, write_text
 from everyscope.base.tensors import write_tensors
 from everyscope.sae.folded import Sae
@@ -134,47 +135,16 @@ def _check_alike(layer: int, coder: Sae, first: Sae) -> None:
 
 
 def config_text(config: Mapping[str, str]) -> str:
-    """YAML of names and texts: JSON's strings are YAML's too."""
-    return "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in config.items())
+    """YAML of names and texts, in their order."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The names and values of a config.yaml: one a line, or a list under a name. DataError for YAML that says more.
-
-    Written here so that we need no YAML library for four names.
-    """
-    text = read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8", "replace")
-    found: dict[str, Any] = {}
-    name = None
-    for line in text.splitlines():
-        bare = line.strip()
-        if not bare or bare.startswith("#") or bare == "---":
-            continue
-        if (item := re.fullmatch(r"\s*-\s+(.*)", line)) and name is not None and found[name] in (None, [], *_lists(found, name)):
-            found[name] = [*(found[name] or []), _scalar(item[1])]
-            continue
-        pair = re.fullmatch(r"([A-Za-z_][\w.-]*):(?:\s+(.*))?", line)
-        if pair is None:
-            raise DataError(
-                f"{path}: the line {bare[:80]!r} is not name: value; circuit-tracer's config.yaml has plain names and values"
-            )
-        name, value = pair[1], pair[2]
-        found[name] = None if value is None else _scalar(value)
-    return found
-
-
-def _lists(found: Mapping[str, Any], name: str) -> list[Any]:
-    return [found[name]] if isinstance(found[name], list) else []
-
-
-def _scalar(text: str) -> Any:
-    """A value: a quoted text, a number, true, false, null, or the words as they stand; a comment behind it is left out."""
-    text = text.strip()
-    if text[:1] in ('"', "'"):
-        end = text.rfind(text[0])
-        body = text[1:end] if end > 0 else text[1:]
-        return json.loads(f'"{body}"') if text[0] == '"' else body.replace("''", "'")
-    text = re.sub(r"\s+#.*$", "", text)
-    if re.fullmatch(r"[-+]?\d+", text):
-        return int(text)
-    return {"true": True, "false": False, "null": None, "~": None, "[]": []}.get(text, text)
+    """The names and values of a config.yaml, by YAML's safe loader; DataError where it is no YAML, or holds no names."""
+    try:
+        found = yaml.safe_load(read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8", "replace"))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise DataError(f"{path}: is no YAML ({first_line(error)}); download the set again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds a {type(found).__name__}, expected names and their values")
+    return {str(name): value for name, value in found.items()}

@@ -122,16 +122,24 @@ def test_what_is_no_set_is_refused(tmp_path: Path):
     (path / "config.yaml").write_text(CONFIG.replace("transcoder_set", "cross_layer_transcoder"))
     assert_refused(path / "layer_0.safetensors", "model_kind='cross_layer_transcoder'", ConfigError)
     (path / "config.yaml").write_text("a: &anchor\n  b: 1\n")
-    assert_refused(path / "layer_0.safetensors", "the line 'b: 1' is not name: value", DataError)
+    assert_refused(path / "layer_0.safetensors", "model_kind=None", ConfigError)
+    for text, complaint in (
+        ("a: [1\n", "is no YAML"),
+        ("[" * 100_000, "is no YAML"),
+        ("- a\n", "holds a list"),
+        ("!!python/name:os.system x", "is no YAML"),
+    ):
+        (path / "config.yaml").write_text(text)
+        assert_refused(path / "layer_0.safetensors", complaint, DataError)
     path = set_of(tmp_path / "b", [arrays()], more={"gate": np.zeros(3, np.float32)})
     assert_refused(path / "layer_0.safetensors", "holds gate, which no transcoder", DataError)
     path = set_of(tmp_path / "c", [arrays()], CONFIG + "activation: gelu\n")
     assert_refused(path / "layer_0.safetensors", "activation='gelu'", ConfigError)
 
 
-def test_a_config_is_read_line_by_line(tmp_path: Path):
+def test_a_config_is_read_as_yaml(tmp_path: Path):
     path = tmp_path / "config.yaml"
-    path.write_text(CONFIG + '\n---\nk: 128\nempty:\nflag: true\nplain: some words # a comment\nquoted: "a # b"\n')
+    path.write_text(CONFIG + '\nk: 128\nempty:\nflag: true\nplain: some words # a comment\nquoted: "a # b"\n')
     found = circuit_tracer.read_config(path)
     assert found["transcoders"] == ["hf://org/repo/layer_0.safetensors?revision=a", "hf://org/repo/layer_1.safetensors"]
     assert (found["feature_input_hook"], found["feature_output_hook"]) == ("mlp.hook_in", "mlp.hook_out")
