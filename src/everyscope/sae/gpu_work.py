@@ -13,8 +13,8 @@ from torch import Tensor
 
 from everyscope.sae.across_ranks import largest
 from everyscope.sae.gpu_limits import ROUNDED_SEGMENT
-from everyscope.sae.kernels.gpu import count_marks
-from everyscope.sae.kernels.gpu_bf16 import decode_pairs, list_pairs, mark_pairs, product
+from everyscope.sae.kernels.gpu import count_marks, decode_errors
+from everyscope.sae.kernels.gpu_bf16 import list_pairs, mark_pairs, product
 from everyscope.sae.kernels.gpu_bf16_dense import activate, differentiate
 from everyscope.sae.kernels.gpu_bf16_update import Batch, Lists, Segments, Weights, sum_segments
 from everyscope.sae.kernels.gpu_triton import blocks
@@ -124,9 +124,9 @@ class Work:
         )  # fmt: skip
         torch.cumsum(self.further.start[1:], 0, out=self.further.start[1:])
         batch = len(x) * mesh.replicas
-        squares = decode_pairs(
-            self.errors, self.rounded_errors, x, p["b_dec"], rounded.weights.dec, (self.row_start, *self.row_list),
-            p["threshold"], self.prefixes, batch, mesh.shard == 0,
+        squares = decode_errors(
+            self.errors, x, p["b_dec"], rounded.weights.dec, self.row_start, *self.row_list,
+            p["threshold"], self.prefixes, batch, mesh.shard == 0, self.rounded_errors,
         )  # fmt: skip
         return Seen(self._of_all_shards(squares, batch, collective), count, fits)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import BFloat16, Float32, Int32, Int64
 from torch import Tensor
 
-from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, dots_tile, jit, tl
+from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, dots_tile, jit, tl, to_bfloat16
 
 ROOM = 1.001
 """Norms in the screen's margin are taken this much too large: they are rounded sums themselves."""
@@ -307,8 +307,8 @@ def to_rows(
 
 @jit
 def _decode(
-    errors, squares, x, b_dec, W_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share, is_first: constexpr,
-    groups: constexpr, pairs: constexpr, tile: constexpr,
+    errors, rounded, squares, x, b_dec, W_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share,
+    is_first: constexpr, is_rounded: constexpr, groups: constexpr, pairs: constexpr, tile: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
@@ -328,8 +328,11 @@ def _decode(
                 active = active & (latent >= tl.load(prefixes + group - 1))
             f = tl.where(active, pre, 0.0)
             w = tl.load(W_dec + latent[:, None] * d + column[None, :], active[:, None] & inside[None, :], other=0.0)
-            error += tl.sum(f[:, None] * w, 0)
-        tl.store(errors + (group * rows + row) * d + column, error * share, inside)
+            error += tl.sum(f[:, None] * w.to(tl.float32), 0)
+        at = (group * rows + row) * d + column
+        tl.store(errors + at, error * share, inside)
+        if is_rounded:
+            tl.store(rounded + at, to_bfloat16(error * share), inside)
     tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error, 0))
 
 
@@ -337,7 +340,7 @@ def decode_errors(
     errors: Float32[Tensor, "groups batch d_in"],
     x: Float32[Tensor, "batch d_in"],
     b_dec: Float32[Tensor, " d_in"],
-    W_dec: Float32[Tensor, "d_sae d_in"],
+    W_dec: Float32[Tensor, "d_sae d_in"] | BFloat16[Tensor, "d_sae d_in"],
     row_start: Int64[Tensor, " batch_1"],
     latent: Int32[Tensor, " room"],
     pre: Float32[Tensor, " room"],
@@ -345,19 +348,23 @@ def decode_errors(
     prefixes: Int64[Tensor, " groups"],
     batch: int,
     is_first: bool = True,
+    rounded: BFloat16[Tensor, "groups batch d_in"] | None = None,
 ) -> Float32[Tensor, ""]:
     """Fill in errors[g] = sum over prefixes k >= g of 2 / (batch groups) (x_hat^k - x); sum of ||x - x_hat||^2 / batch.
 
-    `batch` counts the rows of all replicas. Where the latents are a shard, errors become its part of that sum, and what is
-    returned means nothing; b_dec - x is in the part of the shard that `is_first`.
+    `rounded` gets the same in bfloat16, if it is given. `batch` counts the rows of all replicas. Where the latents are a shard,
+    errors become its part of that sum, and what is returned means nothing; b_dec - x is in the part of the shard that `is_first`.
     """
     groups, rows, d_in = errors.shape
-    tile, warps = columns_of(d_in, 4)
+    tile, warps = columns_of(d_in, W_dec.element_size())
     squares = x.new_empty(rows, blocks(d_in, tile))
+    rounds_at_once = rounded is not None and groups == 1  # of several groups, sums are rounded
     _decode[(rows, squares.shape[1])](
-        errors, squares, x, b_dec, W_dec, row_start, latent, pre, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
-        groups, 8, tile, num_warps=warps,
+        errors, rounded if rounds_at_once else errors, squares, x, b_dec, W_dec, row_start, latent, pre, threshold, prefixes,
+        rows, d_in, 2 / (batch * groups), is_first, rounds_at_once, groups, 8, tile, num_warps=warps,
     )  # fmt: skip
     for group in reversed(range(groups - 1)):
         errors[group] += errors[group + 1]
+    if rounded is not None and not rounds_at_once:
+        rounded.copy_(errors)
     return squares.sum() / batch

@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Float32, Int32, Int64
 from torch import Tensor
 
 from everyscope.sae.kernels.gpu import lowest_bits, popcount
-from everyscope.sae.kernels.gpu_triton import blocks, columns_of, constexpr, jit, tl, to_bfloat16
+from everyscope.sae.kernels.gpu_triton import blocks, constexpr, jit, tl
 
 
 @contextmanager
@@ -176,65 +176,3 @@ def list_pairs(
         marks, start, row_of, pre_of, pre, b_enc, threshold, *counts, further, width, marks.shape[1], bandwidth / 2, segment,
         lines, tile,
     )  # fmt: skip
-
-
-@jit
-def _decode(
-    errors, rounded, squares, x, b_dec, W_dec, row_start, latent_of, pre_of, threshold, prefixes, rows, d, share,
-    is_first: constexpr, groups: constexpr, pairs: constexpr, tile: constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * tile + tl.arange(0, tile)
-    inside = column < d
-    error = tl.zeros([tile], tl.float32)
-    if is_first:
-        error = tl.load(b_dec + column, inside, other=0.0) - tl.load(x + row * d + column, inside, other=0.0)
-    stop = tl.load(row_start + row + 1)
-    for group in tl.static_range(groups):
-        before = tl.load(prefixes + group)
-        for first in range(tl.load(row_start + row), stop, pairs):
-            pair = first + tl.arange(0, pairs)
-            latent = tl.load(latent_of + pair, pair < stop, other=0).to(tl.int64)
-            pre = tl.load(pre_of + pair, pair < stop, other=0.0)
-            active = (pair < stop) & ~(pre <= tl.load(threshold + latent)) & (latent < before)
-            if group > 0:
-                active = active & (latent >= tl.load(prefixes + group - 1))
-            f = tl.where(active, pre, 0.0)
-            w = tl.load(W_dec + latent[:, None] * d + column[None, :], active[:, None] & inside[None, :], other=0.0)
-            error += tl.sum(f[:, None] * w.to(tl.float32), 0)
-        at = (group * rows + row) * d + column
-        tl.store(errors + at, error * share, inside)
-        if groups == 1:
-            tl.store(rounded + at, to_bfloat16(error * share), inside)
-    tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error, 0))
-
-
-def decode_pairs(
-    errors: Float32[Tensor, "groups batch d_in"],
-    rounded: BFloat16[Tensor, "groups batch d_in"],
-    x: Float32[Tensor, "batch d_in"],
-    b_dec: Float32[Tensor, " d_in"],
-    W_dec: BFloat16[Tensor, "d_sae d_in"],
-    by_row: tuple[Int64[Tensor, " batch_1"], Int32[Tensor, " room"], Float32[Tensor, " room"]],
-    threshold: Float32[Tensor, " d_sae"],
-    prefixes: Int64[Tensor, " groups"],
-    batch: int,
-    is_first: bool = True,
-) -> Float32[Tensor, ""]:
-    """Fill in errors[g] = sum over prefixes k >= g of 2 / (batch groups) (x_hat^k - x), and the same in bfloat16.
-
-    The result is the sum of ||x - x_hat||^2 / batch. `by_row` is (where each row begins, latent, pre-activation); `batch` and
-    `is_first` are those of `kernels.gpu.decode_errors`.
-    """
-    groups, rows, d_in = errors.shape
-    tile, warps = columns_of(d_in, W_dec.element_size())
-    squares = x.new_empty(rows, blocks(d_in, tile))
-    _decode[(rows, squares.shape[1])](
-        errors, rounded, squares, x, b_dec, W_dec, *by_row, threshold, prefixes, rows, d_in, 2 / (batch * groups), is_first,
-        groups, 8, tile, num_warps=warps,
-    )  # fmt: skip
-    for group in reversed(range(groups - 1)):
-        errors[group] += errors[group + 1]
-    if groups > 1:
-        rounded.copy_(errors)
-    return squares.sum() / batch
