@@ -4,9 +4,14 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from everyscope.browse.live import Continuations, Push, Stop, TokenReading
+from invented_graph import invented_graph
+
+from everyscope.browse.live import Ablation, AblationRequest, CircuitRequest, Continuations, Push, Say, Stop, TokenReading
+from everyscope.circuits.graph import LATENT, Graph
+from everyscope.circuits.writing import write_graph
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class FakeLive:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
         self.steered: list[tuple[str, Sequence[Push], dict]] = []
+        self.drawn: list[CircuitRequest] = []
+        self.ablated: list[AblationRequest] = []
 
     def active(self, text: str, sae_id: str) -> list[TokenReading]:
         self.asked.append((text, sae_id))
@@ -81,3 +88,21 @@ class FakeLive:
         plain = tuple(f" word{place}".encode() for place in range(num_tokens))
         is_pushed = any(push.strength for push in pushes)
         return Continuations(plain, tuple(b" <i>pushed</i>\n" for _ in plain) if is_pushed else plain)
+
+    def draw(self, request: CircuitRequest, path: Path, *, say: Say, stop: Stop = lambda: False) -> None:
+        self.drawn.append(request)
+        say(1, 2)
+        write_graph(path, invented_graph([("transcoder/layer_0/width_64/average_l0_5", 64)] * 2))
+
+    def ablate(self, graph: Graph, request: AblationRequest) -> list[Ablation]:
+        """Every target falls by the number of latents, and half of that is predicted; two latents change."""
+        self.ablated.append(request)
+        nodes = (graph.kind == LATENT).nonzero()[0].tolist()
+        return [
+            Ablation(
+                tuple((-1.0 * len(some), -0.5 * len(some)) for _ in graph.facts.targets),
+                ((b"<b>value</b>", 0.75, 0.5), (b" name", 0.125, 0.25)),
+                ((nodes[0], -1.5, -1.0), (nodes[-1], 0.5, -0.25)),
+            )
+            for some in request.variants
+        ]

@@ -21,7 +21,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,13 +33,14 @@ from everyscope.browse.pages import TYPES, environment, render, stamps, static_f
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.search import TableRequest, find_tokens, latents_by_label, latents_by_token
+from everyscope.browse.views.asked_circuit import ablation_json, ablation_request, circuit_request, drawn, new_circuit_view
 from everyscope.browse.views.circuit import circuit_data, circuit_foreign, circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
 from everyscope.browse.views.live import steer_view, text_view
 from everyscope.browse.views.sae import sae_view, table_rows
 from everyscope.browse.views.suite import comparisons_view, suite_view
-from everyscope.circuits.files import graphs_in
+from everyscope.circuits.files import read_graph
 
 HEADERS = {
     "content-security-policy": (
@@ -95,7 +96,9 @@ class LatentNumber(Convertor[int]):
 
 
 register_url_convertor("latent", LatentNumber())
-LiveView = Callable[[Index, Links, Asking, Mapping[str, Sequence[str]]], dict[str, Any]]
+Query = Mapping[str, Sequence[str]]
+LiveView = Callable[[Index, Links, Asking, Query], dict[str, Any]]
+LiveAnswer = Callable[[Request, Index, Asking, Query], Response]
 STATUS = {
     NoSuchPage: (404, "No such page"),
     Forbidden: (403, "Not from here"),
@@ -127,6 +130,7 @@ class Browser:
             "/search": self._search,
             "/compare": self._compare,
             "/circuits": self._circuits,
+            "/circuit/new": self._new_circuit,
             "/circuit/{name}.json": self._circuit_data,
             "/circuit/{name}/circuit-tracer.json": self._circuit_foreign,
             "/circuit/{name}": self._circuit,
@@ -136,7 +140,9 @@ class Browser:
         }
         routes = [Route(path, self._ready(page)) for path, page in pages.items()]
         live = {"/text": ("text", text_view), "/steer": ("steer", steer_view)}
-        routes += [Route(path, self._asked(*page), methods=["GET", "POST"]) for path, page in live.items()]
+        routes += [Route(path, self._asked_page(*page), methods=["GET", "POST"]) for path, page in live.items()]
+        asked = {"/circuit/new": self._draw, "/circuit/{name}/ablate": self._ablate}
+        routes += [Route(path, self._asked(answer), methods=["POST"]) for path, answer in asked.items()]
         routes += [Route("/static/{name}", self._static), Route("/state", self._state)]
         handlers = {404: self._not_found, EveryscopeError: self._failed, 500: self._broken}
         handlers |= dict.fromkeys((sqlite3.DatabaseError, zlib.error), self._damaged)
@@ -209,11 +215,29 @@ class Browser:
         return self._page("compare", index, **compare_view(index, self._links, one, other))
 
     def _circuits(self, request: Request, index: Index) -> Response:
-        return self._page("circuits", index, **circuits_view(self._preparation.suite, self._links))
+        return self._page("circuits", index, **circuits_view(self._preparation.graphs, self._links))
+
+    def _new_circuit(self, request: Request, index: Index) -> Response:
+        try:
+            require_own(request)
+            is_own = request.headers.get("sec-fetch-site") == "same-origin"
+        except Forbidden:
+            is_own = False
+        query = {key: request.query_params.getlist(key) for key in request.query_params}
+        return self._page("circuit_new", index, **new_circuit_view(query, self._live.asking(), is_own=is_own))
+
+    def _draw(self, request: Request, index: Index, asking: Asking, query: Query) -> Response:
+        name = drawn(self._preparation, asking, circuit_request(query))
+        return RedirectResponse(self._links.circuit(name), 303)
+
+    def _ablate(self, request: Request, index: Index, asking: Asking, query: Query) -> Response:
+        graph = read_graph(self._graph(request)[1])
+        asked = ablation_request(graph, query)
+        return JSONResponse(ablation_json(graph, asked, asking.ablate(graph, asked)))
 
     def _graph(self, request: Request) -> tuple[str, Path]:
         """The name and file of a graph; names are looked up, so that no address becomes a path."""
-        name, known = request.path_params["name"], graphs_in(self._preparation.suite)
+        name, known = request.path_params["name"], self._preparation.graphs
         if name not in known:
             raise NoSuchPage(f"this suite has no graph {name[:200]!r}; `everyscope circuit` makes some")
         return name, known[name]
@@ -229,8 +253,12 @@ class Browser:
         headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}.json"}
         return JSONResponse(circuit_foreign(index, name, path), headers=headers)
 
-    def _asked(self, name: str, view: LiveView) -> Callable[[Request], Awaitable[Response]]:
-        """A page that may ask the language model. It waits in threads of its own, so that no other page ever waits for it."""
+    def _asked_page(self, name: str, view: LiveView) -> Callable[[Request], Awaitable[Response]]:
+        """A page that may ask the language model."""
+        return self._asked(lambda request, index, live, query: self._page(name, index, **view(index, self._links, live, query)))
+
+    def _asked(self, respond: LiveAnswer) -> Callable[[Request], Awaitable[Response]]:
+        """What may ask the language model. It waits in threads of its own, so that no other page ever waits for it."""
 
         async def endpoint(request: Request) -> Response:
             if request.method == "POST":
@@ -241,7 +269,7 @@ class Browser:
                 if any(any(query.get(field, ())) for field in ("text", "prompt")):
                     require_own(request)
             asking = self._live.asking()
-            page = self._ready(lambda request, index: self._page(name, index, **view(index, self._links, asking, query)))
+            page = self._ready(lambda request, index: respond(request, index, asking, query))
             answer = asyncio.get_running_loop().run_in_executor(self._waiting, page, request)
             try:
                 while not (await asyncio.wait({answer}, timeout=WATCH_SECONDS))[0]:
@@ -265,7 +293,8 @@ class Browser:
         """For scripts: how far index and model are."""
         is_ready = self._preparation.index is not None
         state = {"is_ready": is_ready, "share": self._preparation.share, "error": self._preparation.error}
-        return JSONResponse({**state, "model": self._live.state}, headers={"cache-control": "no-store"})
+        state |= {"model": self._live.state, "done": self._live.done}
+        return JSONResponse(state, headers={"cache-control": "no-store"})
 
     def _not_found(self, request: Request, error: Exception) -> Response:
         message = "there is nothing at this address; the first page leads to everything"
@@ -273,7 +302,10 @@ class Browser:
 
     def _failed(self, request: Request, error: Exception) -> Response:
         status, title = next((its for kind, its in STATUS.items() if isinstance(error, kind)), (422, "That did not work"))
-        answer = self._page("error", self._preparation.index, status, title=title, message=str(error))
+        if request.headers.get("accept") == "application/json":
+            answer: Response = JSONResponse({"error": str(error)}, status)
+        else:
+            answer = self._page("error", self._preparation.index, status, title=title, message=str(error))
         if status == 503:
             answer.headers["retry-after"] = "5"
         return answer

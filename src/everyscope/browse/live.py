@@ -1,4 +1,4 @@
-"""What needs the language model: reading a text and steering it. Only the contract is here, and waiting for it: no torch.
+"""What needs the language model: reading a text, steering it, circuits. Only the contract is here, and waiting for it: no torch.
 
 Whoever starts the pages may hand in a factory; it is called on the first request, in a thread of its own, for loading a model
 takes a while and everything else must go on answering.
@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from everyscope.base.errors import EveryscopeError, ModelError
+from everyscope.circuits.config import Latent, Target
+from everyscope.circuits.graph import Graph
 
 MAX_TEXT = 4000
 """Characters of a text or a prompt that are taken [characters]."""
@@ -63,8 +66,44 @@ class Continuations:
     """Those with the latents pushed; what the SAE does not reconstruct stays as it was."""
 
 
+@dataclass(frozen=True)
+class CircuitRequest:
+    """An attribution graph that a page asks for."""
+
+    prompt: str
+    position: int | None = None
+    """The token that is explained, from those before it, BOS at 0; None explains what follows the whole prompt."""
+    target: Target = None
+    """What of the next token; None takes the token at `position`, or the likeliest ones."""
+
+
+@dataclass(frozen=True)
+class AblationRequest:
+    """Latents of a graph that are scaled, several variants at once."""
+
+    variants: tuple[tuple[Latent, ...], ...]
+    factor: float = 0.0
+    """Of their activations; 0 removes them [1]."""
+    freezes_attention: bool = False
+    freezes_norms: bool = False
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What one variant changed: measured in the model, and predicted by the graph."""
+
+    targets: tuple[tuple[float, float], ...]
+    """Of each target of the graph, the measured and the predicted change of its value."""
+    tokens: tuple[tuple[bytes, float, float], ...]
+    """Likeliest next tokens before and after, with their probability before and after [1]."""
+    latents: tuple[tuple[int, float, float], ...]
+    """Nodes of downstream latents that change most, with the measured and the predicted change of their activation."""
+
+
 Stop = Callable[[], bool]
 """Whether an answer is not wanted any more."""
+Say = Callable[[int, int], None]
+"""Hears how much of a piece of work is done, of how much."""
 
 
 class Live(Protocol):
@@ -81,6 +120,17 @@ class Live(Protocol):
 
         Asks `stop` between tokens, and raises Stopped where it says so.
         """
+        ...
+
+    def draw(self, request: CircuitRequest, path: Path, *, say: Say, stop: Stop = lambda: False) -> None:
+        """Write the attribution graph to `path`; `say` hears how many latents are done, of how many.
+
+        Asks `stop` between blocks of latents, and raises Stopped where it says so.
+        """
+        ...
+
+    def ablate(self, graph: Graph, request: AblationRequest) -> Sequence[Ablation]:
+        """Scale latents of a graph in the model, and say what each variant changed."""
         ...
 
 
@@ -107,6 +157,8 @@ class LiveModel:
         self._lock = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._num_asked = 0
+        self.done: tuple[int, int] | None = None
+        """How much of the present piece of work is done, of how much; None where it does not say."""
         self.state: State = "asleep" if factory else "absent"
 
     def asking(self) -> "Asking":
@@ -133,7 +185,10 @@ class LiveModel:
                 raise Stopped("no page waits for it any more")
             model = self._loaded(factory)
             asking.begin()
-            return work(model)
+            try:
+                return work(model)
+            finally:
+                self.done = None
 
         try:
             return self._thread.submit(begin).result()
@@ -197,3 +252,15 @@ class Asking:
         """See Live; waits for the model. Raises what LiveModel.work does."""
         settings: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}
         return self._model.work(lambda live: live.steer(prompt, pushes, **settings, stop=lambda: self.is_given_up), self)
+
+    def draw(self, request: CircuitRequest, path: Path) -> None:
+        """See Live; waits for the model, whose `done` says how far it is. Raises what LiveModel.work does."""
+
+        def say(done: int, of: int) -> None:
+            self._model.done = (done, of)
+
+        self._model.work(lambda live: live.draw(request, path, say=say, stop=lambda: self.is_given_up), self)
+
+    def ablate(self, graph: Graph, request: AblationRequest) -> Sequence[Ablation]:
+        """See Live; waits for the model. Raises what LiveModel.work does."""
+        return self._model.work(lambda live: live.ablate(graph, request), self)

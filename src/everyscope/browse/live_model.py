@@ -10,12 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from everyscope.base.errors import ConfigError, DataError, TextError
-from everyscope.browse.live import MAX_TEXT, Continuations, Push, Stop, Stopped, TokenReading
+from everyscope.browse.live import (
+    MAX_TEXT,
+    Ablation,
+    AblationRequest,
+    CircuitRequest,
+    Continuations,
+    Push,
+    Say,
+    Stop,
+    Stopped,
+    TokenReading,
+)
+from everyscope.circuits.attribution import attribute
+from everyscope.circuits.choosing import coders_of
+from everyscope.circuits.config import AttributionConfig, TargetTokens
+from everyscope.circuits.graph import Graph
+from everyscope.circuits.intervene import Edit as LatentEdit
+from everyscope.circuits.intervene import Effects, intervene
+from everyscope.circuits.writing import write_graph
 from everyscope.sae.folded import Sae
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
@@ -31,6 +50,12 @@ KEPT_SAES = 8
 """SAEs kept in memory [SAEs]."""
 TOP_LATENTS = 12
 """Latents told per token, the strongest [latents]."""
+MAX_GRAPH_TOKENS = 512
+"""Of a prompt whose graph a page asks for; the command takes longer ones [tokens]."""
+GRAPH_SECONDS = 40.0
+"""After which a page's graph gets no further latents [s]."""
+TOP_TOKENS, TOP_CHANGED = 6, 24
+"""Next tokens before and after an ablation, and downstream latents that it changes [tokens, latents]."""
 
 
 class SuiteModel:
@@ -38,7 +63,7 @@ class SuiteModel:
 
     def __init__(self, suite: Path, model: ModelConfig | None = None) -> None:
         """Load the model that `suite` names, or another one; ModelError where it cannot be had."""
-        loaded = load_suite(suite)
+        self._suite = loaded = load_suite(suite)
         config = (model or model_of(suite, loaded.index.model)).model_copy(update={"device": "cpu", "device_map": None})
         self._entries = {entry.record.folder: entry for entry in loaded}
         self._model: Any = load_language_model(config).model
@@ -75,6 +100,57 @@ class SuiteModel:
         with splice(self._model, edits):
             steered = self._continue(input_ids, num_tokens, temperature, seed, stop)
         return Continuations(self._bytes(plain), self._bytes(steered))
+
+    def draw(self, request: CircuitRequest, path: Path, *, say: Say, stop: Stop = lambda: False) -> None:
+        """Write the graph of a prompt, or of the token at a position in it, to `path`.
+
+        ConfigError for a position outside the prompt, TextError for more tokens than MAX_GRAPH_TOKENS, Stopped where `stop` says
+        so.
+        """
+        input_ids, target = self._encoded(request.prompt), request.target
+        if request.position is not None:
+            if not 1 <= request.position < input_ids.shape[1]:
+                last = input_ids.shape[1] - 1
+                raise ConfigError(
+                    f"position {request.position}: the prompt has tokens 1 to {last} behind BOS; choose one of these"
+                )
+            target = target or TargetTokens((int(input_ids[0, request.position]),))
+            input_ids = input_ids[:, : request.position]
+        if input_ids.shape[1] > MAX_GRAPH_TOKENS:
+            counts = f"{input_ids.shape[1]} tokens, pages take {MAX_GRAPH_TOKENS}"
+            raise TextError(f"the prompt has {counts}; shorten it, or use `everyscope circuit`")
+
+        def report(done: int, of: int) -> None:
+            if stop():
+                raise Stopped("the graph took too long, or no page waits for it any more; shorten the prompt")
+            say(done, of)
+
+        config = AttributionConfig(max_seconds=GRAPH_SECONDS)
+        coders = coders_of(self._suite)
+        graph = attribute(self._model, coders, input_ids, target=target, config=config, tokenizer=self._tokenizer, say=report)
+        write_graph(path, graph)
+
+    def ablate(self, graph: Graph, request: AblationRequest) -> Sequence[Ablation]:
+        """What scaling latents changes in the model, each variant beside what the graph predicts; ConfigError where the graph is
+        not of this suite's transcoders.
+        """
+        entries = [self._entry(coder.name) for coder in graph.facts.coders]
+        edits = [[LatentEdit(latent, request.factor) for latent in some] for some in request.variants]
+        held = {"freezes_attention": request.freezes_attention, "freezes_norms": request.freezes_norms}
+        effects = intervene(self._model, entries, graph, [[], *edits], **held)
+        return [self._ablation(effects, variant) for variant in range(1, len(edits) + 1)]
+
+    def _ablation(self, effects: Effects, variant: int) -> Ablation:
+        before, after = (torch.from_numpy(effects.logits[place]).double().softmax(-1) for place in (0, variant))
+        tokens = dict.fromkeys([*before.topk(TOP_TOKENS).indices.tolist(), *after.topk(TOP_TOKENS).indices.tolist()])
+        measured, predicted = effects.latents_measured[variant], effects.latents_predicted[variant]
+        size = np.maximum(np.abs(measured), np.abs(predicted))
+        nodes = [node for node in np.argsort(-size, kind="stable")[:TOP_CHANGED].tolist() if size[node] > 0]
+        return Ablation(
+            tuple(zip(effects.measured[variant].tolist(), effects.predicted[variant].tolist(), strict=True)),
+            tuple((self._pieces[token], before[token].item(), after[token].item()) for token in tokens),
+            tuple((node, float(measured[node]), float(predicted[node])) for node in nodes),
+        )
 
     def _encoded(self, text: str) -> Int[Tensor, "1 ctx"]:
         """BOS and the tokens of `text`; TextError where it is empty or longer than the model reads."""

@@ -1,5 +1,6 @@
 """From a suite's folder to its open index, building that if need be: in this thread, or behind pages that say how far it is."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from everyscope.base.progress import meter
 from everyscope.browse.build import build_index, input_files
 from everyscope.browse.cache import ensure_index, index_path
 from everyscope.browse.queries import DAMAGED_INDEX, Index
+from everyscope.circuits.files import FOLDER, graphs_in
 from everyscope.suite.layout import INDEX_FILE, suite_folder
 from everyscope.suite.records import SuiteIndex, read_index
 
@@ -47,6 +49,17 @@ class Preparation:
             self.forget()
             self.index = Index(ensure_index(self._path, self._build))
         return self.index
+
+    @property
+    def graphs(self) -> dict[str, Path]:
+        """The suite's attribution graphs by name: those beside it, and those that pages made of a read-only suite."""
+        return graphs_in(self._path.parent) | graphs_in(self.suite)
+
+    @property
+    def new_graphs(self) -> Path:
+        """Folder of the graphs that pages make: the suite's own, or where that cannot be written one beside the index."""
+        beside = self.suite / FOLDER
+        return beside if os.access(beside if beside.is_dir() else self.suite, os.W_OK) else self._path.parent / FOLDER
 
     def forget(self) -> None:
         """Take a damaged index away: the next start builds it."""

@@ -56,7 +56,8 @@ def attribute(
     names, coders = by_layer(transcoders)
     frozen = FrozenModel(model, adapter_of(model), input_ids)
     is_exact = all(coder.is_transcoder for coder in coders.values())
-    tracer = (LocalReplacement if is_exact else GradientTracer)(frozen, coders, counted_tokens(model, input_ids[0]))
+    counted = counted_tokens(model, input_ids[0])
+    tracer = (LocalReplacement if is_exact else GradientTracer)(frozen, coders, counted)
     targets = logit_targets(frozen, target, config, tokenizer)
     columns = columns_of(tracer, targets, names)
     if isinstance(target, Latent):
@@ -67,7 +68,9 @@ def attribute(
     kept = select(tracer, directions, columns["start"], columns["layer"], config, say)
     texts = tuple(text_of(token, tokenizer) for token in input_ids[0].tolist())
     facts = GraphFacts(
-        prompt=inputs if isinstance(inputs, str) else "".join(texts),
+        prompt=inputs
+        if isinstance(inputs, str)
+        else "".join(text for text, is_text in zip(texts, counted, strict=True) if is_text),
         tokens=texts,
         token_ids=tuple(input_ids[0].tolist()),
         model=str(getattr(language_model, "name", None) or getattr(model, "name_or_path", "") or type(model).__name__),

@@ -34,7 +34,7 @@ def unpaired(number: int) -> tuple[int, int]:
 
 def to_json(graph: Graph, slug: str, labels: Labels, scan: str, node_share: float | None = None) -> dict[str, Any]:
     """The graph, as it is, in circuit-tracer's form; prune it first. `scan` names the set of transcoders."""
-    ids = [_node_id(graph, node) for node in range(len(graph))]
+    ids = [node_id(graph, node) for node in range(len(graph))]
     share = cumulative(graph.influence)
     edges = zip(graph.edges.source.tolist(), graph.edges.target.tolist(), graph.edges.weight.tolist(), strict=True)
     return {
@@ -53,7 +53,8 @@ def to_json(graph: Graph, slug: str, labels: Labels, scan: str, node_share: floa
     }
 
 
-def _node_id(graph: Graph, node: int) -> str:
+def node_id(graph: Graph, node: int) -> str:
+    """What a node is called in such a file; pages call it the same."""
     layer, index, position = (int(getattr(graph, name)[node]) for name in ("layer", "index", "position"))
     match int(graph.kind[node]):
         case 0:

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema
+
+MAX_DIGITS = 12
 
 
 class AttributionConfig(Schema):
@@ -23,6 +26,9 @@ class AttributionConfig(Schema):
     memory_gib: float = Field(default=1.0, gt=0)
     """What a block of rows may take, which decides how many rows are computed at once; kept edges, weights of the model and of
     transcoders, and the attention pattern of one layer come on top [GiB]."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Time after which no further latents' inputs are computed; None sets no limit. How many there are then depends on the
+    machine [s]."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class Latent:
     layer: int
     position: int
     latent: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Latent":
+        """Of layer.position.latent, as in 2.7.311; ConfigError for anything else."""
+        parts = text.split(".")
+        if len(parts) != 3 or not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
+            raise ConfigError(f"latent {text[:60]}: expected layer.position.latent, as in 2.7.311")
+        return cls(*map(int, parts))
 
 
 Target = TargetTokens | Contrast | Latent | None

@@ -5,6 +5,8 @@ as long as there are sources; of it the strongest entries stay, and the sum of t
 block, and edges_per_node numbers for each row of the past; a list of all pairs of nodes never exists.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -102,7 +104,8 @@ def select(
     config: AttributionConfig,
     say: Say = lambda done, of: None,
 ) -> Kept:
-    """The rows of all directions and of the max_latents most influential latents, as far as they have any influence.
+    """The rows of all directions and of the max_latents most influential latents, as far as they have any influence and
+    max_seconds allow.
 
     `start` and `level` are of all sources and then of the directions.
     """
@@ -114,7 +117,9 @@ def select(
         nodes = range(tracer.num_sources + first, tracer.num_sources + first + len(part))
         kept.add(nodes, tracer.rows(no_latents, part), config.edges_per_node)
     is_done = np.zeros(tracer.num_latents, bool)
-    while is_done.sum() < most:
+    end = math.inf if config.max_seconds is None else time.monotonic() + config.max_seconds
+    say(0, most)
+    while is_done.sum() < most and time.monotonic() < end:
         worth = start[: tracer.num_latents].copy()
         if kept.node:
             edges = kept.edges
@@ -125,9 +130,10 @@ def select(
             break
         chosen = np.argpartition(-worth, count - 1)[:count]
         for part in np.array_split(np.sort(chosen), -(-count // size)):
-            kept.add(part.tolist(), tracer.rows(torch.from_numpy(part), []), config.edges_per_node)
-        is_done[chosen] = True
-        say(int(is_done.sum()), most)
+            if time.monotonic() < end:
+                kept.add(part.tolist(), tracer.rows(torch.from_numpy(part), []), config.edges_per_node)
+                is_done[part] = True
+                say(int(is_done.sum()), most)
     return kept
 
 

@@ -81,10 +81,7 @@ def target_of(options: argparse.Namespace) -> Target:
     if options.latent is not None:
         if options.target or options.against:
             raise ConfigError("--latent and --target: a graph explains a latent or next tokens; leave one out")
-        parts = options.latent.split(".")
-        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-            raise ConfigError(f"--latent {options.latent}: expected layer.position.latent, as in 2.7.311")
-        return Latent(*map(int, parts))
+        return Latent.parse(options.latent)
     if options.against is not None:
         if len(options.target or ()) != 1:
             raise ConfigError("--against needs one --target: the token whose logit is compared")

@@ -267,7 +267,7 @@ def test_while_the_index_is_made_every_page_says_so(suite: Path, tmp_path: Path)
     app = Browser(preparation, None).app()
     assert ask(app, "/").status == 503
     assert "Indexing" in ask(app, f"/sae/{SAE}/3").text
-    assert json.loads(ask(app, "/state").text) == {"is_ready": False, "share": 0.0, "error": "", "model": "absent"}
+    assert json.loads(ask(app, "/state").text) == {"is_ready": False, "share": 0.0, "error": "", "model": "absent", "done": None}
     preparation.error = "latents: damaged"
     assert "Latents: damaged" in ask(app, "/").text
     preparation.error = ""

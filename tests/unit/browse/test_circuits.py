@@ -39,7 +39,7 @@ def client(suite: Path) -> TestClient:
 def test_the_list_has_every_graph_and_says_which_cannot_be_read(client):
     page = client.get("/circuits")
     assert page.status_code == 200
-    assert {*re.findall(r'href="/circuit/(\w+)"', page.text)} == {"good", "loose", "foreign"}
+    assert {*re.findall(r'href="/circuit/(\w+)"', page.text)} == {"good", "loose", "foreign", "new"}
     assert f"damaged{ENDING}" in page.text
     assert page.text.count("sums do not hold") == 1
     assert SCRIPT not in page.text

@@ -137,8 +137,8 @@ const LONGEST_ADDRESS = 8000; // what is longer is sent as a form, and the addre
 async function tellState(what, isDone) {
   while (!isDone()) {
     try {
-      const state = (await (await fetch("/state")).json()).model;
-      what.textContent = WAITING[state] ?? "Working…";
+      const { model, done } = await (await fetch("/state")).json();
+      what.textContent = done ? `Working… ${done[0]} of ${done[1]} latents` : WAITING[model] ?? "Working…";
     } catch { /* the answer itself will say what is wrong */ }
     await new Promise((resume) => setTimeout(resume, 400));
   }
@@ -148,13 +148,14 @@ async function ask(form) {
   const working = form.querySelector(".working");
   const fields = new URLSearchParams(new FormData(form));
   const address = `${form.getAttribute("action")}?${fields}`;
-  const isLong = address.length > LONGEST_ADDRESS;
+  const isLong = address.length > LONGEST_ADDRESS || form.dataset.sends === "post";
   let isDone = false;
   form.classList.add("busy");
   working.hidden = false;
   tellState(working.querySelector(".what"), () => isDone);
   try {
     const answer = isLong ? await fetch(form.getAttribute("action"), { method: "POST", body: fields }) : await fetch(address);
+    if (answer.redirected) { location.assign(answer.url); return; }
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const result = page.getElementById("result");
     byId("result").replaceChildren(...(result ?? page.getElementById("main")).childNodes);
@@ -174,6 +175,7 @@ for (const form of document.querySelectorAll("form.live")) {
   form.querySelector("textarea").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
+  if ("begins" in form.dataset) form.requestSubmit();
 }
 
 // Pointing at a token is as good as going to it

@@ -1,5 +1,6 @@
 """Attribution graphs as pages: a list of them, one with everything that its script draws, and the same for circuit-tracer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from everyscope.browse.links import Links
 from everyscope.browse.pieces import Piece
 from everyscope.browse.queries import Index
 from everyscope.circuits.circuit_tracer import to_json
-from everyscope.circuits.files import graphs_in, read_facts, read_graph
+from everyscope.circuits.files import read_facts, read_graph
 from everyscope.circuits.graph import KINDS, LARGEST_VIOLATION, LATENT, LOGIT, Graph
 from everyscope.circuits.influence import cumulative
 
@@ -23,10 +24,10 @@ LISTED = 300
 FOREIGN_NODE_SHARE = 0.8
 
 
-def circuits_view(suite: Path, links: Links) -> dict[str, Any]:
-    """Every graph beside the suite; one that cannot be read says so."""
+def circuits_view(graphs: Mapping[str, Path], links: Links) -> dict[str, Any]:
+    """Graphs of a suite by name; one that cannot be read says so."""
     rows = []
-    for name, path in list(graphs_in(suite).items())[:LISTED]:
+    for name, path in list(graphs.items())[:LISTED]:
         try:
             facts = read_facts(path)
         except DataError as error:
@@ -36,7 +37,7 @@ def circuits_view(suite: Path, links: Links) -> dict[str, Any]:
                 {"name": name, "href": links.circuit(name), "problem": "", "facts": facts, "is_exact": is_exact(facts.violation)}
             )
             rows[-1]["targets"] = [(shown(target.text), target.probability) for target in facts.targets[:3]]
-    return {"graphs": rows, "suite": suite}
+    return {"graphs": rows, "new": links.circuit("new")}
 
 
 def is_exact(violation: float) -> bool:

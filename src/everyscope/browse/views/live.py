@@ -50,7 +50,7 @@ def read_sae(index: Index, folder: str) -> SaeFacts:
 
 def text_view(index: Index, links: Links, live: Asking, query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The text page; waits for the model where the address holds a text. ConfigError for what cannot be read."""
-    sae, text = read_sae(index, _first(query, "sae")), _first(query, "text").replace("\r\n", "\n")
+    sae, text = read_sae(index, first(query, "sae")), first(query, "text").replace("\r\n", "\n")
     if len(text) > MAX_TEXT:
         raise ConfigError(f"the text has {len(text):,} characters, at most {MAX_TEXT:,} are read at once; shorten it")
     found = {"sae": sae, "text": text or DEFAULT_TEXT, "saes": index.saes, "live": live, "reading": None}
@@ -106,7 +106,7 @@ def _reading(index: Index, links: Links, sae: SaeFacts, readings: Sequence[Token
 
 def steer_view(index: Index, links: Links, live: Asking, query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The steering page; waits for the model where the address holds a prompt. `query` has every value of each name."""
-    prompt = _first(query, "prompt").replace("\r\n", "\n")
+    prompt = first(query, "prompt").replace("\r\n", "\n")
     if len(prompt) > MAX_TEXT:
         raise ConfigError(f"the prompt has {len(prompt):,} characters, at most {MAX_TEXT:,} are read at once; shorten it")
     rows = _push_rows(index, query)
@@ -185,12 +185,13 @@ def _push_json(index: Index, links: Links, row: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _first(query: Mapping[str, Sequence[str]], name: str) -> str:
+def first(query: Mapping[str, Sequence[str]], name: str) -> str:
+    """The first value of a field; nothing where there is none."""
     return next(iter(query.get(name, ())), "")
 
 
 def _number(query: Mapping[str, Sequence[str]], name: str, default: float, low: float, high: float) -> float:
-    typed = _first(query, name).strip()
+    typed = first(query, name).strip()
     if not typed:
         return default
     try:
