@@ -14,7 +14,7 @@ from torch import Tensor
 
 from everyscope.describe.lens_kernels import ENDS, Factors, ScreenedChunk, rescore, screen_tile
 from everyscope.sae.kernels.cpu import round_rows
-from everyscope.sae.pairs_cpu import Threads
+from everyscope.sae.threads import Threads
 
 CHUNK_LATENTS = 256
 """Directions that one thread screens together: as many as amortise reading a tile of the unembedding [latents]."""

@@ -6,17 +6,16 @@ batch (summed over replicas). Everything else stays with the rank that made it.
 """
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
-from everyscope.sae.functional import Gradients, backward, forward
+from everyscope.sae.functional import Gradients, backward, forward, without_skip
 from everyscope.sae.mesh import Collective, of_all
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import sparsity_weight
-from everyscope.sae.trainable import StepLosses, TrainableSae, move_along
+from everyscope.sae.trainable import TENSORS, StepLosses, TrainableSae, move_along
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,18 @@ def largest(collective: Collective, value: Tensor) -> Tensor:
 
 
 def shared_gradients(
-    sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, collective: Collective
+    sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, collective: Collective, target: Float[Tensor, "batch d_out"]
 ) -> tuple[Gradients, Float64[Tensor, ""]]:
-    """`functional.loss_gradients` of the latents held here, over the rows of all replicas, of which `x` are this one's.
+    """`functional.loss_gradients` of the latents held here, over the rows of all replicas, of which `x` and `target` are this
+    one's.
 
     With it the largest share of pairs among all (row, latent) of a rank. Losses, l0 and pairs are of all latents and rows.
     """
     mesh, p, bandwidth = collective.mesh, sae.parameters, sae.config.preset.bandwidth
-    batch, (width, d_in) = len(x) * mesh.replicas, p["W_dec"].shape
-    code = forward(x - p["b_dec"], x, **p, bandwidth=bandwidth, prefixes=sae.prefixes, is_first=mesh.shard == 0)
+    batch, w_skip, is_first = len(x) * mesh.replicas, p.get("w_skip"), mesh.shard == 0
+    left = without_skip(x, target, w_skip) if is_first else target  # other shards' errors are without the target
+    own = {name: p[name] for name in TENSORS}
+    code = forward(sae.seen(x), left, **own, bandwidth=bandwidth, prefixes=sae.prefixes, is_first=is_first)
     by_latent = torch.stack([code.active.sum(0), torch.maximum(code.active, code.near).sum(0)])
     errors = torch.stack(code.errors)
     collective.sum_(errors, "shards")
@@ -85,25 +87,37 @@ def shared_gradients(
     fired = counts.by_latent[0].to(x.dtype)
     cost = shared_penalty(sae, step, counts.by_latent[0], counts.totals[0], batch)
     # All gradients that replicas add up lie in one piece of memory.
-    shapes = [(width, d_in), (width, d_in), (width,), (width,), (d_in,)]
-    flat = x.new_empty(2 * width * d_in + 2 * width + d_in)
-    parts = [part.view(shape) for part, shape in zip(flat.split([prod(shape) for shape in shapes]), shapes, strict=True)]
-    d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_dec, _ = backward(
-        code, list(errors), p["W_dec"], p["threshold"], cost, bandwidth, sae.prefixes, batch, parts
+    by_part = [
+        p["W_enc"].T,
+        *(p[name] for name in ("W_dec", "b_enc", "threshold", "b_dec")),
+        *([] if w_skip is None else [w_skip]),
+    ]
+    flat = x.new_empty(sum(part.numel() for part in by_part))
+    parts = [part.view(like.shape) for part, like in zip(flat.split([part.numel() for part in by_part]), by_part, strict=True)]
+    d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_dec, d_y_hat = backward(
+        code, list(errors), p["W_dec"], p["threshold"], cost, bandwidth, sae.prefixes, batch, parts[:5]
     )
+    d_w_skip = None if w_skip is None else torch.mm(x.T, d_y_hat, out=parts[5])
     collective.sum_(flat, "replicas")
-    from_latents = p["W_enc"] @ d_b_enc
-    collective.sum_(from_latents, "shards")
+    if not sae.is_transcoder:
+        from_latents = p["W_enc"] @ d_b_enc
+        collective.sum_(from_latents, "shards")
+        d_b_dec = d_b_dec - from_latents
     losses = ((number / batch).to(x.dtype) for number in (counts.squares, *counts.totals))
     reconstruction, l0, pairs = losses
-    gradients = Gradients(d_W_enc.T, d_W_dec, d_b_enc, d_b_dec - from_latents, d_threshold, reconstruction, l0, fired, pairs)
+    gradients = Gradients(d_W_enc.T, d_W_dec, d_b_enc, d_b_dec, d_threshold, reconstruction, l0, fired, pairs, d_w_skip)
     return gradients, counts.extra.max()
 
 
 @torch.no_grad()
 def shared_dense_update(
-    sae: TrainableSae, x: Float[Tensor, "batch d_in"], step: int, steps: int, collective: Collective
+    sae: TrainableSae,
+    x: Float[Tensor, "batch d_in"],
+    step: int,
+    steps: int,
+    collective: Collective,
+    target: Float[Tensor, "batch d_out"] | None = None,
 ) -> tuple[StepLosses, Float64[Tensor, ""]]:
     """`dense_update` on this rank's rows and latents, with the largest share of pairs that a rank has."""
-    gradients, pair_share = shared_gradients(sae, x, step, collective)
+    gradients, pair_share = shared_gradients(sae, x, step, collective, x if target is None else target)
     return move_along(sae, gradients, step, steps), pair_share

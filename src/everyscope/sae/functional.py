@@ -110,10 +110,13 @@ def loss_gradients(
 
 
 def without_skip(
-    x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], w_skip: Float[Tensor, "d_in d_out"] | None
+    x: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    w_skip: Float[Tensor, "d_in d_out"] | None,
+    out: Float[Tensor, "batch d_out"] | None = None,
 ) -> Float[Tensor, "batch d_out"]:
-    """What is left of the target for latents and bias: y - x @ w_skip."""
-    return target if w_skip is None else torch.addmm(target, x, w_skip, alpha=-1)
+    """What is left of the target for latents and bias: y - x @ w_skip; in `out`, if there is a skip and that is given."""
+    return target if w_skip is None else torch.addmm(target, x, w_skip, alpha=-1, out=out)
 
 
 @dataclass(frozen=True)

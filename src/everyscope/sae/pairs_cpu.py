@@ -7,9 +7,10 @@ Of several ranks each finds the pairs of its own latents and rows. They meet aft
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ from everyscope.sae.kernels.cpu_update import Adam, move_latents, sum_latents, u
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.objective import penalty
 from everyscope.sae.schedules import direction_rate, learning_rate_share, skip_rate, sparsity_weight, threshold_rate
-from everyscope.sae.skip_cpu import blocks_of, move_skip, subtract_skip
-from everyscope.sae.threads import single_threaded_pool
+from everyscope.sae.skip_cpu import blocks_of, factor, move_skip, skip_gradient, subtract_skip
+from everyscope.sae.threads import Threads
 from everyscope.sae.trainable import StepLosses, TrainableSae, catch_up, dense_update
 
 TILE_NUMBERS = 12 * 2**15
@@ -49,29 +50,15 @@ LEVELS = 8
 """Groups of rows by norm, in each tile, that share bounds of the screen."""
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class Threads:
-    """Work spread over threads that leave one another's cores alone: torch's own products stay within their thread."""
-
-    def __init__(self, count: int) -> None:
-        """A pool of `count` threads; one is no pool at all."""
-        self.count = count
-        self._pool = single_threaded_pool(count) if count > 1 else None
-
-    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Results of `work`, in the order of `items`."""
-        return list(self._pool.map(work, items) if self._pool else map(work, items))
-
-
 class CpuPairs:
     """The SAEs of a training group, stepped by pairs where the code is sparse and densely where it is not."""
 
-    def __init__(self, saes: Sequence[TrainableSae], collective: Collective = ALONE) -> None:
-        """Take over `saes`, whose tensors change in place; as many threads as torch has now."""
-        self.saes, self.collective = saes, collective
+    def __init__(self, saes: Sequence[TrainableSae], collective: Collective = ALONE, *, rounds_skips: bool = False) -> None:
+        """Take over `saes`, whose tensors change in place; as many threads as torch has now.
+
+        With `rounds_skips` a skip's products are of bfloat16 numbers.
+        """
+        self.saes, self.collective, self._rounds_skips = saes, collective, rounds_skips
         self._threads = Threads(torch.get_num_threads())
         self._uses_pairs = torch.ones(len(saes), dtype=torch.bool)
         self._latents = [latents_of(sae) for sae in saes]
@@ -104,22 +91,24 @@ class CpuPairs:
             losses = dense_update(sae, x, step, steps, target)
             self._uses_pairs[number] = bool(losses.pairs < PAIRS_SHARE * sae.config.width)
         else:  # no rank may run out of room where the others do not
-            losses, pair_share = shared_dense_update(sae, x, step, steps, self.collective)
+            losses, pair_share = shared_dense_update(sae, x, step, steps, self.collective, target)
             self._uses_pairs[number] = bool(pair_share < PAIRS_SHARE)
         if self._uses_pairs[number]:
             round_weights(self._latents[number])
         return losses
 
-    def _pairs_step(self, number: int, x: Tensor, step: int, steps: int, target: Tensor | None = None) -> StepLosses | None:
+    def _pairs_step(self, number: int, x: Tensor, step: int, steps: int, target: Tensor) -> StepLosses | None:
         """The step, or None, with nothing changed, where there are too many pairs."""
         sae, latents, mesh = self.saes[number], self._latents[number], self.collective.mesh
-        prefixes, x, target = np.array(sae.prefixes), x.contiguous(), (x if target is None else target).contiguous()
+        prefixes, x, target = np.array(sae.prefixes), x.contiguous(), target.contiguous()
         buffers = self._buffers_for(Shape(len(x), x.shape[1], target.shape[1], sae.width, len(prefixes)))
-        rows, pairs = buffers.rows._replace(x=x.numpy(), target=target.numpy()), buffers.pairs
-        if sae.config.skip:
-            rows = rows._replace(target=buffers.left_of_skip.numpy())
-        batch = len(x) * mesh.replicas
-        fits = self._reconstruct(sae, latents, buffers, rows, prefixes, batch, target)
+        rows, pairs, batch = buffers.rows._replace(x=x.numpy(), target=target.numpy()), buffers.pairs, len(x) * mesh.replicas
+        if sae.config.skip and mesh.shard == 0:  # other shards' errors are without the target
+            x, w_skip = (factor(tensor, self._rounds_skips) for tensor in (x, sae.parameters["w_skip"]))
+            left = buffers.left_of_skip
+            self._threads.map(lambda block: subtract_skip(left, target, x, w_skip, block), blocks_of(len(x)))
+            rows = rows._replace(target=left.numpy())
+        fits = self._reconstruct(sae, latents, buffers, rows, prefixes, batch)
         squares = torch.tensor(rows.squares.sum(dtype=np.float64))
         if mesh.ranks == 1:
             if not fits:
@@ -142,7 +131,7 @@ class CpuPairs:
         else:
             self._update_with_replicas(update, moving)
         if sae.config.skip:
-            self._update_skip(update, x, buffers.errors[:, 0], skip_rate(sae.config.preset, step, steps))
+            self._update_skip(update, buffers, x, skip_rate(sae.config.preset, step, steps))
         reconstruction, l0, num_pairs = (sums / batch).float()
         return StepLosses(reconstruction, l0, num_pairs, fired)
 
@@ -154,7 +143,6 @@ class CpuPairs:
         rows: Rows,
         prefixes: np.ndarray,
         batch: int,
-        target: Tensor,
     ) -> bool:
         """Find the pairs, and the loss's derivatives by the reconstructions and at the pairs; False where there are too many."""
         b_dec, bandwidth = sae.parameters["b_dec"].numpy(), np.float32(sae.config.preset.bandwidth)
@@ -164,9 +152,6 @@ class CpuPairs:
         def forward(tile: int) -> bool:
             start, stop = buffers.tiles[tile]
             centre_rows(rows, pre_bias, start, stop)
-            if sae.config.skip:
-                x, skip = torch.from_numpy(rows.x), sae.parameters["w_skip"]
-                subtract_skip(buffers.left_of_skip, target, x, skip, range(start, stop))
             found, screened = buffers.of_this_thread()
             torch.mm(buffers.rounded[start:stop], as_bfloat16(latents.w_rounded).T, out=screened[: stop - start])
             bits = screened[: stop - start].view(torch.int16).numpy()
@@ -205,9 +190,9 @@ class CpuPairs:
 
     def _update_with_replicas(self, update: "Update", moving: np.ndarray) -> None:
         """Gradients, their sum over replicas, then the update: of those latents alone that have pairs in some replica."""
-        d_in, starts = update.rows.x.shape[1], range(0, len(moving), LATENT_CHUNK)
-        flat = np.empty(len(moving) * (2 * d_in + 2) + d_in, np.float32)  # what replicas add up, in one piece
-        gradients, from_errors = flat[:-d_in].reshape(len(moving), 2 * d_in + 2), flat[-d_in:]
+        (d_in, d_out), starts = (update.rows.x.shape[1], update.rows.target.shape[1]), range(0, len(moving), LATENT_CHUNK)
+        flat = np.empty(len(moving) * (d_in + d_out + 2) + d_out, np.float32)  # what replicas add up, in one piece
+        gradients, from_errors = flat[:-d_out].reshape(len(moving), d_in + d_out + 2), flat[-d_out:]
         from_errors[:] = update.rows.d_b_dec.sum(0)
         latent_sums = np.zeros((len(starts), d_in), np.float32)
 
@@ -221,11 +206,19 @@ class CpuPairs:
         )
         self._update_b_dec(update, from_errors, latent_sums.sum(0))
 
-    def _update_skip(self, update: "Update", x: Tensor, d_y_hat: Tensor, rate: float) -> None:
-        """Move a transcoder's skip by its gradient."""
-        adam, skip = update.adam._replace(rate=np.float32(rate)), update.sae.parameters["w_skip"]
-        squared = update.sae.squared["w_skip"]
-        self._threads.map(lambda block: move_skip(adam, skip, squared, x, d_y_hat, block), blocks_of(skip))
+    def _update_skip(self, update: "Update", buffers: "CpuBuffers", x: Tensor, rate: float) -> None:
+        """Move a transcoder's skip by its gradient; all shards alike, who have the same errors."""
+        adam = update.adam._replace(rate=np.float32(rate))
+        x, d_y_hat = (factor(tensor, self._rounds_skips) for tensor in (x, buffers.errors[:, 0]))
+        skip, squared, blocks = update.sae.parameters["w_skip"], update.sae.squared["w_skip"], blocks_of(x.shape[1])
+        if self.collective.mesh.replicas == 1:
+            self._threads.map(
+                lambda block: move_skip(adam, skip[block], squared[block], skip_gradient(x, d_y_hat, block)), blocks
+            )
+            return
+        gradient = torch.cat(self._threads.map(partial(skip_gradient, x, d_y_hat), blocks))
+        self.collective.sum_(gradient, "replicas")
+        self._threads.map(lambda block: move_skip(adam, skip[block], squared[block], gradient[block]), blocks)
 
     def _update_b_dec(self, update: "Update", from_errors: np.ndarray, from_latents: np.ndarray) -> None:
         """Move b_dec by its gradient, of which `from_latents` is this shard's part, through an SAE's pre-encoder bias.

@@ -1,42 +1,58 @@
-"""A transcoder's skip beside the pair path on the CPU: dense products, cut into fixed blocks so that threads change no bit."""
+"""A transcoder's skip beside the pair path on the CPU: dense products, cut into fixed blocks so that threads change no bit.
+
+Both products, what the skip predicts and its gradient, may be of bfloat16 numbers, which takes half the time: each term is then
+within 2^-8 of itself, and each sum is rounded once more. The skip itself and Adam's means are float32 in any case.
+"""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float
 from torch import Tensor
 
-from everyscope.sae.kernels.cpu import SUM_ROWS
+from everyscope.sae.functional import without_skip
 from everyscope.sae.kernels.cpu_update import Adam, update_always
 
-BLOCK = 64
-"""Inputs whose rows of w_skip one thread moves at a time."""
+BLOCK = 256
+"""Rows, and inputs, that one thread takes at a time."""
+
+
+def blocks_of(count: int) -> list[slice]:
+    """[0, count) in pieces for threads."""
+    return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
 
 def subtract_skip(
     left: Float[Tensor, "batch d_out"],
     target: Float[Tensor, "batch d_out"],
-    x: Float[Tensor, "batch d_in"],
-    w_skip: Float[Tensor, "d_in d_out"],
-    rows: range,
+    x: Float[Tensor, "batch d_in"] | BFloat16[Tensor, "batch d_in"],
+    w_skip: Float[Tensor, "d_in d_out"] | BFloat16[Tensor, "d_in d_out"],
+    block: slice,
 ) -> None:
-    """Fill in `rows` of `left`, which begin at a multiple of SUM_ROWS: `functional.without_skip` of these."""
-    for start in range(rows.start, rows.stop, SUM_ROWS):
-        block = slice(start, min(start + SUM_ROWS, rows.stop))
-        torch.addmm(target[block], x[block], w_skip, alpha=-1, out=left[block])
+    """Fill in these rows of `left`: `functional.without_skip` of them."""
+    if x.dtype == torch.bfloat16:
+        torch.sub(target[block], torch.mm(x[block], w_skip), out=left[block])
+    else:
+        without_skip(x[block], target[block], w_skip, out=left[block])
 
 
-def blocks_of(w_skip: Float[Tensor, "d_in d_out"]) -> list[slice]:
-    """The rows of w_skip in pieces for threads."""
-    return [slice(start, min(start + BLOCK, len(w_skip))) for start in range(0, len(w_skip), BLOCK)]
+def skip_gradient(
+    x: Float[Tensor, "batch d_in"] | BFloat16[Tensor, "batch d_in"],
+    d_y_hat: Float[Tensor, "batch d_out"] | BFloat16[Tensor, "batch d_out"],
+    block: slice,
+) -> Float[Tensor, "inputs d_out"]:
+    """The gradient x.T @ d_y_hat of these rows of w_skip."""
+    return torch.mm(x[:, block].T, d_y_hat).float()
+
+
+def factor(tensor: Float[Tensor, "*shape"], is_rounded: bool) -> Float[Tensor, "*shape"] | BFloat16[Tensor, "*shape"]:
+    """A factor of a skip's products, in the precision that these have."""
+    return tensor.bfloat16() if is_rounded else tensor
 
 
 def move_skip(
     adam: Adam,
-    w_skip: Float[Tensor, "d_in d_out"],
-    squared: Float[Tensor, "d_in d_out"],
-    x: Float[Tensor, "batch d_in"],
-    d_y_hat: Float[Tensor, "batch d_out"],
-    block: slice,
+    w_skip: Float[Tensor, "inputs d_out"],
+    squared: Float[Tensor, "inputs d_out"],
+    gradient: Float[Tensor, "inputs d_out"],
 ) -> None:
-    """Move these rows of w_skip along their gradient x.T @ d_y_hat, in place."""
-    gradient = torch.mm(x[:, block].T, d_y_hat)
-    update_always(adam, w_skip[block].view(-1).numpy(), gradient.view(-1).numpy(), squared[block].view(-1).numpy())
+    """Move contiguous rows of w_skip along their gradient, in place."""
+    update_always(adam, *(tensor.view(-1).numpy() for tensor in (w_skip, gradient, squared)))

@@ -5,10 +5,14 @@ first is wanted here, the second would reach into the caller's program, so it is
 """
 
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _SETTING = threading.Lock()
 """One pool at a time: another would take the count of 1 for the process's own and put that back."""
 
@@ -29,3 +33,16 @@ def single_threaded_pool(count: int) -> ThreadPoolExecutor:
         restorer.start()
         restorer.join()
     return pool
+
+
+class Threads:
+    """Work spread over threads that leave one another's cores alone: torch's own products stay within their thread."""
+
+    def __init__(self, count: int) -> None:
+        """A pool of `count` threads; one is no pool at all."""
+        self.count = count
+        self._pool = single_threaded_pool(count) if count > 1 else None
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Results of `work`, in the order of `items`."""
+        return list(self._pool.map(work, items) if self._pool else map(work, items))

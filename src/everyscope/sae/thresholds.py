@@ -37,7 +37,7 @@ def warm_start(
     """
     p, config = sae.parameters, sae.config
     x = _gathered(x, "replicas", collective)
-    p["b_dec"].copy_((x if target is None else target).mean(0))
+    p["b_dec"].copy_((x if target is None else _gathered(target, "replicas", collective)).mean(0))
     if config.preset.encoder_follows:
         sae.coordinate_weights.copy_(coordinate_weights(x))
         p["W_enc"].copy_((p["W_dec"] * sae.coordinate_weights).T.mul(config.preset.encoder_scale))

@@ -125,6 +125,7 @@ def train_transcoders(
     seed: int = 0,
     device: str = "cpu",
     engine: EngineName = "auto",
+    precision: Precision = "auto",
     callback: Callback | None = None,
     report_to: SinkName | Sequence[SinkName] = (),
     report_folder: str | Path = ".",
@@ -135,8 +136,9 @@ def train_transcoders(
 ) -> TrainedSaes:
     """Train one transcoder per config that predicts raw `targets` [rows, d_out] from raw `inputs` [rows, d_in], row by row.
 
-    Everything else is as in `train_saes`; `skip=True` in a config sets an affine map beside the latents. A row that is massive on
-    either side is left out. `site` and `target` name what is read and written, as in "mlp_in.3" and "mlp_out.3".
+    Everything else is as in `train_saes`; `skip=True` in a config sets an affine map beside the latents, whose products are
+    bfloat16 on a CPU too unless `precision` is float32. A row that is massive on either side
+    is left out. `site` and `target` name what is read and written, as in "mlp_in.3" and "mlp_out.3".
 
     Raises what `train_saes` does, and ShapeMismatch where inputs and targets have other numbers of rows.
     """
@@ -145,7 +147,9 @@ def train_transcoders(
     chosen = _chosen(configs, preset, read.d_in)
     normalisation, of_target = (normalisation_for(chosen, side.statistics, max_norm) for side in (read, written))
     steps = num_steps(source.num_rows, num_tokens, num_passes, batch_rows)
-    group = TrainingGroup(chosen, read.d_in, normalisation, steps, device, engine, target=TargetSide(written.d_in, of_target))
+    products = products_of(device, engine, precision, has_skip=any(config.skip for config in chosen))
+    side = TargetSide(written.d_in, of_target)
+    group = TrainingGroup(chosen, read.d_in, normalisation, steps, device, engine, target=side, products=products)
     reporting = _Reporting(
         callback, (report_to,) if isinstance(report_to, str) else tuple(report_to), Path(report_folder), log_steps
     )

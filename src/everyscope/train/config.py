@@ -28,15 +28,20 @@ PLACES = ("shards", "target_shards", "source", "target_source", "order", "tls_ro
 """Fields that tell where things are, and not what is trained."""
 
 
-def products_of(device: str, engine: EngineName, precision: Precision) -> Products:
-    """The precision that steps have on this device by this engine; ConfigError where it has no kernels for the one asked for."""
-    has_kernels = device.partition(":")[0] == "cuda" and engine != "dense"
+def products_of(device: str, engine: EngineName, precision: Precision, *, has_skip: bool = False) -> Products:
+    """The precision that steps have on this device by this engine; ConfigError where it has no kernels for the one asked for.
+
+    On a CPU the products of skips are all that it is about.
+    """
+    kind = device.partition(":")[0]
+    has_kernels = kind == "cuda" and engine != "dense"
     if precision == "bfloat16" and not has_kernels:
         raise ConfigError(
             f"precision=bfloat16 with device={device}, engine={engine}: bfloat16 has kernels for device=cuda with engine=auto or "
             "pairs; choose these, or precision=float32"
         )
-    return "bfloat16" if has_kernels and precision != "float32" else "float32"
+    rounds_skips = kind == "cpu" and engine != "dense" and has_skip
+    return "bfloat16" if (has_kernels or rounds_skips) and precision != "float32" else "float32"
 
 
 class TrainSettings(Schema):
@@ -56,7 +61,7 @@ class TrainSettings(Schema):
     """How a step is computed; auto takes pairs where there are kernels for the device."""
     precision: Precision = "auto"
     """Of a step's products: auto takes bfloat16 where there are kernels for it, on CUDA with engine auto or pairs, else
-    float32."""
+    float32; on a CPU, bfloat16 for a transcoder's skip alone."""
     shards: int = Field(default=1, ge=1)
     """Processes that share the latents of every SAE, for SAEs wider than one device [processes]."""
     replicas: int = Field(default=1, ge=1)
@@ -142,7 +147,7 @@ class TrainConfig(Schema):
 
     def _check_target(self) -> None:
         """What transcoders need, and what is theirs alone."""
-        check_configs(self.saes, self.writes is not None, self.settings.ranks)
+        check_configs(self.saes, self.writes is not None)
         if self.writes is None:
             return
         if site_of(self.site, self.writes) is None:
@@ -170,8 +175,9 @@ class TrainConfig(Schema):
 
     @property
     def products(self) -> Products:
-        """The precision that steps have; transcoders have no kernels for less than float32."""
-        return self.settings.products if self.writes is None else "float32"
+        """The precision that steps have."""
+        settings, has_skip = self.settings, any(sae.skip for sae in self.saes)
+        return products_of(settings.device, settings.engine, settings.precision, has_skip=has_skip)
 
     @property
     def steps(self) -> int:
@@ -204,7 +210,7 @@ def sae_name(config: SaeConfig) -> str:
     return f"width_{config.width}_{sparsity}_seed_{config.seed}" + ("_skip" if config.skip else "")
 
 
-def check_configs(configs: Sequence[SaeConfig], are_transcoders: bool, ranks: int = 1) -> None:
+def check_configs(configs: Sequence[SaeConfig], are_transcoders: bool) -> None:
     """ConfigError where a config is of SAEs and the training group of transcoders, or the other way round."""
     for config in configs:
         if config.skip and not are_transcoders:
@@ -214,5 +220,3 @@ def check_configs(configs: Sequence[SaeConfig], are_transcoders: bool, ranks: in
                 "encoder_follows=True of a transcoder: its encoder and its directions live in different spaces; set it to False, "
                 "or take the preset fast_transcoder"
             )
-    if are_transcoders and ranks > 1:
-        raise ConfigError(f"shards x replicas = {ranks} with a target: transcoders train in one process each; set both to 1")

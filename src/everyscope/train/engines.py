@@ -72,7 +72,7 @@ class Dense:
             self._may_lag = False
         if self.collective.mesh.ranks == 1:
             return [dense_update(sae, x, step, steps, target) for sae in self.saes]
-        return [shared_dense_update(sae, x, step, steps, self.collective)[0] for sae in self.saes]
+        return [shared_dense_update(sae, x, step, steps, self.collective, target)[0] for sae in self.saes]
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -102,9 +102,9 @@ def engine_for(
         raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")
     if name == "dense" or not has_kernels:
         return Dense(saes, collective)
+    if kind == "cpu":
+        return CpuPairs(saes, collective, rounds_skips=products == "bfloat16")
     # Kernels for CUDA only here: they need Triton, which comes with CUDA builds of torch alone.
     if products == "bfloat16":
         return import_module("everyscope.sae.bf16_gpu").GpuBfloat16(saes, collective)
-    if kind == "cpu":
-        return CpuPairs(saes, collective)
     return import_module("everyscope.sae.pairs_gpu").GpuPairs(saes, collective=collective)

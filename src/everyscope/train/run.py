@@ -169,7 +169,7 @@ def train(
     if collective.mesh.ranks == 1:
         _save_alone(config, group, source)
     else:
-        _save_together(config, source, group.normalisation, collective)
+        _save_together(config, source, group, collective)
     if leads:
         forget_checkpoint(checkpoint)
 
@@ -185,21 +185,21 @@ def _new_group(config: TrainConfig, source: Source | Aligned, device: str, colle
 
 def _save_alone(config: TrainConfig, group: TrainingGroup, source: Source | Aligned) -> None:
     """Write the finished SAEs, where this process holds all of them."""
-    target = None if group.target is None else group.target.normalisation
     for sae, folded in zip(config.saes, group.folded(), strict=True):
-        record = record_of(config, sae, source, group.normalisation, target)
+        record = record_of(config, sae, source, group.normalisation, group.target_normalisation)
         write_sae(config.out / sae_name(sae), folded, record)
 
 
-def _save_together(config: TrainConfig, source: Source | Aligned, normalisation: Normalisation, collective: Collective) -> None:
+def _save_together(config: TrainConfig, source: Source | Aligned, group: TrainingGroup, collective: Collective) -> None:
     """Make the finished SAEs from the last checkpoint, each by one of the ranks."""
     checkpoint = find_checkpoint(checkpoint_path(config))
     assert checkpoint is not None, "saved a moment ago"
     with opened(checkpoint.files) as parts:
         for number, sae in enumerate(config.saes):
             if number % collective.mesh.ranks == collective.mesh.rank:
-                record = record_of(config, sae, source, normalisation)
-                save_assembled(config.out / sae_name(sae), parts, number, sae, normalisation, record)
+                sides = group.normalisation, group.target_normalisation
+                record = record_of(config, sae, source, *sides)
+                save_assembled(config.out / sae_name(sae), parts, number, sae, sides[0], record, sides[1])
     collective.barrier()
 
 

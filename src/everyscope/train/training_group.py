@@ -68,14 +68,14 @@ class TrainingGroup:
     ) -> None:
         """New SAEs for activations that `normalisation` brings to unit mean squared norm; transcoders where there is a `target`.
 
-        ConfigError for transcoders whose recipe or ranks cannot be theirs, and for SAEs with a skip.
+        ConfigError for transcoders whose recipe cannot be theirs, and for SAEs with a skip.
         """
-        check_configs(configs, target is not None, collective.mesh.ranks)
+        check_configs(configs, target is not None)
         self.collective, self.target = collective, target
         d_out = None if target is None else target.d_out
         self.saes = [new_sae(config, d_in, device, collective.mesh.latents(config.width), d_out) for config in configs]
         self.normalisation, self.steps, self.num_steps_done = normalisation, steps, 0
-        self.products: Products = "float32" if target is not None else products  # transcoders have no kernels for less
+        self.products: Products = products
         self.device, self._engine = torch.device(device), engine_for(engine, self.saes, device, collective, self.products)
         self._replayable = self._engine if isinstance(self._engine, Replayable) else None
         is_recorded = self.device.type == "cuda" and collective.mesh.ranks == 1
@@ -137,8 +137,12 @@ class TrainingGroup:
 
     def folded(self) -> list[Sae]:
         """The SAEs or transcoders on raw activations, as they are now."""
-        target = None if self.target is None else self.target.normalisation
-        return [fold(sae, self.normalisation, target) for sae in self.saes]
+        return [fold(sae, self.normalisation, self.target_normalisation) for sae in self.saes]
+
+    @property
+    def target_normalisation(self) -> Normalisation | None:
+        """How transcoders see their target; None of SAEs."""
+        return None if self.target is None else self.target.normalisation
 
     def _start_warm(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None) -> None:
         """Let SAEs that ask for it take their first biases and thresholds from the first batch."""

@@ -66,7 +66,7 @@ def test_one_step_equals_the_float64_oracle(monkeypatch, batch, d_in, width, thr
     oracle, before = in_float64(sae), copy.deepcopy(sae)
     want = dense_update(oracle, x.double(), 0, 10)
     engine = CpuPairs([sae])
-    got = engine._pairs_step(0, x, 0, 10)
+    got = engine._pairs_step(0, x, 0, 10, x)
     assert got is not None
     for name in ("reconstruction", "l0", "pairs"):
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name).double(), rtol=1e-5, atol=1e-9)

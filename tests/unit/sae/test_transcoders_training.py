@@ -13,6 +13,7 @@ from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.normalisation import Normalisation, normalised_pair
 from everyscope.sae.pairs_cpu import CpuPairs
 from everyscope.sae.presets import fast, fast_transcoder
+from everyscope.sae.skip_cpu import blocks_of, skip_gradient, subtract_skip
 from everyscope.sae.thresholds import warm_start
 from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update, fold, new_sae
 from everyscope.train.engines import Dense
@@ -121,16 +122,53 @@ def test_a_skip_frozen_at_zero_is_no_skip(engine):
         assert torch.equal(with_it.parameters[name], without.parameters[name]), name
 
 
-def test_results_do_not_depend_on_threads():
+@pytest.mark.parametrize("rounds_skips", [False, True])
+def test_results_do_not_depend_on_threads(rounds_skips):
     saes = [sae_of(70, 900, 64, skip=True, **BY_ROW) for _ in range(2)]
     for sae, threads in zip(saes, (1, 2), strict=True):
         torch.set_num_threads(threads)
-        engine = CpuPairs([sae])
+        engine = CpuPairs([sae], rounds_skips=rounds_skips)
         for step in range(5):
             engine.step(rows(700, 70, seed=step), step, 5, rows(700, 64, seed=9 + step))
     torch.set_num_threads(1)
     for name, tensor in saes[0].tensors().items():
         assert torch.equal(saes[1].tensors()[name], tensor), name
+
+
+def test_rounded_products_of_a_skip_are_within_the_bounds_of_their_roundings():
+    """Each factor, and each sum, is within 2^-8 of itself; float32's own roundings are nothing beside that."""
+    (batch, d_in, d_out), u = (300, 70, 40), 2.0**-8
+    x, y, w = rows(batch, d_in), rows(batch, d_out, seed=1), 0.3 * rows(d_in, d_out, seed=2)
+    left = torch.empty(batch, d_out)
+    for block in blocks_of(batch):
+        subtract_skip(left, y, x.bfloat16(), w.bfloat16(), block)
+    gradient = torch.cat([skip_gradient(x.bfloat16(), y.bfloat16(), block) for block in blocks_of(d_in)])
+    for got, want, terms in (
+        (left, y - x.double() @ w.double(), x.abs() @ w.abs()),
+        (gradient, x.T.double() @ y.double(), x.abs().T @ y.abs()),
+    ):
+        off = (got - want).abs()
+        assert (off <= ((1 + u) ** 3 - 1) * terms + 1e-6).all()
+        assert off.norm() > 1e-5 * want.norm(), "nothing was rounded"
+    exact = torch.empty(batch, d_out)
+    for block in blocks_of(batch):
+        subtract_skip(exact, y, x, w, block)
+    torch.testing.assert_close(exact.double(), y - x.double() @ w.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_with_rounded_products_three_hundred_steps_follow_the_float64_oracle():
+    sae = sae_of(24, 200, 16, skip=True, threshold=0.5, learning_rate=1e-3, **BY_ROW)
+    oracle, start = in_float64(sae), copy.deepcopy(sae)
+    engine, got, wanted = CpuPairs([sae], rounds_skips=True), 0.0, 0.0
+    for step in range(300):
+        x, y = rows(128, 24, seed=step), rows(128, 16, seed=1000 + step)
+        losses = engine.step(x, step, 300, y)[0]
+        want = dense_update(oracle, x.double(), step, 300, y.double())
+        if step >= 270:
+            got, wanted = got + losses.reconstruction.item(), wanted + want.reconstruction.item()
+    assert got == pytest.approx(wanted, rel=2e-3)
+    moved = (oracle.parameters["w_skip"] - start.parameters["w_skip"]).norm()
+    assert (sae.parameters["w_skip"] - oracle.parameters["w_skip"]).norm() < 2e-2 * moved
 
 
 @pytest.mark.parametrize("engine", ["dense", "pairs"])

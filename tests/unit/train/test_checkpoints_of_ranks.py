@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.files import TENSOR_FILE, read_sae, write_sae
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.normalisation import Normalisation
-from everyscope.sae.presets import fast
+from everyscope.sae.presets import fast, fast_transcoder
 from everyscope.sae.trainable import fold
 from everyscope.train import assembly
 from everyscope.train.checkpoint import (
@@ -24,7 +25,7 @@ from everyscope.train.checkpoint import (
     opened,
     save_checkpoint,
 )
-from everyscope.train.training_group import TrainingGroup
+from everyscope.train.training_group import TargetSide, TrainingGroup
 
 D_IN, ROWS, STEPS = 10, 24, 8
 RECIPE = SaePreset(learning_rate=1e-2, learning_rate_warmup_steps=2, bandwidth=0.1, initial_threshold=0.4)
@@ -35,14 +36,22 @@ SAES = (
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
 
 
-def new_group(collective: Collective = ALONE, engine: str = "pairs") -> TrainingGroup:
-    return TrainingGroup(SAES, D_IN, Normalisation(3.0), STEPS, "cpu", engine, collective)
+TRANSCODERS = (
+    SaeConfig(width=37, sparsity_coefficient=0.1, preset=RECIPE, skip=True),
+    SaeConfig(width=24, target_l0=3, preset=fast_transcoder(D_IN)),
+)
+TARGET = TargetSide(7, Normalisation(2.0, np.arange(7.0)))
+
+
+def new_group(collective: Collective = ALONE, engine: str = "pairs", *, are_transcoders: bool = False) -> TrainingGroup:
+    side, saes = (TARGET, TRANSCODERS) if are_transcoders else (None, SAES)
+    return TrainingGroup(saes, D_IN, Normalisation(3.0), STEPS, "cpu", engine, collective, side)
 
 
 def step(group: TrainingGroup) -> None:
     mesh, generator = group.collective.mesh, torch.Generator().manual_seed(group.num_steps_done)
-    x = torch.randn(ROWS, D_IN, generator=generator)
-    group.step(x.chunk(mesh.replicas)[mesh.replica].contiguous())
+    x, y = torch.randn(ROWS, D_IN, generator=generator), torch.randn(ROWS, TARGET.d_out, generator=generator)
+    group.step(*(side.chunk(mesh.replicas)[mesh.replica].contiguous() for side in ((x,) if group.target is None else (x, y))))
 
 
 def write(in_threads, path: Path, shards: int, replicas: int, steps: int) -> list[TrainingGroup]:
@@ -163,18 +172,20 @@ def test_a_damaged_set_is_refused_by_name(in_threads, tmp_path, spoil):
 
 @pytest.mark.parametrize(("shards", "replicas"), MESHES[1:])
 @pytest.mark.parametrize("numbers", [10, 70, 10**6])
+@pytest.mark.parametrize("are_transcoders", [False, True])
 def test_what_is_published_is_the_same_bytes_for_any_number_of_ranks(
-    in_threads, tmp_path, monkeypatch, shards, replicas, numbers
+    in_threads, tmp_path, monkeypatch, shards, replicas, numbers, are_transcoders
 ):
     """Given the same trained bits; assembled from ranges of one latent, of seven, and of all."""
     monkeypatch.setattr(assembly, "RANGE_NUMBERS", numbers)
-    path, trained = tmp_path / "group.safetensors", new_group()
+    path, trained = tmp_path / "group.safetensors", new_group(are_transcoders=are_transcoders)
+    target = trained.target_normalisation
     for _ in range(4):
         step(trained)
     save_checkpoint(path, trained, "run", 0)
 
     def work(collective: Collective) -> None:
-        group = new_group(collective)
+        group = new_group(collective, are_transcoders=are_transcoders)
         load_checkpoint(path, group, "run")
         save_checkpoint(tmp_path / "shared.safetensors", group, "run", 0)
 
@@ -183,11 +194,12 @@ def test_what_is_published_is_the_same_bytes_for_any_number_of_ranks(
     assert kept is not None
     assert len(kept.files) == shards
     with opened(kept.files) as parts:
-        for number, config in enumerate(SAES):
-            assembly.save_assembled(
-                tmp_path / f"together_{number}", parts, number, config, Normalisation(3.0), {"width": config.width}
-            )
-            write_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], Normalisation(3.0)), {"width": config.width})
+        for number, config in enumerate(TRANSCODERS if are_transcoders else SAES):
+            together, record = tmp_path / f"together_{number}", {"width": config.width}
+            if are_transcoders:
+                record |= {"site": "transcoder", "layer": 1, "reads": "mlp_in/layer_1"}
+            assembly.save_assembled(together, parts, number, config, Normalisation(3.0), record, target)
+            write_sae(tmp_path / f"alone_{number}", fold(trained.saes[number], Normalisation(3.0), target), record)
             for name in (TENSOR_FILE, "sae.json"):
                 ours, theirs = ((tmp_path / f"{kind}_{number}" / name).read_bytes() for kind in ("together", "alone"))
                 assert ours == theirs

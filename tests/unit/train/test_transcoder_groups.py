@@ -143,7 +143,6 @@ def test_aligned_rows_are_those_of_each_site(shards):
         ({"target_shards": None}, "give target_shards"),
         ({"source": "flight://a:1/mlp_in/layer_1"}, "target_source where source is given"),
         ({"target": Site("mlp_out", 2)}, "no transcoder's pair"),
-        ({"settings": TrainSettings(batch_rows=BATCH, replicas=2)}, "train in one process"),
         ({"target": None}, "skip=True of an SAE"),
         (
             {"saes": (SaeConfig(width=8, target_l0=2, preset=fast_transcoder(12).model_copy(update={"encoder_follows": True})),)},

@@ -110,10 +110,11 @@ def update_latent(i, latents, adam, d_W_enc, d_W_dec, d_b_enc, d_threshold, d_b_
     """Update latent i in place by its gradients, of which d_W_dec loses its part along the latent's direction.
 
     d_b_dec [d_in] receives what the latent sends to b_dec through an SAE's pre-encoder bias, with W_enc before the update: minus
-    d_b_enc * W_enc.
+    d_b_enc * W_enc. A transcoder has no such bias, and no weights of coordinates.
     """
     threshold = latents.threshold[i]
-    add_scaled(d_b_dec, -d_b_enc, latents.W_enc[i])
+    if latents.coordinate_weights is not None:  # decided when this is compiled
+        add_scaled(d_b_dec, -d_b_enc, latents.W_enc[i])
     add_scaled(d_W_dec, -dot(d_W_dec, latents.W_dec[i]), latents.W_dec[i])
     decay = np.float32(adam.beta2 ** np.float64(adam.steps - latents.touched[i]))
     latents.touched[i] = adam.steps
@@ -150,14 +151,14 @@ def update_latents(start, stop, rows, pairs, latents, group_of, penalty, bandwid
 def sum_latents(moving, rows, pairs, latents, group_of, penalty, bandwidth, batch, gradients):
     """The first half of `update_latents` alone, for replicas to sum in between: the gradients of latents `moving`.
 
-    gradients [number, 2 d_in + 2] holds those by W_enc, W_dec, b_enc and threshold, a row for each of `moving`. `batch` counts
-    the rows of all replicas. Of SAEs alone, whose d_out is d_in.
+    gradients [number, d_in + d_out + 2] holds those by W_enc, W_dec, b_enc and threshold, a row for each of `moving`. `batch`
+    counts the rows of all replicas.
     """
-    d_in = rows.centred.shape[1]
+    d_in, both = rows.centred.shape[1], rows.centred.shape[1] + latents.W_dec.shape[1]
     for place in range(moving.shape[0]):
         i, gradient = moving[place], gradients[place]
-        d_W_enc, d_W_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
-        _, gradient[2 * d_in], gradient[2 * d_in + 1] = sum_pairs(
+        d_W_enc, d_W_dec = gradient[:d_in], gradient[d_in:both]
+        _, gradient[both], gradient[both + 1] = sum_pairs(
             i, rows, pairs, latents, group_of[i], penalty[i], bandwidth, np.float32(batch), d_W_enc, d_W_dec
         )
 
@@ -165,8 +166,8 @@ def sum_latents(moving, rows, pairs, latents, group_of, penalty, bandwidth, batc
 @compiled
 def move_latents(moving, gradients, latents, adam, d_b_dec):
     """The second half: update latents `moving` in place by their gradients, which change."""
-    d_in = latents.W_enc.shape[1]
+    d_in, both = latents.W_enc.shape[1], latents.W_enc.shape[1] + latents.W_dec.shape[1]
     for place in range(moving.shape[0]):
         gradient = gradients[place]
-        d_W_enc, d_W_dec = gradient[:d_in], gradient[d_in : 2 * d_in]
-        update_latent(moving[place], latents, adam, d_W_enc, d_W_dec, gradient[2 * d_in], gradient[2 * d_in + 1], d_b_dec)
+        d_W_enc, d_W_dec = gradient[:d_in], gradient[d_in:both]
+        update_latent(moving[place], latents, adam, d_W_enc, d_W_dec, gradient[both], gradient[both + 1], d_b_dec)
