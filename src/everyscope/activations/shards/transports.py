@@ -1,28 +1,27 @@
-"""Ranges of bytes from elsewhere: http(s) by the standard library, everything else by fsspec; and the patience to ask again.
+"""Ranges of bytes from elsewhere: http(s) by httpx2, everything else by fsspec; and the patience to ask again.
 
 A transport makes one attempt. It raises FileNotFoundError and PermissionError, which waiting does not mend, and OSError for
 whatever may go better the next time. Our own errors pass through: they say what is wrong with the server for good.
 """
 
-import http.client
 import os
 import random
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote
+
+import httpx2
 
 from everyscope.base.errors import ConfigError, DamagedData, DataError, MissingExtra, StorageError, first_line
 from everyscope.base.extras import import_extra
 
 RECORD_BYTES = 1 << 28
 """A record (manifest, sidecar, statistics) is never larger [bytes]."""
-PIECE_BYTES = 1 << 20
-"""Bytes of an answer between two looks at the clock [bytes]."""
+NO_CONNECTION_KEPT = httpx2.Limits(max_keepalive_connections=0)
+"""Processes that are forked while a folder is open must not share its connections."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +56,28 @@ class HttpTransport:
     def __init__(self, address: str) -> None:
         """`address` of the folder, http:// or https://."""
         self._address = address.rstrip("/")
+        headers = {"User-Agent": "everyscope", "Accept-Encoding": "identity"}
+        self._client = httpx2.Client(headers=headers, follow_redirects=True, limits=NO_CONNECTION_KEPT)
 
     def read(self, file: str, start: int, stop: int | None, seconds: float) -> bytes:
         """One GET; StorageError where the server sends whole files only, DamagedData where the file is too short."""
-        address = f"{self._address}/{urllib.parse.quote(file)}"
-        headers = {"User-Agent": "everyscope", "Accept-Encoding": "identity"}
-        headers |= {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        address = f"{self._address}/{quote(file)}"
+        headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         until = time.monotonic() + seconds
         try:
-            with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=seconds) as response:
+            with self._client.stream("GET", address, headers=headers, timeout=seconds) as response:
+                code = response.status_code
+                if code in (404, 410):
+                    raise FileNotFoundError(address)
+                if code in (401, 403):
+                    raise PermissionError(f"HTTP {code}")
+                if code == 416:
+                    raise DamagedData(f"{address}: ends before byte {stop}; copy it again from where it was written")
+                if not response.is_success:
+                    raise OSError(f"HTTP {code}")
                 wanted = RECORD_BYTES if stop is None else _range_size(address, response, start, stop)
                 return _received(address, response, wanted, until, is_whole=stop is None)
-        except urllib.error.HTTPError as error:
-            if error.code in (404, 410):
-                raise FileNotFoundError(address) from error
-            if error.code in (401, 403):
-                raise PermissionError(f"HTTP {error.code}") from error
-            if error.code == 416:
-                raise DamagedData(f"{address}: ends before byte {stop}; copy it again from where it was written") from error
-            raise
-        except http.client.HTTPException as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise OSError(f"broken answer: {first_line(error)}") from error
 
 
@@ -132,34 +133,35 @@ def patiently(name: str, attempt: Callable[[float], bytes], patience: Patience) 
         pause = min(2 * pause, patience.longest_pause)
 
 
-def _range_size(address: str, response: Any, start: int, stop: int) -> int:
+def _range_size(address: str, response: httpx2.Response, start: int, stop: int) -> int:
     """Bytes to expect of an answer to a request for a range."""
     header = response.headers.get("Content-Range", "")
-    if response.status == 206 and not header.startswith(f"bytes {start}-{stop - 1}/"):
+    if response.status_code == 206 and not header.startswith(f"bytes {start}-{stop - 1}/"):
         raise DamagedData(f"{address}: sent {header or 'no Content-Range'} for bytes {start}-{stop - 1}; copy it again")
     is_all = start == 0 and response.headers.get("Content-Length") == str(stop)
-    if response.status != 206 and not is_all:
+    if response.status_code != 206 and not is_all:
         raise StorageError(
-            f"{address}: the server sends whole files, no ranges (HTTP {response.status}); use another, or copy the folder"
+            f"{address}: the server sends whole files, no ranges (HTTP {response.status_code}); use another, or copy the folder"
         )
     return stop - start
 
 
-def _received(address: str, response: Any, wanted: int, until: float, *, is_whole: bool) -> bytes:
-    pieces, count = [], 0
-    while count < wanted and (piece := response.read(min(PIECE_BYTES, wanted - count))):
-        pieces.append(piece)
-        count += len(piece)
+def _received(address: str, response: httpx2.Response, wanted: int, until: float, *, is_whole: bool) -> bytes:
+    data = bytearray()
+    for piece in response.iter_raw():
+        data += piece
         if time.monotonic() > until:
-            raise TimeoutError(f"{count} bytes in all the time allowed")
+            raise TimeoutError(f"{len(data)} bytes in all the time allowed")
+        if len(data) >= wanted:
+            break
     if is_whole:
         header = response.headers.get("Content-Length")
-        if count >= RECORD_BYTES:
+        if len(data) >= RECORD_BYTES:
             raise DataError(f"{address}: larger than any record of ours; is this a folder of shards?")
-        wanted = count if header is None else int(header)
-    if count != wanted:
-        raise OSError(f"truncated: {count} of {wanted} bytes")
-    return b"".join(pieces)
+        wanted = len(data) if header is None else int(header)
+    if len(data) < wanted:
+        raise OSError(f"truncated: {len(data)} of {wanted} bytes")
+    return bytes(data[:wanted])
 
 
 def _within(seconds: float, function: Callable[[], bytes]) -> bytes:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from everyscope.base.addresses import checked_address
 from everyscope.base.schema import Schema
 from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextConfig
@@ -63,12 +63,7 @@ class EndpointConfig(Schema):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url={url!r}: expected http(s)://host[:port]/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("url holds a user, a password or a query, which would be stored; put the key into key_variable")
-        return url.rstrip("/")
+        return checked_address("url", url, has_path=True)
 
     @model_validator(mode="after")
     def _check_prices(self) -> "EndpointConfig":

@@ -7,31 +7,18 @@ tables give equal bytes.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-from jaxtyping import Float, Int
 
 from everyscope.base.files import whole_file
-from everyscope.publish.neuronpedia.examples import Examples, read_examples
-from everyscope.publish.neuronpedia.json_columns import (
-    MEASURED_DIGITS,
-    arrays,
-    constant,
-    halves,
-    integers,
-    joined,
-    literals,
-    numbers,
-    objects,
-)
-from everyscope.publish.neuronpedia.latents import Labels, LatentRange, entries, read_latents
-from everyscope.publish.neuronpedia.rows import token_texts
-from everyscope.publish.neuronpedia.text import SuiteText
+from everyscope.base.progress import Meter
+from everyscope.publish.described import Example, Latent, SuiteText, read_latents
+from everyscope.publish.json_text import MEASURED_DIGITS, array, encoded, integers, json_object, literal, number, numbers
 
 INDEX_FILE, LABELS_FILE = "index.json.gz", "labels.json"
 LENGTH_BYTES = 4
@@ -61,29 +48,23 @@ class Layer:
 
 
 def write_layer(
-    folder: Path, layer: int, table: Path, explanations: Path | None, width: int, text: SuiteText, scan: str
-) -> Iterator[int | Layer]:
-    """Write layer_<n>.bin from a table of latents; gives the number of latents after each batch, and last what was written.
+    folder: Path, layer: int, home: Path, width: int, text: SuiteText, has_labels: bool, scan: str, progress: Meter
+) -> Layer:
+    """Write layer_<n>.bin from the tables of the coder in `home`.
 
     DataError where latents are not described, DamagedData where tables cannot be read or point outside of the text.
     """
-    labels, known, offsets = Labels(explanations), dict[str, str](), [0]
-    path = folder / f"layer_{layer}.bin"
-    with whole_file(path) as partial, partial.open("wb") as file:
-        for latents in read_latents(table, width):
-            shown_labels = _first_labels(latents, labels.until(latents.first + len(latents)))
-            rows = feature_rows(latents, read_examples(latents, text, table), shown_labels, text, f"{scan}/layer_{layer}")
-            for row in rows.cast(pyarrow.binary()).to_pylist():
-                packed = gzip.compress(row, LEVEL, mtime=0)
-                file.write(len(packed).to_bytes(LENGTH_BYTES, "little") + packed)
-                offsets.append(offsets[-1] + LENGTH_BYTES + len(packed))
-            known |= {
-                str(latent): label
-                for latent, label in zip(latents.numbers.tolist(), shown_labels, strict=True)
-                if label is not None
-            }
-            yield len(latents)
-    yield Layer(path.name, offsets, known)
+    written = Layer(f"layer_{layer}.bin", [0], {})
+    with whole_file(folder / written.file) as partial, partial.open("wb") as file:
+        for latent in read_latents(home, width, text, has_labels):
+            row = feature_row(latent, text, f"{scan}/layer_{layer}")
+            packed = gzip.compress(row.encode(), LEVEL, mtime=0)
+            file.write(len(packed).to_bytes(LENGTH_BYTES, "little") + packed)
+            written.offsets.append(written.offsets[-1] + LENGTH_BYTES + len(packed))
+            if (label := first_label(latent)) is not None:
+                written.labels[str(latent.number)] = label
+            progress.advance(1)
+    return written
 
 
 def write_index(folder: Path, layers: list[Layer]) -> None:
@@ -106,83 +87,55 @@ def read_feature(folder: Path, layer: int, latent: int) -> dict[str, Any]:
     return json.loads(gzip.decompress(data[LENGTH_BYTES : LENGTH_BYTES + length]))
 
 
-def _first_labels(latents: LatentRange, table: pyarrow.Table) -> list[str | None]:
-    """The first label of each latent; None where it has none."""
-    first: dict[int, str] = {}
-    for latent, label in zip(table["latent"].to_pylist(), table["label"].to_pylist(), strict=True):
-        first.setdefault(latent, label.replace("\0", " "))  # as all texts here
-    return [first.get(latent) for latent in latents.numbers.tolist()]
+def first_label(latent: Latent) -> str | None:
+    """The first label of a latent; None where it has none."""
+    return latent.labels[0]["label"].replace("\0", " ") if latent.labels else None  # as all texts here
 
 
-def feature_rows(latents: LatentRange, examples: Examples, labels: list[str | None], text: SuiteText, name: str) -> pyarrow.Array:
-    """A JSON object for each latent, dead ones too; `label` is beyond what the viewer asks for."""
-    top, bottom = (entries(latents.batch, f"{side}_logits") for side in ("top", "bottom"))
-    histogram, maximum = latents.histogram(), latents.values("max_activation").astype(np.float64)
-    is_alive = histogram.sum(1) > 0
-    bins = np.where(is_alive, histogram.shape[1], 0)
-    levels = percentiles(histogram, maximum)[is_alive]
-    return objects(
+def feature_row(latent: Latent, text: SuiteText, name: str) -> str:
+    """A JSON object for a latent, dead ones too; `label` is beyond what the viewer asks for."""
+    row, label = latent.row, first_label(latent)
+    is_alive = sum(row["histogram"]) > 0
+    return json_object(
         {
-            "transcoder_id": constant(name),
-            "index": integers(latents.numbers),
-            "label": literals_or_null(labels),
-            "examples_quantiles": _quantiles(examples, text),
-            "top_logits": arrays(token_texts(top, text), top.counts),
-            "bottom_logits": arrays(token_texts(bottom, text), bottom.counts),
+            "transcoder_id": encoded(name),
+            "index": str(latent.number),
+            "label": encoded(label),
+            "examples_quantiles": _quantiles(latent.examples),
+            "top_logits": array(token for token, _ in latent.logits("top_logits", text)),
+            "bottom_logits": array(token for token, _ in latent.logits("bottom_logits", text)),
             "act_min": "0.0",  # where the histogram begins: the viewer finds an activation's bar between the two
-            "act_max": numbers(maximum, MEASURED_DIGITS),
-            "quantile_values": arrays(numbers(levels.ravel(), MEASURED_DIGITS), np.where(is_alive, PERCENTILES, 0)),
-            "histogram": arrays(integers(histogram[is_alive].ravel()), bins),
-            "activation_frequency": numbers(latents.values("frequency"), MEASURED_DIGITS),
+            "act_max": number(row["max_activation"], MEASURED_DIGITS),
+            "quantile_values": numbers(percentiles(row["histogram"], row["max_activation"]), MEASURED_DIGITS),
+            "histogram": integers(row["histogram"] if is_alive else ()),
+            "activation_frequency": number(row["frequency"], MEASURED_DIGITS),
         }
     )
 
 
-def literals_or_null(texts: list[str | None]) -> pyarrow.Array:
-    """JSON strings, and null where there is no text."""
-    spelt = literals(text or "" for text in texts).to_pylist()
-    return pyarrow.array([one if text is not None else "null" for one, text in zip(spelt, texts, strict=True)], pyarrow.string())
+def percentiles(histogram: Sequence[int], maximum: float) -> list[float]:
+    """The activations at 1, 2, ..., 100 % of a latent's firings, from its histogram, even within a bin; none of a dead one."""
+    below = np.concatenate([[0.0], np.cumsum(histogram)])
+    if not below[-1]:
+        return []
+    # of a run of empty bins, its beginning: the first place at which so many firings lie below
+    places, first = np.unique(below, return_index=True)
+    last = np.append(first[1:] - 1, len(histogram))
+    wanted = below[-1] * np.arange(1, PERCENTILES + 1) / PERCENTILES
+    upper = np.searchsorted(places, wanted, "left")
+    low, high = places[upper - 1], places[upper]
+    return ((last[upper - 1] + (wanted - low) / (high - low)) / len(histogram) * maximum).tolist()
 
 
-def percentiles(
-    histogram: Int[np.ndarray, "latents bins"], maximum: Float[np.ndarray, " latents"]
-) -> Float[np.ndarray, "latents 100"]:
-    """The activations at 1, 2, ..., 100 % of a latent's firings, from its histogram, even within a bin; 0 for a dead one."""
-    latents, bins = histogram.shape
-    below = np.concatenate([np.zeros((latents, 1)), np.cumsum(histogram, axis=1)], axis=1)
-    wanted = below[:, -1:] * np.arange(1, PERCENTILES + 1) / PERCENTILES
-    found = np.zeros((latents, PERCENTILES))
-    for row in np.flatnonzero(below[:, -1] > 0):
-        # of a run of empty bins, its beginning: the first place at which so many firings lie below
-        places, first = np.unique(below[row], return_index=True)
-        last = np.append(first[1:] - 1, bins)
-        upper = np.searchsorted(places, wanted[row], "left")
-        low, high = places[upper - 1], places[upper]
-        found[row] = (last[upper - 1] + (wanted[row] - low) / (high - low)) / bins * maximum[row]
-    return found
-
-
-def _quantiles(examples: Examples, text: SuiteText) -> pyarrow.Array:
-    """For each latent an array of groups, strongest first, each with its examples."""
-    order = np.lexsort([np.arange(len(examples.group)), examples.group, examples.latent])
-    each = _examples(examples, text).take(pyarrow.array(order))
-    keys = (examples.latent * len(GROUPS) + examples.group)[order]
-    groups, counts = np.unique(keys, return_counts=True)
-    headings = literals(GROUPS[group] for group in (groups % len(GROUPS)).tolist())
-    quantiles = joined('{"quantile_name":', headings, ',"examples":', arrays(each, counts), "}")
-    return arrays(quantiles, np.bincount(groups // len(GROUPS), minlength=len(examples.counts)))
-
-
-def _examples(examples: Examples, text: SuiteText) -> pyarrow.Array:
-    """A JSON object for each example. A place of the text that one before it was chosen for as well is drawn pale."""
-    places = np.stack([examples.latent, examples.block, examples.start + examples.own], axis=1)
-    is_repeated = np.ones(len(places), bool)
-    is_repeated[np.unique(places, axis=0, return_index=True)[1] if len(places) else []] = False
-    return objects(
-        {
-            "tokens": arrays(text.tokens.take(pyarrow.array(examples.tokens)), examples.lengths),
-            "tokens_acts_list": arrays(halves(examples.values), examples.lengths),
-            "train_token_ind": integers(examples.own),
-            "is_repeated_datapoint": pyarrow.array(np.where(is_repeated, "true", "false")),
-        }
+def _quantiles(examples: list[Example]) -> str:
+    """An array of groups, strongest first, each with its examples. A place of the text that comes again is drawn pale."""
+    seen, rows = set[tuple[int, int]](), list[tuple[int, str]]()
+    for example in examples:
+        place = (example.block, example.start + example.own)
+        fields = {"tokens": example.tokens, "tokens_acts_list": example.values, "train_token_ind": str(example.own)}
+        rows.append((example.group, json_object({**fields, "is_repeated_datapoint": encoded(place in seen)})))
+        seen.add(place)
+    groups = groupby(sorted(rows, key=lambda row: row[0]), lambda row: row[0])
+    return array(
+        f'{{"quantile_name":{literal(GROUPS[group])},"examples":{array(row for _, row in its)}}}' for group, its in groups
     )

@@ -11,8 +11,7 @@ from everyscope.publish.circuit_tracer.choice import chosen
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.features import Layer, write_index, write_layer
 from everyscope.publish.circuit_tracer.graphs import label_graph
-from everyscope.publish.neuronpedia.latents import REMEDY
-from everyscope.publish.neuronpedia.text import SuiteText, read_text, text_tables
+from everyscope.publish.described import REMEDY, SuiteText, latent_tables, read_text, text_tables
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.folded import Sae
 from everyscope.sites.config import ModelConfig
@@ -91,17 +90,11 @@ def _coders(config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], 
         yield coder
 
 
-def tables_of(suite: Path, record: SaeRecord) -> list[Path]:
-    """The tables of one coder, as far as they are there."""
-    paths = [suite / record.folder / name for name in (LATENTS_FILE, EXPLANATIONS_FILE)]
-    return [path for path in paths if path.is_file()]
-
-
 def _write_features(
     config: CircuitTracerConfig, suite: Path, records: list[SaeRecord], text: SuiteText, scan: str
 ) -> list[Layer]:
     folder, layers = config.out / FEATURES_FOLDER, list[Layer]()
-    tables = Tried([path for record in records for path in tables_of(suite, record)], REMEDY)
+    tables = Tried([path for record in records for path in latent_tables(suite / record.folder)], REMEDY)
     with meter("circuit-tracer", sum(record.width for record in records), "latents") as progress:
         for layer, record in enumerate(records):
             home = suite / record.folder
@@ -109,11 +102,7 @@ def _write_features(
                 if name in record.files:
                     verify_file(home / name, record.files[name])
                     tables.require(home / name)
-            labels = home / EXPLANATIONS_FILE if EXPLANATIONS_FILE in record.files else None
-            for done in write_layer(folder, layer, home / LATENTS_FILE, labels, record.width, text, scan):
-                if isinstance(done, Layer):
-                    layers.append(done)
-                else:
-                    progress.advance(done)
+            has_labels = EXPLANATIONS_FILE in record.files
+            layers.append(write_layer(folder, layer, home, record.width, text, has_labels, scan, progress))
     write_index(folder, layers)
     return layers

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from everyscope.base.addresses import checked_address
 from everyscope.base.schema import Schema
 
 NAME = re.compile(r"[a-z](-?[a-z0-9])*")
@@ -82,14 +82,7 @@ class NeuronpediaConfig(Schema):
     @field_validator("host")
     @classmethod
     def _check_host(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-            raise ValueError(f"host={value!r}: expected http(s)://host[:port]")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(f"host holds a user, a password or a query; give the key as {KEY_VARIABLE} in the environment")
-        return value.rstrip("/")
+        return None if value is None else checked_address("host", value, has_path=False)
 
     @model_validator(mode="after")
     def _check_upload(self) -> "NeuronpediaConfig":

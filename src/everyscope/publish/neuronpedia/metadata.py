@@ -7,9 +7,9 @@ schema has had throughout stand here, and none that is null.
 from typing import Any
 
 from everyscope.base.errors import DataError
+from everyscope.publish.described import SuiteText
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.publish.neuronpedia.names import NeuronpediaSource, set_prefix
-from everyscope.publish.neuronpedia.text import SuiteText
 from everyscope.suite.records import SuiteIndex
 
 SET_DESCRIPTION_CHARACTERS = 128

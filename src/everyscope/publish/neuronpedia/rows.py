@@ -1,4 +1,4 @@
-"""The rows of the bulk layout, as columns of JSON: features, activations and explanations.
+"""What is written of a latent: its rows of the bulk layout (features, activations, explanations), and its object for the API.
 
 The fields are those of Neuronpedia's tables, which its importer takes from the first line of each file: so every row has them
 all, and what a suite does not measure (alignment with neurons, histograms of logits) is empty. Rows carry no date, so that
@@ -6,177 +6,185 @@ equal suites give equal bytes; the importing database dates them.
 """
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow
-from jaxtyping import Int
 
-from everyscope.publish.neuronpedia.config import NeuronpediaConfig
-from everyscope.publish.neuronpedia.examples import Examples
-from everyscope.publish.neuronpedia.json_columns import (
+from everyscope.publish.described import Example, Latent, SuiteText
+from everyscope.publish.json_text import (
     MEASURED_DIGITS,
     ROUNDED_DIGITS,
-    arrays,
-    constant,
-    halves,
+    array,
+    encoded,
+    half,
     integers,
-    joined,
-    literals,
+    json_object,
+    literal,
+    number,
     numbers,
-    objects,
-    quoted,
+    shortened,
 )
-from everyscope.publish.neuronpedia.latents import Entries, LatentRange, entries, list_lengths
+from everyscope.publish.neuronpedia.config import NeuronpediaConfig
 from everyscope.publish.neuronpedia.names import NeuronpediaSource
-from everyscope.publish.neuronpedia.text import SuiteText
 
-BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
-ACTIVATION, EXPLANATION = "a", "e"
-"""What an id is of: its character behind the source's."""
-SOURCE_CHARACTERS, LATENT_CHARACTERS, NUMBER_CHARACTERS = 13, 6, 4
-"""Of an id: how many tell the source, the latent (36^6 are two thousand million) and the row among the latent's. With the c in
-front and the character of the kind they are 25."""
 SAME_SAE = 0
 """The relation of neighbours in the same SAE, as docs/reference/latents.md numbers them."""
 UNMEASURED = (
-    "vector",
-    "neuron_alignment_indices",
-    "neuron_alignment_values",
-    "neuron_alignment_l1",
-    "correlated_neurons_indices",
-    "correlated_neurons_pearson",
-    "correlated_neurons_l1",
-    "logits_hist_data_bar_heights",
-    "logits_hist_data_bar_values",
+    *("vector", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices"),
+    *("correlated_neurons_pearson", "correlated_neurons_l1", "logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
     "decoder_weights_dist",
 )
 """Fields of features that stay empty."""
+MAX_LOGITS = 20
+"""Tokens that top and bottom logits may have in the API [tokens]."""
+MAX_LABEL = 512
+"""Length of an explanation there [characters]."""
+MAX_BIN = 99_999_999.0
+"""The largest end of a bin there."""
+SPARE_BYTES = 2**17
+"""Of a body, what a feature may take beside its examples [bytes]."""
 
 
-def feature_rows(
-    latents: LatentRange,
-    text: SuiteText,
-    source: NeuronpediaSource,
-    config: NeuronpediaConfig,
-    hook_name: str,
-    firings: Int[np.ndarray, " all_latents"],
-) -> pyarrow.Array:
-    """A row for each latent, dead ones too. `firings` are those of all latents of the SAE."""
-    batch = latents.batch
-    maximum = numbers(latents.values("max_activation"), MEASURED_DIGITS)
-    near = entries(batch, "neighbours")
-    near = near.where(near.numbers("relation") == SAME_SAE)
-    fields: dict[str, pyarrow.Array | str] = dict.fromkeys(UNMEASURED, "[]")
-    for name, column in (("pos", "top_logits"), ("neg", "bottom_logits")):
-        logits = entries(batch, column)
-        fields[f"{name}_str"] = arrays(token_texts(logits, text), logits.counts)
-        fields[f"{name}_values"] = arrays(numbers(logits.numbers("value"), ROUNDED_DIGITS), logits.counts)
-    return objects(
-        fields
-        | _histogram(latents)
-        | _company(latents, firings)
-        | {
-            "modelId": constant(source.model_id),
-            "layer": constant(source.id),
-            "index": quoted(integers(latents.numbers)),
-            "sourceSetName": constant(source.set_name),
-            "creatorId": constant(config.creator_id),
-            "maxActApprox": maximum,
-            "hasVector": "false",
-            "vectorLabel": "null",
-            "vectorDefaultSteerStrength": maximum,
-            "hookName": constant(hook_name),
-            "topkCosSimIndices": arrays(integers(near.numbers("latent")), near.counts),
-            "topkCosSimValues": arrays(numbers(near.numbers("cosine"), ROUNDED_DIGITS), near.counts),
-            "frac_nonzero": numbers(latents.values("frequency"), MEASURED_DIGITS),
+class Rows:
+    """Writes the latents of one source."""
+
+    def __init__(
+        self, text: SuiteText, source: NeuronpediaSource, config: NeuronpediaConfig, hook_name: str, firings: Sequence[int]
+    ) -> None:
+        """`firings` are those of all latents of the SAE."""
+        self._text, self._config, self._firings = text, config, firings
+        digest = int.from_bytes(hashlib.sha256(f"{source.model_id}/{source.id}".encode()).digest(), "big")
+        self._id = f"c{base36(digest, 13)}"
+        self._own = {"modelId": encoded(source.model_id), "layer": encoded(source.id)}
+        self._creator = {"creatorId": encoded(config.creator_id)}
+        self._names = {"sourceSetName": encoded(source.set_name), "hookName": encoded(hook_name)}
+
+    def feature(self, latent: Latent) -> str:
+        """The row of a latent."""
+        row, maximum = latent.row, number(latent.row["max_activation"], MEASURED_DIGITS)
+        near = [its for its in row["neighbours"] if its["relation"] == SAME_SAE]
+        fields = dict.fromkeys(UNMEASURED, "[]") | self._own | self._creator | self._names | self._cofiring(latent)
+        for name, column in (("pos", "top_logits"), ("neg", "bottom_logits")):
+            logits = latent.logits(column, self._text)
+            fields[f"{name}_str"] = array(token for token, _ in logits)
+            fields[f"{name}_values"] = numbers((value for _, value in logits), ROUNDED_DIGITS)
+        bins = len(row["histogram"])
+        middles = ((place + 0.5) / bins * row["max_activation"] for place in range(bins))
+        return json_object(
+            fields
+            | {
+                "index": f'"{latent.number}"',
+                "maxActApprox": maximum,
+                "hasVector": "false",
+                "vectorLabel": "null",
+                "vectorDefaultSteerStrength": maximum,
+                "topkCosSimIndices": integers(its["latent"] for its in near),
+                "topkCosSimValues": numbers((its["cosine"] for its in near), ROUNDED_DIGITS),
+                "frac_nonzero": number(row["frequency"], MEASURED_DIGITS),
+                "freq_hist_data_bar_heights": integers(row["histogram"]),
+                "freq_hist_data_bar_values": numbers(middles, MEASURED_DIGITS),
+            }
+        )
+
+    def _cofiring(self, latent: Latent) -> dict[str, str]:
+        """Latents that fire where this one does: Pearson's correlation and the cosine of the two, counting 1 where they fire."""
+        others = [its for its in latent.row["cofiring"] if 0 <= its["latent"] < len(self._firings)]
+        own = self._firings[latent.number]
+        cosines = (its["count"] / math.sqrt(max(own * self._firings[its["latent"]], 1)) for its in others)
+        return {
+            "correlated_features_indices": integers(its["latent"] for its in others),
+            "correlated_features_pearson": numbers((its["phi"] for its in others), ROUNDED_DIGITS),
+            "correlated_features_l1": numbers(cosines, ROUNDED_DIGITS),
         }
-    )
 
+    def activations(self, latent: Latent) -> list[str]:
+        """A row for each example."""
+        return [self._activation(latent.number, place, example) for place, example in enumerate(latent.examples)]
 
-def token_texts(logits: Entries, text: SuiteText) -> pyarrow.Array:
-    """The tokens of logits as JSON strings."""
-    return text.tokens.take(pyarrow.array(logits.numbers("token")))
+    def _activation(self, latent: int, place: int, example: Example) -> str:
+        highest = max(example.activations)
+        return json_object(
+            self._own
+            | self._creator
+            | {
+                "id": self._row_id("a", latent, place),
+                "index": f'"{latent}"',
+                "tokens": example.tokens,
+                "values": example.values,
+                "maxValue": half(highest),
+                "maxValueTokenIndex": str(example.activations.index(highest)),
+                "minValue": half(min(example.activations)),
+                "qualifyingTokenIndex": str(example.own),
+                "binMin": number(example.bin_min, MEASURED_DIGITS),
+                "binMax": number(example.bin_max, MEASURED_DIGITS),
+                "binContains": number(example.bin_share, MEASURED_DIGITS),
+                "dataSource": self._text.document(example.block, example.start + example.own),
+                "dataIndex": f'"{example.block}:{example.start}"',
+                "dfaValues": "[]",
+                "dfaTargetIndex": "null",
+                "dfaMaxValue": "null",
+                "lossValues": "[]",
+                "logitContributions": "null",
+            }
+        )
 
+    def explanations(self, latent: Latent) -> list[str]:
+        """A row for each label. Scores are in the notes: the importer takes no others, and our methods are not registered."""
+        return [
+            json_object(
+                self._own
+                | {
+                    "id": self._row_id("e", latent.number, place),
+                    "index": f'"{latent.number}"',
+                    "authorId": self._creator["creatorId"],
+                    "description": literal(label["label"]),
+                    "typeName": encoded(self._config.explanation_type),
+                    "explanationModelName": encoded(self._config.explanation_model),
+                    "notes": literal(note(label)),
+                }
+            )
+            for place, label in enumerate(latent.labels)
+        ]
 
-def _histogram(latents: LatentRange) -> dict[str, pyarrow.Array | str]:
-    """Heights of bars, and the middles of their bins in units of activation; both are empty for a latent that never fires."""
-    histogram = latents.histogram()
-    bins = histogram.shape[1]
-    counts = np.where(list_lengths(latents.batch.column("histogram")) > 0, bins, 0)
-    is_there = counts > 0
-    middles = (np.arange(bins) + 0.5) / max(bins, 1) * latents.values("max_activation").astype(np.float64)[is_there, None]
-    return {
-        "freq_hist_data_bar_heights": arrays(integers(histogram[is_there].ravel()), counts),
-        "freq_hist_data_bar_values": arrays(numbers(middles.ravel(), MEASURED_DIGITS), counts),
-    }
+    def _row_id(self, kind: str, latent: int, place: int) -> str:
+        """An id of 25 characters that follows from source, latent and number alone: a second import changes nothing."""
+        return f'"{self._id}{kind}{base36(latent, 6)}{base36(place, 4)}"'
 
-
-def _company(latents: LatentRange, firings: Int[np.ndarray, " all_latents"]) -> dict[str, pyarrow.Array | str]:
-    """Latents that fire where this one does: Pearson's correlation and the cosine of the two, counting 1 where they fire."""
-    company = entries(latents.batch, "cofiring")
-    others = company.numbers("latent")
-    is_known = (others >= 0) & (others < len(firings))
-    company = company.where(is_known)
-    products = firings[company.numbers("latent")].astype(np.float64) * firings[latents.numbers][company.rows]
-    cosine = company.numbers("count") / np.sqrt(np.maximum(products, 1))
-    return {
-        "correlated_features_indices": arrays(integers(company.numbers("latent")), company.counts),
-        "correlated_features_pearson": arrays(numbers(company.numbers("phi"), ROUNDED_DIGITS), company.counts),
-        "correlated_features_l1": arrays(numbers(cosine, ROUNDED_DIGITS), company.counts),
-    }
-
-
-def activation_rows(
-    latents: LatentRange, examples: Examples, text: SuiteText, source: NeuronpediaSource, config: NeuronpediaConfig
-) -> pyarrow.Array:
-    """A row for each example."""
-    index = integers(latents.numbers[examples.latent])
-    return objects(
-        {
-            "id": ids(source, ACTIVATION, latents.numbers[examples.latent], examples.number),
-            "modelId": constant(source.model_id),
-            "layer": constant(source.id),
-            "index": quoted(index),
-            "creatorId": constant(config.creator_id),
-            "tokens": arrays(text.tokens.take(pyarrow.array(examples.tokens)), examples.lengths),
-            "values": arrays(halves(examples.values), examples.lengths),
-            "maxValue": halves(examples.maximum),
-            "maxValueTokenIndex": integers(examples.maximum_at),
-            "minValue": halves(examples.minimum),
-            "qualifyingTokenIndex": integers(examples.own),
-            "binMin": numbers(examples.bin_min, MEASURED_DIGITS),
-            "binMax": numbers(examples.bin_max, MEASURED_DIGITS),
-            "binContains": numbers(examples.bin_share, MEASURED_DIGITS),
-            "dataSource": text.document_names(examples.block, examples.start + examples.own),
-            "dataIndex": joined('"', integers(examples.block), ":", integers(examples.start), '"'),
-            "dfaValues": "[]",
-            "dfaTargetIndex": "null",
-            "dfaMaxValue": "null",
-            "lossValues": "[]",
-            "logitContributions": "null",
+    def for_api(self, latent: Latent) -> str | None:
+        """The latent for the upload API; None without an example. The weakest examples are left out if a body cannot hold all."""
+        activations, left = list[str](), self._config.max_body_bytes - SPARE_BYTES
+        for example in latent.examples:
+            activations.append(self._api_activation(example))
+            left -= len(activations[-1].encode()) + 1
+            if left < 0:
+                activations.pop()
+                break
+        kind, model = encoded(self._config.explanation_type), encoded(self._config.explanation_model)
+        labels = [literal(shortened(label["label"].replace("\0", " "), MAX_LABEL)) for label in latent.labels]
+        fields = {
+            "index": str(latent.number),
+            "density": number(min(max(latent.row["frequency"], 0), 1), MEASURED_DIGITS),
+            "explanations": array(json_object({"text": text, "methodName": kind, "modelName": model}) for text in labels),
+            "activations": array(activations),
         }
-    )
+        for name, column in (("topLogits", "top_logits"), ("bottomLogits", "bottom_logits")):
+            logits = latent.logits(column, self._text)[:MAX_LOGITS]
+            fields[name] = array(json_object({"token": token, "value": number(value, ROUNDED_DIGITS)}) for token, value in logits)
+        return json_object(fields) if activations else None
 
-
-def explanation_rows(labels: pyarrow.Table, source: NeuronpediaSource, config: NeuronpediaConfig) -> pyarrow.Array:
-    """A row for each label. The scores stand in the notes: the importer takes no others, and our methods are not registered."""
-    latents = np.asarray(labels["latent"], np.int64)
-    first = np.searchsorted(latents, latents)
-    return objects(
-        {
-            "id": ids(source, EXPLANATION, latents, np.arange(len(latents)) - first),
-            "modelId": constant(source.model_id),
-            "layer": constant(source.id),
-            "index": quoted(integers(latents)),
-            "authorId": constant(config.creator_id),
-            "description": literals(labels["label"].to_pylist()),
-            "typeName": constant(config.explanation_type),
-            "explanationModelName": constant(config.explanation_model),
-            "notes": literals(map(note, labels.to_pylist())),
-        }
-    )
+    def _api_activation(self, example: Example) -> str:
+        share = number(min(example.bin_share, 1.0), MEASURED_DIGITS)
+        return json_object(
+            {
+                "tokens": example.tokens,
+                "values": example.values,
+                "quantileMin": number(example.bin_min, MEASURED_DIGITS),
+                "quantileMax": number(min(example.bin_max, MAX_BIN), MEASURED_DIGITS),
+                "quantileFraction": "null" if example.bin_share < 0 else share,
+            }
+        )
 
 
 def note(row: dict[str, Any]) -> str:
@@ -191,28 +199,6 @@ def note(row: dict[str, Any]) -> str:
     return "; ".join([*parts, "balanced accuracy on held-out documents"] if len(parts) > 1 else parts)
 
 
-def ids(
-    source: NeuronpediaSource, kind: str, latents: Int[np.ndarray, " rows"], numbers_: Int[np.ndarray, " rows"]
-) -> pyarrow.Array:
-    """Ids of 25 characters, quoted: they follow from source, latent and number alone, so that a second import changes nothing."""
-    digest = int.from_bytes(hashlib.sha256(f"{source.model_id}/{source.id}".encode()).digest(), "big")
-    front = f'"c{base36(digest, SOURCE_CHARACTERS)}{kind}'
-    return joined(front, _base36_column(latents, LATENT_CHARACTERS), _base36_column(numbers_, NUMBER_CHARACTERS), '"')
-
-
-def _base36_column(values: Int[np.ndarray, " rows"], length: int) -> pyarrow.Array:
-    known, places = np.unique(values, return_inverse=True)
-    return pyarrow.array(_spelt(known.tolist(), length), pyarrow.string()).take(pyarrow.array(places))
-
-
-def _spelt(values: Iterable[int], length: int) -> list[str]:
-    return [base36(value, length) for value in values]
-
-
 def base36(value: int, length: int) -> str:
     """The last `length` digits of `value` to the base 36."""
-    digits = ""
-    for _ in range(length):
-        value, digit = divmod(value, 36)
-        digits = BASE36[digit] + digits
-    return digits
+    return np.base_repr(value % 36**length, 36).lower().zfill(length)

@@ -8,9 +8,10 @@ body's first latent, which it takes together with the rest or not at all.
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +25,6 @@ JOURNAL = "upload/sent.jsonl"
 BEGUN, TAKEN = "begun", "taken"
 FEATURES = "feature/upload-batch"
 """The API's route for bodies of features."""
-Key = tuple[str, str]
-"""What a body is known by: route and SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -58,48 +57,32 @@ class _Item:
     where: tuple[str, str, int] | None = None
     """Model, source and number of the first latent; None for a body that has none."""
 
-    @property
-    def key(self) -> Key:
-        """What the journal calls it."""
-        return self.route, self.sha256
 
-
-def upload(
-    config: NeuronpediaConfig,
-    heads: dict[str, list[str]],
-    manifests: Sequence[dict[str, Any]],
-    connect: Callable[[NeuronpediaConfig], Client] = Client,
-) -> UploadResult:
+def upload(config: NeuronpediaConfig, heads: dict[str, list[str]], manifests: Sequence[dict[str, Any]]) -> UploadResult:
     """Send what was not sent yet: models and sets that `heads` names by route, then the bodies of the sources.
 
-    A dry run only says so. Raises ConfigError (no key, or it is refused, or another upload is at work), DataError (a body is
+    A dry run only lists them. Raises ConfigError (no key, or it is refused, or another upload runs), DataError (a body is
     refused, or is not the one that was written) and StorageError (the host is not reached).
     """
     assert config.host is not None
-    items = list(_items(config, heads, manifests))
     with _journal(config.out, config.host, is_read_only=config.dry_run) as journal:
+        items = list(_items(config, heads, manifests))
         _refuse_changed(config, journal, items)
-        waiting = [item for item in items if journal.state(item.key) != TAKEN]
-        features = [item for item in waiting if item.route == FEATURES]
-        total = sum(item.route == FEATURES for item in items)
-        result = UploadResult(
-            host=config.host,
-            num_bodies=len(features),
-            num_features=sum(item.num_features for item in features),
-            num_bytes=sum(item.num_bytes for item in features),
-            num_sent_before=total - len(features),
-            is_dry=config.dry_run,
-        )
+        waiting = [item for item in items if journal.state(item) != TAKEN]
+        features = [item for item in waiting if item.where is not None]
+        total = sum(item.where is not None for item in items)
+        num_features, num_bytes = sum(item.num_features for item in features), sum(item.num_bytes for item in features)
+        before = total - len(features)
         if config.dry_run:
-            _describe(config, waiting, result)
-            return result
-        client = connect(config)
-        with meter("upload", total, "bodies") as progress:
-            progress.advance(result.num_sent_before, is_resumed=True)
-            for item in waiting:
-                _send(config, client, journal, item)
-                progress.advance(item.route == FEATURES)
-    return result
+            _list(config.host, waiting, before)
+        else:
+            client = Client(config)
+            with meter("upload", total, "bodies") as progress:
+                progress.advance(before, is_resumed=True)
+                for item in waiting:
+                    _send(config, client, journal, item)
+                    progress.advance(item.where is not None)
+    return UploadResult(config.host, len(features), num_features, num_bytes, before, config.dry_run)
 
 
 def _items(config: NeuronpediaConfig, heads: dict[str, list[str]], manifests: Sequence[dict[str, Any]]) -> Iterator[_Item]:
@@ -115,7 +98,7 @@ def _items(config: NeuronpediaConfig, heads: dict[str, list[str]], manifests: Se
 def _refuse_changed(config: NeuronpediaConfig, journal: "_Journal", items: Sequence[_Item]) -> None:
     """DataError where a body was sent before with other content: the host would then have both."""
     for item in items:
-        if item.where is not None and journal.sent_as(item.path) not in (None, item.sha256):
+        if item.where is not None and journal.sent.get(item.path, item.sha256) != item.sha256:
             model, source, _ = item.where
             raise DataError(
                 f"{config.out / item.path}: was sent to {config.host} with other content, which would stay beside this; have "
@@ -127,7 +110,7 @@ def _send(config: NeuronpediaConfig, client: Client, journal: "_Journal", item: 
     path = config.out / item.path
     body = read_bytes(path)
     if sha256(path) != item.sha256:
-        raise DataError(f"{path}: is not as it was written; delete it, and the same command writes it again")
+        raise DataError(f"{path}: changed since it was written; delete it and run the same command to write it again")
     if item.where is None:
         try:
             client.post(item.route, body)
@@ -136,25 +119,20 @@ def _send(config: NeuronpediaConfig, client: Client, journal: "_Journal", item: 
                 raise
     else:
         where = item.where
-        is_begun = journal.state(item.key) == BEGUN
-        journal.write(item.key, item.path, BEGUN)
+        is_begun = journal.state(item) == BEGUN
+        journal.write(item, BEGUN)
         if not (is_begun and client.has_feature(*where)):
             client.post(item.route, body, lambda: client.has_feature(*where))
-    journal.write(item.key, item.path, TAKEN)
+    journal.write(item, TAKEN)
 
 
-def _describe(config: NeuronpediaConfig, waiting: Sequence[_Item], result: UploadResult) -> None:
-    for item in waiting:
-        if item.route != FEATURES:
-            say(f"  POST {result.host}/api/{item.route}  {item.path}")
-    by_source: dict[str, list[_Item]] = {}
-    for item in waiting:
-        if item.where is not None:
-            by_source.setdefault(item.where[1], []).append(item)
-    for source, items in by_source.items():
-        num_features, size = sum(item.num_features for item in items), human_bytes(sum(item.num_bytes for item in items))
-        say(f"  POST {result.host}/api/{FEATURES}  {source}: {len(items)} bodies, {num_features} features, {size}")
-    say(f"  Nothing was sent; {result.num_sent_before} bodies were sent before")
+def _list(host: str, waiting: Sequence[_Item], num_sent_before: int) -> None:
+    for (route, source), group in groupby(waiting, lambda item: (item.route, item.where[1] if item.where else item.path)):
+        items = list(group)
+        size = human_bytes(sum(item.num_bytes for item in items))
+        counts = f": {len(items)} bodies, {sum(item.num_features for item in items)} features, {size}"
+        say(f"  POST {host}/api/{route}  {source}{counts if items[0].where else ''}")
+    say(f"  Nothing was sent; {num_sent_before} bodies were sent before")
 
 
 class _Journal:
@@ -162,30 +140,29 @@ class _Journal:
 
     def __init__(self, host: str, file: IO[bytes] | None, content: bytes) -> None:
         self._host, self._file = host, file
-        self._states: dict[Key, str] = {}
-        self._sent: dict[str, str] = {}
+        self._states: dict[tuple[str, str], str] = {}
+        self.sent: dict[str, str] = {}
+        """By path: the SHA-256 under which its body was last begun."""
         for row in _rows(content):
             if row["host"] == host:
-                self._states[row["route"], row["sha256"]] = row["state"]
-                self._sent[row["path"]] = row["sha256"]
+                self._note(row)
 
-    def state(self, key: Key) -> str | None:
-        """What is known of a body; None where it was never begun."""
-        return self._states.get(key)
+    def state(self, item: _Item) -> str | None:
+        """BEGUN or TAKEN; None where it was never begun."""
+        return self._states.get((item.route, item.sha256))
 
-    def sent_as(self, path: str) -> str | None:
-        """The SHA-256 under which the body in `path` was last begun; None where it never was."""
-        return self._sent.get(path)
-
-    def write(self, key: Key, path: str, state: str) -> None:
-        """Note it, and have the disk hold the note before we go on."""
+    def write(self, item: _Item, state: str) -> None:
+        """Note it, and have the disk hold the note before we continue."""
         assert self._file is not None, "a dry run writes no journal"
-        row = {"host": self._host, "route": key[0], "sha256": key[1], "path": path, "state": state}
+        row = {"host": self._host, "route": item.route, "sha256": item.sha256, "path": item.path, "state": state}
         self._file.write((json.dumps(row) + "\n").encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._states[key] = state
-        self._sent[path] = key[1]
+        self._note(row)
+
+    def _note(self, row: dict[str, str]) -> None:
+        self._states[row["route"], row["sha256"]] = row["state"]
+        self.sent[row["path"]] = row["sha256"]
 
 
 @contextmanager
@@ -200,18 +177,16 @@ def _journal(out: Path, host: str, is_read_only: bool) -> Iterator[_Journal]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
-                f"{path}: another upload of this folder is at work; wait for it, then run the same command"
-            ) from error
+            raise ConfigError(f"{path}: another upload of this folder is running; wait for it, then run this again") from error
         file.seek(0)
         content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        file.truncate(len(whole))  # the end of a line that a kill cut short
-        yield _Journal(host, file, whole)
+        complete = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(complete))  # the end of a line that a kill cut short
+        yield _Journal(host, file, complete)
 
 
 def _rows(content: bytes) -> Iterator[dict[str, str]]:
-    """The journal's notes; lines that are none are passed over."""
+    """The journal's notes; other lines are ignored."""
     for line in content.splitlines():
         try:
             row = json.loads(line)

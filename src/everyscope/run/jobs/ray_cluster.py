@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from everyscope.base.addresses import is_loopback
 from everyscope.base.errors import ConfigError, EveryscopeError, MissingExtra
-from everyscope.base.http import is_loopback
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 LOOPBACK = "127.0.0.1"

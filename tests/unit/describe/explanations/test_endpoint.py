@@ -135,7 +135,7 @@ def test_a_slow_reply_is_given_up_and_tried_again(fake: Any, completed: Any, tmp
 
 def test_no_server_is_one_line(tmp_path: Path):
     asking = Asking(tmp_path, "http://127.0.0.1:9/v1", retries=1)
-    with pytest.raises(ModelError, match="ConnectionRefusedError") as caught:
+    with pytest.raises(ModelError, match=r"ConnectError, .*refused") as caught:
         asking.ask(1)
     assert "\n" not in str(caught.value)
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from everyscope.base.errors import ConfigError, DamagedData, DataError
 from everyscope.base.files import read_json, read_sealed, sha256, write_sealed
 from everyscope.base.tables import write_table
 from everyscope.publish.neuronpedia import run as export
-from everyscope.publish.neuronpedia.batches import MAX_FILES, Batches, latents_per_file
 from everyscope.publish.neuronpedia.config import NeuronpediaConfig
+from everyscope.publish.neuronpedia.files import MAX_FILES, Batches, latents_per_file
 from everyscope.sites.names import Site
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -149,7 +149,7 @@ def without_sizes(name: str, content: bytes) -> bytes:
 
 
 def test_exact_files(suite: Path, tmp_path: Path):
-    """EVERYSCOPE_WRITE_GOLDEN=1 writes them anew."""
+    """EVERYSCOPE_WRITE_GOLDEN=1 rewrites them."""
     export.run(config_of(suite, tmp_path / "out", urls=("https://example.org/paper",), hf_repo="org/scope"))
     got = {name: without_sizes(name, content) for name, content in unpacked(tmp_path / "out").items()}
     if os.environ.get("EVERYSCOPE_WRITE_GOLDEN"):
@@ -416,11 +416,11 @@ def test_a_killed_export_goes_on_and_strays_are_removed(suite: Path, tmp_path: P
     export.run(config_of(suite, whole))
     count, original = [0], Batches.write
 
-    def dies(self: Batches, first: int, rows: pyarrow.Array) -> None:
+    def dies(self: Batches, latent: int, rows: Sequence[str]) -> None:
         count[0] += 1
-        if count[0] == 5:
+        if count[0] == 3 * 6 + 5:
             raise KeyboardInterrupt
-        original(self, first, rows)
+        original(self, latent, rows)
 
     monkeypatch.setattr(Batches, "write", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -127,7 +127,7 @@ def test_every_feature_arrives_once(wide: Path, server: Server):
     assert result is not None
     assert (result.num_bodies, result.num_features, result.num_sent_before) == (6, 668, 0)
     told = export.run(config_of(wide, server))
-    assert told.words.splitlines()[0].startswith("2 sources (2 were there): 800 latents, 668 activations, 0 explanations")
+    assert told.words.splitlines()[0].startswith("2 sources (2 finished before): 800 latents, 668 activations, 0 explanations")
     assert told.words.splitlines()[-1] == f"Sent 0 features in 0 bodies to {server.host}"
     again = told.upload
     assert again is not None
@@ -153,7 +153,7 @@ def test_no_failure_loses_or_doubles_a_feature(wide: Path, server: Server, plan:
 
 
 @pytest.mark.parametrize("last", [500, LOST, TAKEN_AND_LOST, 429])
-def test_an_upload_that_gave_up_goes_on_from_there(wide: Path, server: Server, last: Any):
+def test_an_upload_that_gave_up_is_resumed(wide: Path, server: Server, last: Any):
     server.plan = [200, 200, last]
     with pytest.raises(StorageError, match="not reached in 1 attempts"):
         export.run(config_of(wide, server, retries=0))
@@ -163,7 +163,7 @@ def test_an_upload_that_gave_up_goes_on_from_there(wide: Path, server: Server, l
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_killed_upload_goes_on_from_there(wide: Path, server: Server, when: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_upload_is_resumed(wide: Path, server: Server, when: str, monkeypatch: pytest.MonkeyPatch):
     original, count = Client.post, [0]
 
     def dies(self: Client, route: str, body: bytes, is_there: Any = None) -> Any:
@@ -269,7 +269,7 @@ def test_two_uploads_at_once_are_refused(wide: Path, server: Server, monkeypatch
 
     monkeypatch.setattr(Client, "post", meanwhile)
     export.run(config_of(wide, server))
-    assert "another upload of this folder is at work" in complaints[1]
+    assert "another upload of this folder is running" in complaints[1]
     assert server.taken == everything()
 
 
