@@ -42,16 +42,16 @@ from everyscope.base.progress import say
 from everyscope.run.config import RunConfig
 from everyscope.run.cost.cluster import curve
 from everyscope.run.cost.cluster_report import curve_table
-from everyscope.run.cost.devices import device_of
-from everyscope.run.cost.step import ASSUMED, Load, summed_bytes
 from everyscope.run.find import find_recipe
 from everyscope.run.pipeline import quiet_transformers
 from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.mesh import Mesh
 from everyscope.sae.normalisation import Normalisation
+from everyscope.train.devices import device_of
 from everyscope.train.launch import RankInfo, launch
 from everyscope.train.process_group import ProcessGroup, file_store
 from everyscope.train.run import run as train
+from everyscope.train.step_time import ASSUMED, Load, summed_bytes
 from everyscope.train.training_group import TrainingGroup
 
 PARTS = ("harvest", "groups", "sums", "curve")
@@ -297,7 +297,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
     console.print(f"{device()['processor']}, {os.cpu_count()} cores; {options.out / 'results.json'}")
     if not all(line["agrees"] for line in results.get("sums", [])):
-        sys.exit("bytes that ranks summed are not those of the formulas: mend everyscope.run.cost.step")
+        sys.exit("bytes that ranks summed are not those of the formulas: mend everyscope.train.step_time")
 
 
 if __name__ == "__main__":

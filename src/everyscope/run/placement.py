@@ -12,9 +12,10 @@ from everyscope.base.errors import ConfigError
 from everyscope.base.files import human_bytes
 from everyscope.run.config import UNAIMED_L0
 from everyscope.sae.config import SaeConfig
-from everyscope.sae.gpu_limits import PAIRS_SHARE
 from everyscope.train.config import TrainConfig, TrainSettings
+from everyscope.train.devices import H100
 from everyscope.train.memory import CONTEXT_BYTES, USABLE, bytes_of, group_bytes
+from everyscope.train.step_time import Load, compute_time
 
 LEAST_SHARD = 2**12
 """An SAE is sharded to save time, and not for want of memory, only as long as each shard keeps this many latents: a narrower one
@@ -40,9 +41,6 @@ class Devices:
         return int(USABLE * self.memory_bytes) - CONTEXT_BYTES
 
 
-DENSE_COST = 7.0
-"""What a latent of an SAE that steps densely on a GPU costs, as a multiple of one that steps by pairs; by the roofline of
-run/cost/step.py for an H100 [1]."""
 WidthOf = Callable[[TrainConfig], int]
 """The size of a group's activations, d_in."""
 
@@ -58,13 +56,17 @@ def placed(groups: Sequence[TrainConfig], d_in_of: WidthOf, devices: Devices | N
 
 
 def group_work(group: TrainConfig, d_in: int) -> float:
-    """How long a group takes, in units that only compare [rows x inputs x latents of each device]."""
-    latents = sum(sae.width * (DENSE_COST if _on_gpu(group) and _is_dense(sae) else 1.0) for sae in group.saes)
-    return float(group.num_tokens) * d_in * latents / group.settings.ranks
-
-
-def _is_dense(sae: SaeConfig) -> bool:
-    return (sae.target_l0 or UNAIMED_L0) >= PAIRS_SHARE * sae.width
+    """How long a group takes, in units that only compare groups of one kind of device: on a GPU the seconds of an H100, by its
+    roofline; on a CPU rows x inputs x latents.
+    """
+    settings = group.settings
+    if not _on_gpu(group):
+        return float(group.num_tokens) * d_in * sum(sae.width for sae in group.saes) / settings.ranks
+    loads = [
+        Load.of(d_in, sae.width, sae.target_l0 or UNAIMED_L0, settings.batch_rows, settings.shards, settings.replicas)
+        for sae in group.saes
+    ]
+    return group.steps * sum(compute_time(load, H100, group.products).total for load in loads)
 
 
 def _fitted(group: TrainConfig, d_in: int, devices: Devices) -> list[TrainConfig]:

@@ -16,14 +16,14 @@ from typing import Any
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import human_bytes
 from everyscope.run.config import RunConfig
-from everyscope.run.cost.devices import Device, device_of
 from everyscope.run.cost.machine import NUMBER_BYTES
 from everyscope.run.cost.prices import depth_of, pass_flop
-from everyscope.run.cost.step import Load, StepTime, all_reduce_seconds, compute_time, copy_seconds, summed_bytes
 from everyscope.run.placement import Devices
 from everyscope.run.stages import stages_of
 from everyscope.train.config import TrainConfig
+from everyscope.train.devices import Device, device_of
 from everyscope.train.memory import bytes_of
+from everyscope.train.step_time import Load, StepTime, all_reduce_seconds, compute_time, copy_seconds, summed_bytes
 
 CAUSES = ("products", "device memory", "latent sums", "gradient sums", "host to device")
 """What a group's time goes to; the last is waiting for a copy that takes longer than the step."""
@@ -58,15 +58,15 @@ class Placed:
     @cached_property
     def step(self) -> StepTime:
         """One step of all its SAEs."""
-        settings = self.group.settings
+        settings, products = self.group.settings, self.group.products
         total, latents, gradients = StepTime(), 0, 0
         for sae in self.group.saes:
             load = Load.of(
                 self.d_in, sae.width, sae.target_l0 or self.l0, settings.batch_rows, settings.shards, settings.replicas,
                 len(sae.prefixes),
             )  # fmt: skip
-            total += compute_time(load, self.device)
-            sums = summed_bytes(load, settings.shards, settings.replicas, "pairs_gpu" if load.goes_by_pairs else "dense")
+            total += compute_time(load, self.device, products)
+            sums = summed_bytes(load, settings.shards, settings.replicas, load.step_kind(products))
             latents, gradients = latents + sums[0], gradients + sums[1]
         rate = self.device.interconnect_bandwidth * self.device.link_share  # a group lies on one host
         return total + StepTime(

@@ -14,9 +14,9 @@ from everyscope.base.files import human_bytes
 from everyscope.base.progress import human_count
 from everyscope.run.config import RunConfig
 from everyscope.run.cost.cluster import CURVE, ClusterPlan, Placed, cluster_plan, curve
-from everyscope.run.cost.devices import Device
-from everyscope.run.cost.step import ASSUMED
 from everyscope.suite.layout import width_label
+from everyscope.train.devices import Device
+from everyscope.train.step_time import ASSUMED
 
 
 def cluster_report(

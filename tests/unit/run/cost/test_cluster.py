@@ -14,13 +14,13 @@ from rich.console import Console
 from everyscope.base.errors import ConfigError
 from everyscope.run.cost.cluster import Placed, cluster_plan, curve, scheduled
 from everyscope.run.cost.cluster_report import cluster_plan_json, cluster_report, curve_table
-from everyscope.run.cost.devices import DEVICES, device_of
 from everyscope.run.cost.machine import plan
 from everyscope.run.cost.prices import Rates
-from everyscope.run.cost.step import ASSUMED
 from everyscope.run.find import find_recipe
 from everyscope.run.placement import Devices
 from everyscope.run.stages import stages_of
+from everyscope.train.devices import DEVICES, device_of
+from everyscope.train.step_time import ASSUMED
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,20 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
-from everyscope.run.cost.devices import Device
 from everyscope.sae.gpu_limits import PAIRS_SHARE
+from everyscope.train.config import Products
+from everyscope.train.devices import Device
 from everyscope.train.memory import DevicePart
 
 MODEL_FLOP, DENSE_FLOP, SCREEN_FLOP = 12, 10, 2
 """Operations per row, input and latent: by the usual count (six a parameter), of a dense step, of the screen's one product."""
 DENSE_PASSES, STATE_PASSES = 12, 10
-"""How often a dense step, compiled, streams through [rows, latents] and through one weight matrix; counted, not measured."""
+"""How often a dense float32 step, compiled, streams through [rows, latents] and through one weight matrix; counted, not measured."""
+ROUNDED_PASSES, ROUNDED_DENSE_PASSES = 3, 9
+"""How often a bfloat16 step by pairs, and a dense one, streams through [rows, latents] in two bytes each; counted."""
+ROUNDED_STATE_BYTES = 8 * 4 + 2 * 2
+"""What its update moves of each weight that it touches: two float32 matrices and their means read and written, and both rounded
+copies written [bytes]."""
 PAIRS_PER_ACTIVE, LISTED_PER_PAIR = 1.1, 1.4
 """Pairs for each active latent, for some are near their threshold, and what the screen lets through for each pair; assumed."""
 RATE_SPREAD, HIGHEST_RATE = 1.5, 0.3
@@ -35,12 +41,14 @@ ASSUMED: dict[str, Any] = {
     "dense_steps": DENSE_STEPS,
     "dense_passes": DENSE_PASSES,
     "state_passes": STATE_PASSES,
+    "rounded_passes": ROUNDED_PASSES,
+    "rounded_dense_passes": ROUNDED_DENSE_PASSES,
 }
 """What a plan's times rest on beside the device."""
 
 
-StepKind = Literal["dense", "pairs_cpu", "pairs_gpu"]
-"""How a step is computed, as far as ranks notice."""
+StepKind = Literal["dense", "pairs_cpu", "pairs_gpu", "bfloat16"]
+"""How a step is computed, as far as ranks notice: on a GPU in bfloat16 they sum the same by pairs and densely."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,11 @@ class Load:
         part = DevicePart.of(d_in, width, batch, shards, replicas, prefixes)
         return cls(part, l0 * PAIRS_PER_ACTIVE * part.width / width)
 
-    @property
-    def goes_by_pairs(self) -> bool:
-        """What the GPU engine would choose, once the code is as sparse as it becomes."""
-        return self.pairs < PAIRS_SHARE * self.part.width
+    def step_kind(self, products: Products) -> StepKind:
+        """What a GPU's engine does in that precision, once the code is as sparse as it becomes."""
+        if products == "bfloat16":
+            return "bfloat16"
+        return "pairs_gpu" if self.pairs < PAIRS_SHARE * self.part.width else "dense"
 
 
 @functools.cache
@@ -127,20 +136,30 @@ class StepTime:
         return StepTime(self.products * factor, self.traffic * factor, self.latents * factor, self.gradients * factor)
 
 
-def compute_time(load: Load, device: Device) -> StepTime:
+def compute_time(load: Load, device: Device, products: Products = "bfloat16") -> StepTime:
     """A device's own part of a step, on average over a run: nothing that goes over links."""
     rows, d_in, width = load.part.rows, load.part.d_in, load.part.width
     if device.utilisation is not None:
         return StepTime(MODEL_FLOP * rows * d_in * width / (device.bfloat16_flops * device.utilisation))
-    passes = 4 * (DENSE_PASSES * rows * width + STATE_PASSES * 2 * d_in * width)
-    dense = StepTime(DENSE_FLOP * rows * d_in * width / device.float32_rate, passes / device.memory_rate)
-    if not load.goes_by_pairs:
-        return dense
     pairs = load.pairs * rows
     touched = width * touched_share(load.pairs / width, rows)
+    screen = SCREEN_FLOP * rows * d_in * width / device.bfloat16_rate
+    if products == "bfloat16":  # the engine times both ways and takes the faster
+        numbers = 2 * rows * width
+        gathered = 3 * 2 * d_in * pairs  # at a pair W_dec's row, x and the error
+        listed = ROUNDED_PASSES * numbers + ROUNDED_STATE_BYTES * d_in * touched + (1 - CACHE_SHARE) * gathered
+        dense = ROUNDED_DENSE_PASSES * numbers + ROUNDED_STATE_BYTES * d_in * width
+        ways = (
+            StepTime(screen, listed / device.memory_rate),
+            StepTime(DENSE_FLOP * rows * d_in * width / device.bfloat16_rate, dense / device.memory_rate),
+        )
+        return min(ways, key=lambda way: way.total)
+    passes = 4 * (DENSE_PASSES * rows * width + STATE_PASSES * 2 * d_in * width)
+    dense_step = StepTime(DENSE_FLOP * rows * d_in * width / device.float32_rate, passes / device.memory_rate)
+    if load.step_kind(products) == "dense":
+        return dense_step
     moved = pairs_traffic(load, touched, pairs, LISTED_PER_PAIR * pairs)
-    sparse = StepTime(SCREEN_FLOP * rows * d_in * width / device.bfloat16_rate, moved / device.memory_rate)
-    return dense.times(DENSE_STEPS) + sparse.times(1 - DENSE_STEPS)
+    return dense_step.times(DENSE_STEPS) + StepTime(screen, moved / device.memory_rate).times(1 - DENSE_STEPS)
 
 
 def summed_bytes(load: Load, shards: int, replicas: int, step_kind: StepKind, moving: int = 0) -> tuple[int, int]:
@@ -150,11 +169,12 @@ def summed_bytes(load: Load, shards: int, replicas: int, step_kind: StepKind, mo
     counts by latent, in float64, and gradients: of all latents, or on a CPU by pairs only of the `moving` ones.
     """
     rows, d_in, width, ranks = load.part.rows, load.part.d_in, load.part.width, shards * replicas
-    kinds, numbers = {"dense": (2, ranks), "pairs_cpu": (2, 1), "pairs_gpu": (6, 1)}[step_kind]
+    kinds, numbers = {"dense": (2, ranks), "pairs_cpu": (2, 1), "pairs_gpu": (6, 1), "bfloat16": (3, 1)}[step_kind]
     gradients = {
         "dense": 2 * d_in * width + 2 * width,
         "pairs_cpu": (2 * d_in + 2) * moving,
         "pairs_gpu": 2 * d_in * width,
+        "bfloat16": 2 * d_in * width + 2 * width,
     }[step_kind]
     overflow = 4 if step_kind == "pairs_cpu" else 0
     over_shards = 4 * load.part.prefixes * rows * d_in + overflow + 4 * d_in + 8 * (kinds + numbers)
