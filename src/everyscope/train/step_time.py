@@ -19,7 +19,7 @@ from everyscope.train.memory import DevicePart
 MODEL_FLOP, DENSE_FLOP, SCREEN_FLOP = 12, 10, 2
 """Operations per row, input and latent: by the usual count (six a parameter), of a dense step, of the screen's one product."""
 DENSE_PASSES, STATE_PASSES = 12, 10
-"""How often a dense float32 step, compiled, streams through [rows, latents] and through one weight matrix; counted, not measured."""
+"""How often a dense float32 step, compiled, streams through [rows, latents], and through one weight matrix; counted."""
 ROUNDED_PASSES, ROUNDED_DENSE_PASSES = 3, 9
 """How often a bfloat16 step by pairs, and a dense one, streams through [rows, latents] in two bytes each; counted."""
 ROUNDED_STATE_BYTES = 8 * 4 + 2 * 2
