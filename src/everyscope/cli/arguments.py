@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, help="simulate training on this many GPUs of a cluster")
     add("--gpu", help="with --gpus, their kind: h100, h200, a100, tpuv3, or a .json file of measured rates")
     add("--mfu", type=float, help="with --gpus, measured FLOP utilisation of a step (default: a roofline)")
+    add("--dollars-per-hour", type=float, help="with --gpus, the price of one of them, for the cost of the run [USD/h]")
     add("--curve", action="store_true", help="with --gpus, also show speed-up and bottleneck for fewer GPUs")
 
 
@@ -228,12 +230,16 @@ def engine_of(options: argparse.Namespace) -> EngineConfig:
 def wants_cluster(options: argparse.Namespace) -> bool:
     """Whether the flags of `everyscope plan` ask for a cluster; ConfigError for flags that do not go together."""
     of_cluster = {"--gpu": options.gpu, "--mfu": options.mfu, "--curve": options.curve or None}
+    of_cluster["--dollars-per-hour"] = options.dollars_per_hour
     of_machine = {"--teraflops": options.teraflops, "--model-tokens-per-second": options.model_tokens_per_second}
     given = next((flag for flag, value in of_cluster.items() if value is not None), None)
     if options.gpus is None and given is not None:
         raise ConfigError(f"{given} is about a cluster: say how many GPUs it has with --gpus N")
     if options.gpus is not None and options.gpu is None:
         raise ConfigError(f"--gpus {options.gpus}: of what kind? add --gpu with h100, h200, a100, tpuv3 or a .json file of rates")
+    price = options.dollars_per_hour
+    if price is not None and not (price > 0 and math.isfinite(price)):
+        raise ConfigError(f"--dollars-per-hour {price:g}: expected a price above 0")
     given = next((flag for flag, value in of_machine.items() if value is not None), None)
     if options.gpus is not None and given is not None:
         raise ConfigError(f"{given} is about this machine, not about --gpus {options.gpus}; leave it out, or give --mfu")

@@ -44,6 +44,7 @@ def run_command(options: argparse.Namespace, fields: list[str]) -> None:
     engine = engine_of(options)
     from everyscope.run import pipeline
     from everyscope.run.checks import check, found_devices
+    from everyscope.run.cost.prices import stage_seconds
     from everyscope.sites.model import quiet_transformers
 
     quiet_transformers()
@@ -52,7 +53,8 @@ def run_command(options: argparse.Namespace, fields: list[str]) -> None:
     if options.dry_run:
         show_stages(stages, options.json)
         return
-    result = pipeline.run_stages(stages, engine, watches(options))
+    expected = stage_seconds(stages, rates_for(config, None)) if engine.engine == "local" else None
+    result = pipeline.run_stages(stages, engine, watches(options), expected)
     show_suite(result.suite, options.json, is_line=engine.engine == "ray")
 
 
@@ -76,12 +78,6 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
     devices = found_devices(settings) if options.command == "train" else None
     stages = stages_of(config, out, devices, servers=servers, harvests=options.command == "harvest")
     check(stages, settings, (options.command,))
-    runs = {
-        "train": pipeline.run_training,
-        "evaluate": pipeline.run_evaluation,
-        "describe": pipeline.run_description,
-        "explain": pipeline.run_explanation,
-    }
     with pipeline.run_folder(config, out, is_shared=partition[1] > 1):
         if options.command == "publish":
             show_suite(pipeline.run_publication(stages).suite, options.json)
@@ -90,7 +86,7 @@ def stage_command(options: argparse.Namespace, fields: list[str]) -> None:
             if options.command == "harvest":
                 pipeline.run_harvest(stages, engine, partition, options.repair)
             else:
-                spent = runs[options.command](stages, engine)
+                spent = pipeline.STAGES[options.command](stages, engine)
                 if options.json and options.command == "train":
                     print(json.dumps({"event": "trained"} | spent))
 
@@ -150,7 +146,7 @@ def plan_command(options: argparse.Namespace, fields: list[str]) -> None:
     from everyscope.run.cost.machine import plan, plan_json, plan_tables
 
     if wants_cluster(options):
-        rates = {"mfu": options.mfu, "disk_gbps": options.disk_gbps}
+        rates = {"mfu": options.mfu, "disk_gbps": options.disk_gbps, "dollars": options.dollars_per_hour}
         found, tables = cluster_report(config, options.gpus, options.gpu, **rates, with_curve=options.curve)
     else:
         rates = {"disk_gbps": options.disk_gbps, "model_tokens_per_second": options.model_tokens_per_second}

@@ -2,7 +2,8 @@
 
 import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from everyscope.activations.serve.live import LiveOrigin
 from everyscope.activations.serve.run import serve
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import make_folder, read_json, storage_errors, write_json
-from everyscope.base.progress import heading, human_count, say
+from everyscope.base.progress import heading, human_count, human_time, say
 from everyscope.describe.run import run as describe
 from everyscope.publish.run import PublishResult
 from everyscope.publish.run import run as publish
@@ -205,14 +206,56 @@ def run_publication(stages: Stages, *, by_bytes: bool = True) -> PublishResult:
     return publish(stages.publish, by_bytes=by_bytes)
 
 
-def run_stages(stages: Stages, engine: EngineConfig = THIS_HOST.settings, watches: Sequence[Watch] = ()) -> PublishResult:
-    """All stages, from text to suite. Run again, it does nothing twice."""
+STAGES: dict[str, Callable[[Stages, JobEngine], Any]] = {
+    "harvest": run_harvest,
+    "train": run_training,
+    "evaluate": run_evaluation,
+    "describe": run_description,
+    "explain": run_explanation,
+}
+"""What comes before the publication, in order."""
+SKIPPED_SECONDS = 2.0
+"""A stage that took less was finished before, and tells nothing of the others [s]."""
+
+
+class Outlook:
+    """Says before each stage which of how many it is, and about how long the rest of the run takes."""
+
+    def __init__(self, expected: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        """`expected` is the plan's time of each stage, in order [s]; what stages really take corrects the rest."""
+        self._expected, self._clock = expected, clock
+        self._began: tuple[str, float] | None = None
+        self._planned = self._taken = 0.0
+
+    def begin(self, stage: str) -> None:
+        """The stage before it is done."""
+        now = self._clock()
+        if self._began is not None and now - self._began[1] > SKIPPED_SECONDS:
+            self._planned += self._expected[self._began[0]]
+            self._taken += now - self._began[1]
+        names = list(self._expected)
+        place = names.index(stage)
+        rest = sum(self._expected[name] for name in names[place:])
+        if self._planned > 0:
+            rest *= self._taken / self._planned
+        left = f", about {human_time(rest)} left of the run" if rest >= 1 else ""
+        say(f"Stage {place + 1} of {len(names)}{left}")
+        self._began = stage, now
+
+
+def run_stages(
+    stages: Stages,
+    engine: EngineConfig = THIS_HOST.settings,
+    watches: Sequence[Watch] = (),
+    expected: Mapping[str, float] | None = None,
+) -> PublishResult:
+    """All stages, from text to suite; run again, it does nothing twice. `expected` is what a plan says of each stage [s]."""
+    outlook = Outlook({name: (expected or {}).get(name, 0.0) for name in (*STAGES, "publish")})
     with run_folder(stages.config, stages.out), opened_engine(engine, stages.out, watches) as opened:
-        run_harvest(stages, opened)
-        run_training(stages, opened)
-        run_evaluation(stages, opened)
-        run_description(stages, opened)
-        run_explanation(stages, opened)
+        for name, run in STAGES.items():
+            outlook.begin(name)
+            run(stages, opened)
+        outlook.begin("publish")
         return run_publication(stages, by_bytes=False)  # else a finished run would read every byte of its suite
 
 

@@ -14,18 +14,31 @@ from everyscope.base.files import human_bytes
 from everyscope.base.progress import human_count
 from everyscope.run.config import RunConfig
 from everyscope.run.cost.cluster import CURVE, ClusterPlan, Placed, cluster_plan, curve
+from everyscope.run.cost.storage import duration
 from everyscope.suite.layout import width_label
 from everyscope.train.devices import Device
 from everyscope.train.step_time import ASSUMED
 
 
 def cluster_report(
-    config: RunConfig, gpus: int, gpu: str, *, mfu: float | None = None, disk_gbps: float | None = None, with_curve: bool = False
+    config: RunConfig,
+    gpus: int,
+    gpu: str,
+    *,
+    mfu: float | None = None,
+    disk_gbps: float | None = None,
+    with_curve: bool = False,
+    dollars: float | None = None,
 ) -> tuple[dict[str, Any], list[Table]]:
-    """The plan as JSON values and as tables; raises what `cluster_plan` does. The curve takes powers of two up to `gpus`."""
+    """The plan as JSON values and as tables; raises what `cluster_plan` does. The curve takes powers of two up to `gpus`.
+
+    `dollars` is the price of one device [USD/h].
+    """
     rates = {"utilisation": mfu, "disk_gbps": disk_gbps}
     plan = cluster_plan(config, gpus, gpu, **rates)
-    found, tables = cluster_plan_json(plan), [_group_table(plan), _total_table(plan)]
+    found, tables = cluster_plan_json(plan), [_group_table(plan), _total_table(plan, dollars)]
+    if dollars is not None:
+        found["dollars"] = _cost(plan, dollars)
     if with_curve:
         lines = curve(config, gpu, sorted({*(count for count in CURVE if count < gpus), gpus}), **rates)
         found["curve"] = lines
@@ -70,14 +83,14 @@ def cluster_plan_json(plan: ClusterPlan) -> dict[str, Any]:
 def curve_table(lines: Sequence[dict[str, Any]], name: str, device: Device) -> Table:
     """The curve for people."""
     table = Table(title=f"{name} on {device.name}, simulated", title_justify="left", box=box.SIMPLE)
-    headings = ("devices", "hours", "speed-up", "efficiency", "largest share", "idle", "disk GB/s")
+    headings = ("devices", "time", "speed-up", "efficiency", "largest share", "idle", "disk GB/s")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "largest share" else "right", no_wrap=True)
     for line in lines:
         share = line["shares"][line["bottleneck"]]
         table.add_row(
             str(line["devices"]),
-            _hours(line["hours"]),
+            duration(line["hours"] * 3600),
             f"{line['speed_up']:,.1f}",
             f"{line['efficiency']:.0%}",
             f"{line['bottleneck']} {share:.0%}",
@@ -100,15 +113,15 @@ def assumptions(device: Device) -> str:
     return f"{device.name}: {device.origin}. Assumed: {links}; {step}."
 
 
-def _hours(hours: float) -> str:
-    """To three digits, or all of them where there are more."""
-    return f"{hours:,.0f}" if hours >= 999.5 else f"{hours:.3g}"
+def _cost(plan: ClusterPlan, dollars: float) -> float:
+    """Of all devices from the run's first second to its last, whether they are busy or not [USD]."""
+    return plan.devices * plan.seconds / 3600 * dollars
 
 
 def _group_table(plan: ClusterPlan) -> Table:
     title = f"{plan.name}: {len(plan.placed)} training groups on {plan.devices} x {plan.device.name}, simulated"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("site", "SAEs", "groups", "GPUs", "memory", "step, copy", "hours"):
+    for heading in ("site", "SAEs", "groups", "GPUs", "memory", "step, copy", "time"):
         table.add_column(heading, justify="left" if heading in ("site", "SAEs") else "right", no_wrap=heading != "SAEs")
     alike: dict[tuple[Any, ...], list[Placed]] = {}
     for placed in plan.placed:
@@ -117,17 +130,19 @@ def _group_table(plan: ClusterPlan) -> Table:
     for (kind, _, widths, devices), members in sorted(alike.items(), key=lambda item: -item[1][0].seconds):
         placed = members[0]
         saes = " + ".join(f"{widths.count(width)} x {width_label(width)}" for width in sorted(set(widths)))
-        times = (f"{placed.step.total * 1e3:,.3g}, {placed.copy * 1e3:,.2g} ms", _hours(placed.seconds / 3600))
+        times = (f"{placed.step.total * 1e3:,.3g}, {placed.copy * 1e3:,.2g} ms", duration(placed.seconds))
         table.add_row(kind, saes, str(len(members)), str(devices), human_bytes(placed.memory), *times)
-    table.caption, table.caption_justify = "each group on so many GPUs of one host; memory of one of them; hours each", "left"
+    table.caption, table.caption_justify = "each group on so many GPUs of one host; memory of one of them; time of each", "left"
     return table
 
 
-def _total_table(plan: ClusterPlan) -> Table:
+def _total_table(plan: ClusterPlan, dollars: float | None) -> Table:
     table = Table(title="Totals", title_justify="left", show_header=False, box=box.SIMPLE)
     spread = f", the model over {plan.harvest.devices_per_model} devices" if plan.harvest.devices_per_model > 1 else ""
-    table.add_row("harvest", f"{_hours(plan.harvest.seconds / 3600)} h{spread}")
-    table.add_row("training", f"{_hours(plan.train_seconds / 3600)} h")
+    table.add_row("harvest", f"{duration(plan.harvest.seconds)}{spread}")
+    table.add_row("training", duration(plan.train_seconds))
+    if dollars is not None:
+        table.add_row("cost", f"${_cost(plan, dollars):,.0f}: {plan.devices} devices at ${dollars:g} an hour each")
     table.add_row("device hours", f"{human_count(plan.busy / 3600)} of {human_count(plan.devices * plan.train_seconds / 3600)}")
     shares = sorted(plan.shares.items(), key=lambda item: -item[1])
     table.add_row("time goes to", ", ".join(f"{cause} {share:.0%}" for cause, share in shares if share >= 0.005))

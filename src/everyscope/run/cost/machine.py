@@ -22,6 +22,8 @@ from everyscope.sites.names import Site, places_of
 from everyscope.suite.layout import width_label
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+LONG_SECONDS = 30 * 86400.0
+"""A plan for this machine that takes longer mentions clusters [s]."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def plan_json(price: Plan) -> dict[str, Any]:
 def plan_tables(price: Plan) -> list[Table]:
     """The plan for people: a table of SAEs by site and width, one of totals, and one of disk or live."""
     saes = Table(title=f"{price.name}: {len(price.saes)} SAEs", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("site", "layers", "width", "SAEs", "tokens", "weights", "FLOP", "hours"):
+    for heading in ("site", "layers", "width", "SAEs", "tokens", "weights", "FLOP", "time"):
         saes.add_column(heading, justify="left" if heading in ("site", "layers") else "right", no_wrap=True)
     rows: dict[tuple[str, int, int], list[PlannedSae]] = {}
     for sae in price.saes:
@@ -197,7 +199,7 @@ def plan_tables(price: Plan) -> list[Table]:
             human_count(tokens),
             weights,
             f"{flop:.1e}",
-            f"{price.hours(flop):,.{0 if price.hours(flop) >= 100 else 2}f}",
+            duration(3600 * price.hours(flop)),
         )
         saes.add_row(kind, layers, *cells)
     totals = Table(title="Totals", title_justify="left", show_header=False, box=box.SIMPLE)
@@ -218,7 +220,10 @@ def stage_table(price: Plan) -> Table:
     for stage in price.stages:
         table.add_row(stage.name, stage.what, duration(stage.seconds))
     table.add_section()
-    table.add_row("all", "", duration(sum(stage.seconds for stage in price.stages)))
+    seconds = sum(stage.seconds for stage in price.stages)
+    table.add_row("all", "", duration(seconds))
+    if seconds > LONG_SECONDS:
+        table.caption, table.caption_justify = "on this machine; what a cluster takes: plan with --gpus 8 --gpu h100", "left"
     return table
 
 

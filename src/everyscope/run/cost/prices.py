@@ -98,6 +98,16 @@ def stage_prices(stages: Stages, rates: Rates) -> list[StagePrice]:
     return prices
 
 
+def stage_seconds(stages: Stages, rates: Rates) -> dict[str, float]:
+    """The prices by stage of a run, whose evaluation includes the comparisons, and all models [s]."""
+    seconds: dict[str, float] = {}
+    for price in stage_prices(stages, rates):
+        name = price.name.partition(" ")[0]
+        name = "evaluate" if name == "compare" else name
+        seconds[name] = seconds.get(name, 0.0) + price.seconds
+    return seconds
+
+
 def depth_of(site: Site) -> int:
     """Layers that run before a site is known [layers]."""
     return 0 if site.kind == "embed" else site.layer + 1

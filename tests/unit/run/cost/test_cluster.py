@@ -160,3 +160,10 @@ def test_numbers_out_of_range_are_refused():
 def test_planning_loads_no_torch():
     code = "import sys, everyscope.run.cost.cluster_report; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_dollars_are_those_of_all_devices_for_the_whole_time():
+    found, tables = cluster_report(find_recipe("gemma_2_2b"), 16, "h100", dollars=2.5)
+    assert found["dollars"] == pytest.approx(16 * found["hours"] * 2.5)
+    cells = [list(column.cells) for column in tables[1].columns]
+    assert cells[1][cells[0].index("cost")] == f"${found['dollars']:,.0f}: 16 devices at $2.5 an hour each"

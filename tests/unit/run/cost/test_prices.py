@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from everyscope.run.cost.prices import LABEL_SECONDS, Rates, StagePrice, pass_flop, stage_prices
+from everyscope.run.cost.prices import LABEL_SECONDS, Rates, StagePrice, pass_flop, stage_prices, stage_seconds
 from everyscope.run.find import RECIPES, find_recipe
 from everyscope.run.settings import ModelShape
 from everyscope.run.stages import Stages, stages_of
@@ -65,3 +65,13 @@ def test_an_evaluation_grows_with_its_saes_and_its_blocks():
     fewer = config.groups[0].model_copy(update={"widths": (512,)})
     _, half = priced("tiny", groups=(fewer,))
     assert 0.4 * prices["evaluate"].seconds < half["evaluate"].seconds < 0.7 * prices["evaluate"].seconds
+
+
+def test_a_stage_of_a_run_is_priced_with_its_controls_and_comparisons():
+    stages, prices = priced("tiny")
+    seconds = stage_seconds(stages, RATES)
+    assert list(seconds) == ["harvest", "train", "evaluate", "describe", "explain", "publish"]
+    assert sum(seconds.values()) == pytest.approx(sum(price.seconds for price in prices.values()))
+    parts = [price.seconds for name, price in prices.items() if name.split()[0] in ("evaluate", "compare")]
+    assert len(parts) > 4
+    assert seconds["evaluate"] == pytest.approx(sum(parts))
