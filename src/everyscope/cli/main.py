@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from everyscope.base.allocator import keep_freed_memory
 from everyscope.base.errors import ConfigError, EveryscopeError, first_line
 from everyscope.base.progress import printable
 from everyscope.base.schema import one_line
@@ -17,6 +18,8 @@ from everyscope.cli.help import show_help
 
 ERROR_EXIT = 1
 INTERRUPTED_EXIT = 130
+STAGES = ("run", "harvest", "train", "evaluate", "describe", "explain")
+"""Commands that work through batches and end."""
 
 
 def complain(message: str) -> None:
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows ? for what it lacks, and ends no run
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        if given[:1] and given[0] in STAGES:
+            keep_freed_memory()
     try:
         dispatch(given)
     except (EveryscopeError, ValidationError) as error:  # the latter where fields of a recipe do not go together

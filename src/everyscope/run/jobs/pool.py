@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from everyscope.base.allocator import keep_freed_memory
 from everyscope.base.errors import EveryscopeError
 from everyscope.base.progress import Meter, meter, say, silence_meters
 from everyscope.run.jobs.job import Job
@@ -108,6 +109,7 @@ class _Worker:
         cls.reports = reports
         silence_meters()
         torch.set_num_threads(threads)
+        keep_freed_memory()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent decides
         parent = multiprocessing.parent_process()
         assert parent is not None

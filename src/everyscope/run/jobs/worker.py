@@ -28,6 +28,7 @@ from typing import Any, TextIO
 import torch
 
 from everyscope.base import errors
+from everyscope.base.allocator import keep_freed_memory
 from everyscope.base.errors import ConfigError, EveryscopeError, StorageError
 from everyscope.base.files import storage_errors
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
@@ -73,6 +74,7 @@ def main() -> None:
     line = sys.stdin.readline()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     leave_on_termination()
+    keep_freed_memory()
     try:
         run(Spec.model_validate_json(line), report)
     except SystemExit as leaving:
