@@ -6,6 +6,7 @@ page of a stranger can read this server through the user's browser.
 """
 
 import asyncio
+import re
 import sqlite3
 import threading
 import zlib
@@ -27,18 +28,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everyscope.base.errors import EveryscopeError
 from everyscope.browse.guard import FORM_SECONDS, Forbidden, read_form, require_own
+from everyscope.browse.light import Light
 from everyscope.browse.links import Links, Served
 from everyscope.browse.live import MAX_ASKED, Asking, Busy, LiveFactory, LiveModel, Stopped
 from everyscope.browse.pages import TYPES, environment, render, stamps, static_files
+from everyscope.browse.parts import TEXT, Preparing
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
-from everyscope.browse.search import TableRequest, find_tokens, latents_by_label, latents_by_token
+from everyscope.browse.search import SearchRequest, jump
+from everyscope.browse.table_page import TableRequest
 from everyscope.browse.views.asked_circuit import ablation_json, ablation_request, circuit_request, drawn, new_circuit_view
 from everyscope.browse.views.circuit import circuit_data, circuit_foreign, circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
 from everyscope.browse.views.live import steer_view, text_view
-from everyscope.browse.views.sae import sae_view, table_rows
+from everyscope.browse.views.sae import sae_view
+from everyscope.browse.views.search import search_view
 from everyscope.browse.views.suite import comparisons_view, suite_view
 from everyscope.circuits.files import read_graph
 
@@ -55,8 +60,8 @@ HOSTS = ["127.0.0.1", "localhost"]
 SAE_PATH = "/sae/{site}/{layer}/{width}/{l0}"
 WATCH_SECONDS = 0.2
 """How often a request that waits for the model is looked after: its client may have left [s]."""
-MAX_QUERY = 400
-"""Characters of a search that are taken [characters]."""
+LIVE_PATIENCE = 60.0
+"""How long a page that asks the language model waits for the index of its SAE [s]."""
 
 
 class SafeHeaders:
@@ -112,13 +117,13 @@ class Browser:
     """One suite's pages. Endpoints are plain functions: Starlette runs them in threads, the index has a connection for each."""
 
     def __init__(self, preparation: Preparation, live: LiveFactory | None) -> None:
-        """Over an index that may still be in the making."""
+        """Over an index whose parts may still be in the making."""
         self._preparation = preparation
         self._live = LiveModel(live)
         self._files = static_files()
         self._links = Served(stamps(self._files))
         self._templates = environment()
-        self._cached: tuple[Index, str] | None = None
+        self._cached: tuple[int, str] | None = None
         self._lock = threading.Lock()
         self._waiting = ThreadPoolExecutor(2 * MAX_ASKED, thread_name_prefix="live")
 
@@ -144,34 +149,37 @@ class Browser:
         asked = {"/circuit/new": self._draw, "/circuit/{name}/ablate": self._ablate}
         routes += [Route(path, self._asked(answer), methods=["POST"]) for path, answer in asked.items()]
         routes += [Route("/static/{name}", self._static), Route("/state", self._state)]
-        handlers = {404: self._not_found, EveryscopeError: self._failed, 500: self._broken}
+        handlers = {404: self._not_found, Preparing: self._preparing, EveryscopeError: self._failed, 500: self._broken}
         handlers |= dict.fromkeys((sqlite3.DatabaseError, zlib.error), self._damaged)
         hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
         # Around everything: as a middleware of Starlette's it would miss the answers to our own faults.
-        return SafeHeaders(Starlette(routes=routes, middleware=hosts, exception_handlers=handlers))
+        return SafeHeaders(Light(Starlette(routes=routes, middleware=hosts, exception_handlers=handlers)))
 
     def _ready(self, page: Callable[[Request, Index], Response]) -> Callable[[Request], Response]:
-        """`page`, or as long as there is no index, how far that is."""
+        """`page`, given the index."""
+        return lambda request: page(request, self._preparation.index)
 
-        def endpoint(request: Request) -> Response:
-            index = self._preparation.index
-            if index is not None:
-                return page(request, index)
-            if self._preparation.error:
-                return self._page("error", None, 500, title="This suite cannot be shown", message=self._preparation.error)
-            return self._page("preparing", None, 503, preparation=self._preparation)
-
-        return endpoint
+    def _preparing(self, request: Request, missing: Exception) -> Response:
+        """How far the part is that a page needs."""
+        if self._preparation.error:
+            return self._page("error", None, 500, title="This suite cannot be indexed", message=self._preparation.error)
+        assert isinstance(missing, Preparing)
+        index, number = self._preparation.index, missing.number
+        sae = None if number == TEXT else index.saes[number]
+        answer = self._page("preparing", index, 503, number=number, sae=sae, share=self._preparation.share_of(number))
+        answer.headers["retry-after"] = "1"
+        return answer
 
     def _page(self, name: str, index: Index | None, status: int = 200, **view: Any) -> HTMLResponse:
         return HTMLResponse(render(self._templates, name, index, self._links, **view), status)
 
     def _suite(self, request: Request, index: Index) -> Response:
+        state = index.num_indexed
         with self._lock:  # the same for everyone, and the only page that draws a whole suite
-            if self._cached is None:
+            if self._cached is None or self._cached[0] != state:
                 html = render(self._templates, "suite", index, self._links, **suite_view(index, self._links))
-                self._cached = (index, html)
-        return HTMLResponse(self._cached[1])
+                self._cached = (state, html)
+            return HTMLResponse(self._cached[1])
 
     def _comparisons(self, request: Request, index: Index) -> Response:
         return self._page("comparisons", index, **comparisons_view(index, self._links))
@@ -189,6 +197,7 @@ class Browser:
 
     def _latent(self, request: Request, index: Index) -> Response:
         sae = self._find(request, index)
+        index.require(sae)
         view = latent_view(index, self._links, sae, request.path_params["latent"])
         if view is None:
             raise NoSuchPage(sae.problem or f"this SAE has latents 0 to {sae.width - 1}")
@@ -199,19 +208,19 @@ class Browser:
         return JSONResponse(found) if found else JSONResponse({"error": "no such latent"}, 404)
 
     def _search(self, request: Request, index: Index) -> Response:
-        typed = request.query_params.get("q", "")[:MAX_QUERY]
-        tokens = find_tokens(index, typed) if typed else []
-        return self._page(
-            "search",
-            index,
-            typed=typed,
-            tokens=tokens,
-            by_label=table_rows(index, latents_by_label(index, typed), self._links),
-            by_token=table_rows(index, latents_by_token(index, tokens), self._links),
-        )
+        query = SearchRequest.read(dict(request.query_params))
+        if place := jump(index, query.typed):
+            sae, latent = place
+            return RedirectResponse(
+                self._links.sae(sae.folder) if latent is None else self._links.latent(sae.folder, latent), 303
+            )
+        return self._page("search", index, **search_view(index, self._links, query))
 
     def _compare(self, request: Request, index: Index) -> Response:
         one, other = (index.find(request.query_params.get(name, "")) for name in ("a", "b"))
+        for sae in (one, other):
+            if one is not None and other is not None and sae is not None:
+                index.require(sae)
         return self._page("compare", index, **compare_view(index, self._links, one, other))
 
     def _circuits(self, request: Request, index: Index) -> Response:
@@ -269,7 +278,13 @@ class Browser:
                 if any(any(query.get(field, ())) for field in ("text", "prompt")):
                     require_own(request)
             asking = self._live.asking()
-            page = self._ready(lambda request, index: respond(request, index, asking, query))
+
+            def page(request: Request) -> Response:
+                index = self._preparation.index
+                for sae in filter(None, map(index.find, query.get("sae", ()))):
+                    index.require(sae, LIVE_PATIENCE)
+                return respond(request, index, asking, query)
+
             answer = asyncio.get_running_loop().run_in_executor(self._waiting, page, request)
             try:
                 while not (await asyncio.wait({answer}, timeout=WATCH_SECONDS))[0]:
@@ -290,9 +305,12 @@ class Browser:
         return Response(self._files[name], media_type=kind, headers={"cache-control": "max-age=31536000, immutable"})
 
     def _state(self, request: Request) -> Response:
-        """For scripts: how far index and model are."""
-        is_ready = self._preparation.index is not None
-        state = {"is_ready": is_ready, "share": self._preparation.share, "error": self._preparation.error}
+        """For scripts: how far index and model are; `part` names one part of the index."""
+        preparation, asked = self._preparation, request.query_params.get("part", "")
+        number = int(asked) if re.fullmatch(r"-1|\d{1,6}", asked, re.ASCII) and int(asked) < len(preparation.index.saes) else None
+        is_ready = preparation.index.is_whole if number is None else preparation.is_ready(number)
+        share = preparation.share if number is None else preparation.share_of(number)
+        state = {"is_ready": is_ready, "share": share, "indexed": preparation.index.num_indexed, "error": preparation.error}
         state |= {"model": self._live.state, "done": self._live.done}
         return JSONResponse(state, headers={"cache-control": "no-store"})
 
@@ -313,7 +331,7 @@ class Browser:
     def _damaged(self, request: Request, error: Exception) -> Response:
         """The index, which is a file in the user's cache, was changed after it was written."""
         self._preparation.forget()
-        message = f"the index of this suite is damaged ({error}) and was deleted; end everyscope browse and start it again"
+        message = f"the index of this suite is damaged ({error}) and was deleted; open the page again to have it rebuilt"
         return self._page("error", None, 500, title="The index is damaged", message=message)
 
     def _broken(self, request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from everyscope.browse.live import LiveModel
 from everyscope.browse.pages import environment, render, static_files
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
-from everyscope.browse.search import PAGE, TableRequest
+from everyscope.browse.table_page import PAGE, TableRequest
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
 from everyscope.browse.views.live import steer_view, text_view

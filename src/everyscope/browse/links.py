@@ -32,7 +32,7 @@ class Links(Protocol):
         """A latent as JSON."""
         ...
 
-    def search(self) -> str | None:
+    def search(self, query: Mapping[str, str] | None = None) -> str | None:
         """The search over the whole suite."""
         ...
 
@@ -84,9 +84,9 @@ class Served:
         """See Links."""
         return f"/sae/{quote(folder)}/{latent}.json"
 
-    def search(self) -> str:
+    def search(self, query: Mapping[str, str] | None = None) -> str:
         """See Links."""
-        return "/search"
+        return f"/search{_query(query)}"
 
     def live(self, page: str, query: Mapping[str, str] | None = None) -> str:
         """See Links."""
@@ -150,7 +150,7 @@ class Exported:
         found = self.latent(folder, latent)
         return found and f"{found.removesuffix('.html')}.json"
 
-    def search(self) -> None:
+    def search(self, query: Mapping[str, str] | None = None) -> None:
         """See Links; searching needs the server."""
 
     def live(self, page: str, query: Mapping[str, str] | None = None) -> str | None:

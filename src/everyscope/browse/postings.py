@@ -40,26 +40,26 @@ class Postings:
 
 
 class Matches:
-    """By pair of SAEs, for each latent of the first its nearest latent in the second, highest cosine first."""
+    """By other SAE, for each latent of this one its nearest latent there, highest cosine first."""
 
     def __init__(self) -> None:
-        """Of a whole suite, empty."""
-        self._parts: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        """Of one SAE, empty."""
+        self._parts: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
 
-    def add(self, sae: int, latents: np.ndarray, fields: dict[str, np.ndarray]) -> None:
-        """Neighbours of some latents of `sae` in other SAEs; `latents` [entries], and the fields of their neighbours."""
+    def add(self, latents: np.ndarray, fields: dict[str, np.ndarray]) -> None:
+        """Neighbours of some latents in other SAEs; `latents` [entries], and the fields of their neighbours."""
         is_elsewhere = (fields["relation"] != ROOT_RELATION) & np.isfinite(fields["cosine"])
         for other in np.unique(fields["sae"][is_elsewhere]).tolist():
             here = is_elsewhere & (fields["sae"] == other)
             part = (latents[here].astype(np.int32), fields["latent"][here].astype(np.int32), fields["cosine"][here])
-            self._parts.setdefault((sae, other), []).append(part)
+            self._parts.setdefault(other, []).append(part)
 
     def write(self, database: sqlite3.Connection) -> None:
         """Insert all pairs."""
-        for (sae, other), parts in self._parts.items():
+        for other, parts in self._parts.items():
             latents, others, cosines = (np.concatenate(part) for part in zip(*parts, strict=True))
             order = np.lexsort((-cosines, latents))
             best = order[np.unique(latents[order], return_index=True)[1]]
             best = best[np.argsort(-cosines[best], kind="stable")]
-            row = (sae, other, latents[best].tobytes(), others[best].tobytes(), cosines[best].astype(np.float32).tobytes())
-            database.execute("INSERT INTO matches VALUES (?, ?, ?, ?, ?)", row)
+            row = (other, latents[best].tobytes(), others[best].tobytes(), cosines[best].astype(np.float32).tobytes())
+            database.execute("INSERT INTO matches VALUES (?, ?, ?, ?)", row)

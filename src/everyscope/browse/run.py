@@ -27,8 +27,8 @@ MAX_CONNECTIONS = 256
 def run(config: BrowseConfig, live: LiveFactory | None = None) -> None:
     """Serve until interrupted; `live` makes the language model when a page first needs it.
 
-    The server answers at once; where the index is missing its pages say how far that is. ConfigError or DataError where there
-    is no suite, ConfigError where the port is taken.
+    The server answers at once; a page whose part of the index is missing says how far that is. ConfigError or DataError where
+    there is no suite, ConfigError where the port is taken.
     """
     preparation = Preparation(config.suite, config.cache)
     listener = listen(config.port)
@@ -43,11 +43,9 @@ def run(config: BrowseConfig, live: LiveFactory | None = None) -> None:
             limit_concurrency=MAX_CONNECTIONS,
         )
     )
-    if preparation.is_built:
-        preparation.run()
-    else:
-        say("Indexing the suite; once for each of its states")
-        threading.Thread(target=_report, args=(preparation,), daemon=True).start()
+    if not preparation.is_built:
+        say("Indexing the suite SAE by SAE; the first page is there at once")
+    threading.Thread(target=_report, args=(preparation,), daemon=True).start()
     sys.setswitchinterval(SWITCH_SECONDS)
     print(f"{printable(preparation.title)}: {address}", flush=True)
     say("Ctrl-C ends it")

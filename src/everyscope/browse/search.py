@@ -1,188 +1,197 @@
-"""Finding latents: a page of an SAE's table, by words of their labels, by the tokens on which they fire."""
+"""Searching the whole suite: words of labels, tokens on which latents fire, numbers of latents, and addresses, which jump.
+
+SAEs whose tables are not indexed yet are left out and counted: a search says what it has not seen.
+"""
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from everyscope.browse.pieces import Piece
-from everyscope.browse.queries import Index, SaeFacts, packed
-from everyscope.browse.tables import SORTABLE
-from everyscope.suite.latents import UNLABELLED
+from everyscope.browse.queries import Index, SaeFacts
+from everyscope.browse.table_page import SHOWN, find_tokens, latent_rows, shares_on, words_query
+from everyscope.suite.layout import width_label
+from everyscope.suite.records import FOLDER
 
-PAGE = 50
-"""Latents on a page of a table [latents]."""
-MAX_TOKENS = 64
-"""Tokens of the vocabulary that one search by token takes in [tokens]."""
-MAX_FOUND = 60
-"""Latents that a search over the whole suite shows [latents]."""
-DENSE = 0.1
-"""Frequency from which a latent is called dense [1]."""
-Shown = Literal["alive", "all", "dense", "dead", "labelled"]
-SHOWN: dict[Shown, str] = {
-    "alive": "firings > 0",
-    "all": "1",
-    "dense": f"frequency > {DENSE}",
-    "dead": "firings = 0",
-    "labelled": f"label IS NOT NULL AND ifnull(kind, '') NOT IN ({', '.join(map(repr, UNLABELLED))})",
-}
-"""What a table can be narrowed to, as SQL."""
-FIELDS = (
-    "id",
-    "sae",
-    "latent",
-    "firings",
-    "frequency",
-    "mean_activation",
-    "max_activation",
-    "entropy",
-    "predictability",
-    "nearest",
-    "top_tokens",
-    "label",
-    "method",
-    "detection",
-    "fuzzing",
-)
+FOUND = 60
+"""Latents that a list of a search shows at first, and how many more each time [latents]."""
+MAX_FOUND = 6000
+"""Latents that it shows at most [latents]."""
+QUALITIES = {"": None, "weak": 0.1, "strong": 0.25}
+"""Labels that are at least so good: detection minus that of other latents' labels [1]."""
+SHORT_ADDRESS = re.compile(r"(\w+)[/ ,]+(\d+)[/ ,]+(\w+)[/ ,]+(\d+)(?:[/ ,#]+(\d{1,12}))?", re.ASCII)
+"""An address in short: site, layer, width, L0 and perhaps a latent."""
 
 
 @dataclass(frozen=True)
-class TableRequest:
-    """Which page of an SAE's latents, in which order; everything is checked here, for it comes from an address."""
+class SearchRequest:
+    """What is looked for, and where; everything is checked here, for it comes from an address."""
 
-    sort: str = ""
-    """One of SORTABLE; empty takes what puts latents first that a reader can name."""
-    is_descending: bool = True
-    """Whether the largest come first."""
-    shown: Shown = "alive"
-    """What the table is narrowed to."""
-    label: str = ""
-    """Words that the label must have; empty takes any."""
-    token: str = ""
-    """A token on which latents must fire; empty takes any."""
-    page: int = 1
-    """Page, from 1."""
+    typed: str = ""
+    """Words, a token, a number or an address."""
+    site: str = ""
+    """A kind of site; empty takes all."""
+    layer: int | None = None
+    """A layer; None takes all."""
+    width: int | None = None
+    """Latents of the SAEs; None takes all."""
+    quality: str = ""
+    """One of QUALITIES."""
+    most: int = FOUND
+    """Latents that each list shows at most [latents]."""
 
     @staticmethod
-    def read(query: dict[str, str]) -> "TableRequest":
+    def read(query: Mapping[str, str]) -> "SearchRequest":
         """From an address; what makes no sense falls back to the default."""
-        page = query.get("page", "")
-        shown = query.get("show", "")
-        return TableRequest(
-            sort=query.get("sort", "") if query.get("sort") in SORTABLE else "",
-            is_descending=query.get("order") != "up",
-            shown=shown if shown in SHOWN else "alive",  # pyright: ignore[reportArgumentType]
-            label=query.get("label", "")[:200],
-            token=query.get("token", "")[:200],
-            page=min(int(page), 10**6) if re.fullmatch(r"[1-9]\d{0,6}", page, re.ASCII) else 1,
+        numbers = {name: _number(query.get(name, "")) for name in ("layer", "width", "most")}
+        return SearchRequest(
+            typed=query.get("q", "")[:400],
+            site=query.get("site", "")[:40],
+            layer=numbers["layer"],
+            width=numbers["width"],
+            quality=query.get("quality", "") if query.get("quality") in QUALITIES else "",
+            most=min(MAX_FOUND, max(FOUND, numbers["most"] or FOUND)),
         )
 
     @property
     def query(self) -> dict[str, str]:
         """The address that says the same: only what differs from the default."""
-        plain = TableRequest()
-        found = {"sort": self.sort, "show": self.shown, "label": self.label, "token": self.token, "page": str(self.page)}
-        kept = {"sort": plain.sort, "show": plain.shown, "label": "", "token": "", "page": "1"}
-        query = {name: value for name, value in found.items() if value != kept[name]}
-        return query if self.is_descending else {**query, "order": "up"}
+        found = {"q": self.typed, "site": self.site, "quality": self.quality}
+        numbers = {"layer": self.layer, "width": self.width, "most": self.most if self.most != FOUND else None}
+        return {**found, **{name: str(value) for name, value in numbers.items() if value is not None}}
+
+    def more(self) -> "SearchRequest":
+        """The same with longer lists."""
+        return replace(self, most=min(MAX_FOUND, self.most + FOUND * 4))
+
+    def takes(self, sae: SaeFacts) -> bool:
+        """Whether an SAE is looked into."""
+        own = {"site": sae.site.kind, "layer": sae.site.layer, "width": sae.width}
+        return all(getattr(self, name) in ("", None, value) for name, value in own.items())
 
 
 @dataclass(frozen=True)
-class TablePage:
-    """The latents found."""
+class Found:
+    """A list of latents."""
 
     rows: list[dict[str, Any]]
-    """Those of this page, as columns of the index by name."""
+    """Those that are shown, as rows of tables."""
     total: int
-    """How many there are on all pages [latents]."""
-    tokens: list[Piece]
-    """The tokens of the vocabulary that a search by token took in."""
+    """How many there are [latents]."""
 
 
-def sorted_by(sae: SaeFacts, request: TableRequest) -> str:
-    """The column by which the table is sorted: asked for, or how well label or token tell where a latent fires, or how often."""
-    return request.sort or ("detection" if sae.num_labels else "predictability" if sae.is_described else "frequency")
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
 
 
-def words_query(words: str) -> str:
-    """What a person typed, as a question to FTS5: every word, the last as a beginning; empty where there is no word."""
-    found = re.findall(r"\w+", words)
-    return " ".join(f'"{word}"' for word in found) + ("*" if found else "")
+def _looked_into(index: Index, request: SearchRequest) -> Iterator[SaeFacts]:
+    return (sae for sae in index.saes if sae.is_indexed and request.takes(sae))
 
 
-def latent_page(index: Index, sae: SaeFacts, request: TableRequest) -> TablePage:
-    """One page of an SAE's latents."""
-    conditions = ["sae = ?", SHOWN[request.shown]]
-    values: list[Any] = [sae.number]
-    if words := words_query(request.label):
-        conditions.append("id IN (SELECT rowid FROM labels WHERE labels MATCH ? AND rowid BETWEEN ? AND ?)")
-        values += [words, sae.first, sae.first + sae.width - 1]
-    elif request.label:
-        conditions.append("0")
-    tokens: list[Piece] = []
-    if request.token:
-        tokens = find_tokens(index, request.token)
-        conditions.append("id IN (SELECT value FROM json_each(?))")
-        values.append(json.dumps(sorted({sae.first + latent for latent in _firing_on(index, sae, tokens)})))
-    where = " AND ".join(conditions)
-    if conditions == ["sae = ?", SHOWN["alive"]]:
-        total = sae.num_alive
-    else:
-        ((total,),) = index.rows(f"SELECT count(*) FROM latents WHERE {where}", values)
-    # Descending, SQLite has NULL last and an index gives the order; ascending it must be told so.
-    sort = sorted_by(sae, request)
-    order = f"{sort} DESC" if request.is_descending else f"{sort} IS NULL, {sort}"
-    question = f"SELECT {', '.join(FIELDS)} FROM latents WHERE {where} ORDER BY {order}, id LIMIT ? OFFSET ?"
-    found = index.rows(question, [*values, PAGE, PAGE * (request.page - 1)])
-    return TablePage([dict(zip(FIELDS, row, strict=True)) for row in found], total, tokens)
+def _least_quality(request: SearchRequest) -> str:
+    least = QUALITIES[request.quality]
+    return "" if least is None else f" AND quality >= {least}"
 
 
-def find_tokens(index: Index, typed: str) -> list[Piece]:
-    """Tokens of the vocabulary that are what was typed, then those that are it but for spaces and case, then by its id."""
-    if typed.startswith("#") and typed[1:].isdecimal() and len(typed) < 10:
-        return list(index.pieces([int(typed[1:])]).values())
-    exact = index.rows("SELECT token FROM vocabulary WHERE text = ? LIMIT ?", (typed, MAX_TOKENS))
-    alike = index.rows("SELECT token FROM vocabulary WHERE key = ? LIMIT ?", (typed.strip().lower(), MAX_TOKENS))
-    ids = list(dict.fromkeys(token for (token,) in [*exact, *alike]))[:MAX_TOKENS]
-    pieces = index.pieces(ids)
-    return [pieces[token] for token in ids]
+def by_label(index: Index, request: SearchRequest) -> tuple[Found, bool]:
+    """The latents whose labels have these words, those first whose labels are best; and whether they have all of the words.
 
-
-def _firing_on(index: Index, sae: SaeFacts, tokens: list[Piece]) -> list[int]:
-    found: list[int] = []
-    for piece in tokens:
-        rows = index.rows("SELECT latents FROM postings WHERE token = ? AND sae = ?", (piece.token, sae.number))
-        found += [latent for (blob,) in rows for latent in packed(blob, np.int32).tolist()]
-    return found
-
-
-def latents_by_token(index: Index, tokens: list[Piece]) -> list[dict[str, Any]]:
-    """Over the whole suite, the latents that fire on the largest share of these tokens' occurrences, with that share."""
-    best: dict[int, float] = {}
-    for piece in tokens:
-        question = "SELECT sae, latents, shares FROM postings WHERE token = ?"
-        for number, latents, shares in index.rows(question, (piece.token,)):
-            first = index.saes[number].first
-            pairs = zip(packed(latents, np.int32).tolist(), packed(shares, np.float32).tolist(), strict=True)
-            for latent, share in list(pairs)[:MAX_FOUND]:
-                best[first + latent] = max(share, best.get(first + latent, 0.0))
-    chosen = sorted(best, key=lambda number: (-best[number], number))[:MAX_FOUND]
-    return [{**row, "share": best[row["id"]]} for row in _rows(index, chosen)]
-
-
-def latents_by_label(index: Index, words: str) -> list[dict[str, Any]]:
-    """Over the whole suite, the latents whose labels have these words, best match first."""
-    query = words_query(words)
+    Words are stems, and the last one is a beginning. Where no label has all of them, those that have some.
+    """
+    query = words_query(request.typed)
     if not query:
-        return []
-    question = "SELECT rowid FROM labels WHERE labels MATCH ? ORDER BY rank LIMIT ?"
-    return _rows(index, [number for (number,) in index.rows(question, (query, MAX_FOUND))])
+        return Found([], 0), True
+    found = _labelled(index, request, query)
+    if found.total or " " not in query:
+        return found, True
+    return _labelled(index, request, query.replace(" ", " OR ")), False
 
 
-def _rows(index: Index, ids: list[int]) -> list[dict[str, Any]]:
-    marks = ", ".join("?" * len(ids))
-    found = index.rows(f"SELECT {', '.join(FIELDS)} FROM latents WHERE id IN ({marks})", ids)
-    by_id: dict[int, dict[str, Any]] = {row[0]: dict(zip(FIELDS, row, strict=True)) for row in found}
-    return [by_id[number] for number in ids]
+def _labelled(index: Index, request: SearchRequest, query: str) -> Found:
+    rows: list[dict[str, Any]] = []
+    total = 0
+    where = f"WHERE latent IN (SELECT rowid FROM labels WHERE labels MATCH ?) AND {SHOWN['labelled']}{_least_quality(request)}"
+    for sae in _looked_into(index, request):
+        ((count,),) = index.rows(sae.number, f"SELECT count(*) FROM latents {where}", [query])
+        total += count
+        if count:
+            rows += latent_rows(index, sae, f"{where} ORDER BY quality DESC, latent LIMIT ?", [query, request.most])
+    rows.sort(key=lambda row: (row["quality"] is None, -(row["quality"] or 0.0), row["sae"], row["latent"]))
+    return Found(rows[: request.most], total)
+
+
+def by_token(index: Index, request: SearchRequest, tokens: list[Piece]) -> Found:
+    """The latents that fire on the largest share of these tokens' occurrences, with that `share`."""
+    shares: dict[tuple[int, int], float] = {}
+    for sae in _looked_into(index, request) if tokens else ():
+        here = shares_on(index, sae, tokens)
+        if here and _least_quality(request):
+            question = f"SELECT latent FROM latents WHERE latent IN (SELECT value FROM json_each(?)){_least_quality(request)}"
+            here = {latent: here[latent] for (latent,) in index.rows(sae.number, question, [json.dumps(sorted(here))])}
+        shares |= {(sae.number, latent): share for latent, share in here.items()}
+    chosen = sorted(shares, key=lambda place: (-shares[place], place))[: request.most]
+    return Found([{**row, "share": shares[row["sae"], row["latent"]]} for row in _rows(index, chosen)], len(shares))
+
+
+def by_number(index: Index, request: SearchRequest) -> Found:
+    """The latents of that number, one an SAE."""
+    number = _number(request.typed.strip().lstrip("#"))
+    if number is None:
+        return Found([], 0)
+    places = [(sae.number, number) for sae in _looked_into(index, request) if number < sae.width]
+    return Found(_rows(index, places[: request.most]), len(places))
+
+
+def _rows(index: Index, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The rows of these latents, given by SAE and number, in their order."""
+    wanted: dict[int, list[int]] = {}
+    for number, latent in places:
+        wanted.setdefault(number, []).append(latent)
+    found = {}
+    for number, latents in wanted.items():
+        clause = "WHERE latent IN (SELECT value FROM json_each(?))"
+        found |= {(number, row["latent"]): row for row in latent_rows(index, index.saes[number], clause, [json.dumps(latents)])}
+    return [found[place] for place in places if place in found]
+
+
+def jump(index: Index, typed: str) -> tuple[SaeFacts, int | None] | None:
+    """Where an address leads: an SAE, and a latent if it names one; None for what is no address of this suite.
+
+    Addresses of our pages, of an export's and of folders are taken, and site/layer/width/L0/latent in short.
+    """
+    if long := FOLDER.search(typed):
+        folder, rest = typed[long.start() :].partition("?")[0].partition(long.group())[1:]
+        sae = index.find(folder)
+        numbers = re.findall(r"\d{1,12}", re.sub(r"page-\d+", "", rest))
+        latent = int(numbers[-1]) if numbers else None
+    elif short := SHORT_ADDRESS.fullmatch(typed.strip()):
+        sae = next((sae for sae in index.saes if _is_called(sae, *short.groups()[:4])), None)
+        latent = int(short.group(5)) if short.group(5) else None
+    else:
+        return None
+    if sae is None or (latent is not None and latent >= sae.width):
+        return None
+    return sae, latent
+
+
+def _is_called(sae: SaeFacts, site: str, layer: str, width: str, l0: str) -> bool:
+    return (sae.site.kind, str(sae.site.layer), str(round(sae.headline["l0"]))) == (site, layer, l0) and width.lower() in (
+        str(sae.width),
+        width_label(sae.width),
+    )
+
+
+def facets(index: Index) -> dict[str, list[Any]]:
+    """What a search can be narrowed to: kinds of sites, layers and widths that the suite has."""
+    return {
+        "sites": sorted({sae.site.kind for sae in index.saes}),
+        "layers": sorted({sae.site.layer for sae in index.saes}),
+        "widths": sorted({sae.width for sae in index.saes}),
+    }
+
+
+def tokens_of(index: Index, request: SearchRequest) -> list[Piece]:
+    """The tokens that a search by token takes in."""
+    return find_tokens(index, request.typed) if request.typed else []

@@ -1,9 +1,8 @@
-"""The suite's comparisons (suite/slices/*.json and the tables of feature splitting), read for the index.
+"""The suite's comparisons (suite/slices/*.json and the tables of feature splitting), read when a page shows them.
 
 A suite comes from anywhere: the names of files inside these JSONs are taken only where they stay below the suite.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ import pyarrow
 from everyscope.base.errors import DataError
 from everyscope.base.files import read_sealed
 from everyscope.base.progress import say
+from everyscope.base.tables import check_table
 from everyscope.browse.latent_rows import read_columns
 
 FOLDER, SPLITTING = "slices", "splitting"
+REMEDY = "publish or download the suite again"
 ROWS = 500
 """Pairs of latents kept per pair of SAEs, highest cosine first [pairs]."""
 COLUMNS: dict[str, pyarrow.DataType] = {
@@ -29,38 +30,37 @@ COLUMNS: dict[str, pyarrow.DataType] = {
 }
 
 
-def read_slices(suite: Path) -> Iterator[tuple[str, str]]:
-    """Name and JSON of each comparison; one that is no JSON is said and left out."""
-    for path in sorted((suite / FOLDER).glob("*.json")):
+def slice_names(suite: Path) -> list[str]:
+    """The names of the comparisons."""
+    return sorted(path.stem for path in (suite / FOLDER).glob("*.json"))
+
+
+def read_slices(suite: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of each comparison; one that is no JSON is said and left out."""
+    for name in slice_names(suite):
         try:
-            yield path.stem, json.dumps(_read(path))
+            yield name, _read(suite / FOLDER / f"{name}.json")
         except DataError as error:
             say(f"  {error}")
 
 
-def read_splits(suite: Path, numbers: dict[str, int]) -> Iterator[tuple[int, int, str, bytes]]:
-    """For each pair of widths: both SAEs' numbers, the shares as JSON, and its first pairs of latents as an Arrow stream."""
-    path = suite / FOLDER / f"{SPLITTING}.json"
-    if not path.is_file():
-        return
-    try:
-        found = _read(path)
-    except DataError:
-        return  # read_slices has said so
-    pairs = found.get("pairs") or []
+def read_splits(
+    suite: Path, slices: dict[str, Any], narrow: str, wide: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """For a pair of widths, by their folders: its shares, and its first pairs of latents; None where it was not measured."""
+    pairs = (slices.get(SPLITTING) or {}).get("pairs") or []
     for pair in pairs:
-        narrow, wide = numbers.get(str(pair.get("narrow"))), numbers.get(str(pair.get("wide")))
-        if narrow is None or wide is None:
-            continue
-        try:
-            yield narrow, wide, json.dumps(pair), _stream(_inside(suite / FOLDER, str(pair.get("table", ""))))
-        except DataError as error:
-            say(f"  {error}")
+        if isinstance(pair, dict) and (pair.get("narrow"), pair.get("wide")) == (narrow, wide):
+            try:
+                return pair, _rows(_inside(suite / FOLDER, str(pair.get("table", ""))))
+            except DataError as error:
+                say(f"  {error}")
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
     """A comparison; DataError where it is no JSON object, or was changed since it was published."""
-    return read_sealed(path, "publish or download the suite again")
+    return read_sealed(path, REMEDY)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -71,16 +71,10 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _stream(path: Path) -> bytes:
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The pairs of latents in a table of splitting, highest cosine first, at most ROWS."""
+    check_table(path, REMEDY)
     table = read_columns(path, COLUMNS)
     if "cosine" in table.schema.names:
         table = table.sort_by([("cosine", "descending")])
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table.slice(0, ROWS))
-    return sink.getvalue().to_pybytes()
-
-
-def split_rows(stream: bytes) -> list[dict[str, Any]]:
-    """The pairs of latents in such a stream."""
-    return pyarrow.ipc.open_stream(stream).read_all().to_pylist()
+    return table.slice(0, ROWS).to_pylist()

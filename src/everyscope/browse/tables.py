@@ -1,29 +1,32 @@
-"""The index's tables: what a page needs, in the form in which it is asked for.
+"""The index's databases: one of the suite's text, and one for each SAE, so that no page waits for the index of another SAE.
 
-A latent has one number for the whole suite: its SAE's `first` plus its place there. Rows that are sorted and filtered are narrow
-and lie apart from `details`, one zlib blob a latent that holds its whole row of latents.parquet.
+An SAE's database holds what tables are sorted, filtered and searched by, and nothing else: whole rows stay in latents.parquet.
 """
 
-VERSION = 2
-"""Raised whenever the tables, or what is written into them, change: older indexes are then built anew."""
+VERSION = 3
+"""Raised whenever the tables, or what is written into them, change: older databases are then built anew."""
 
-TABLES = """
-CREATE TABLE suite(name TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE saes(id INTEGER PRIMARY KEY, folder TEXT UNIQUE, first INTEGER, record TEXT, metrics BLOB, facts TEXT,
-    arrow_schema BLOB, is_described INTEGER, num_alive INTEGER, num_labels INTEGER, problem TEXT);
-CREATE TABLE latents(id INTEGER PRIMARY KEY, sae INTEGER, latent INTEGER, shuffled INTEGER, firings INTEGER, frequency REAL,
-    mean_activation REAL, max_activation REAL, entropy REAL, predictability REAL, nearest REAL, top_tokens BLOB,
-    label TEXT, method TEXT, kind TEXT, detection REAL, fuzzing REAL);
-CREATE TABLE details(id INTEGER PRIMARY KEY, row BLOB);
-CREATE TABLE explanations(id INTEGER PRIMARY KEY, rows TEXT);
+TEXT_TABLES = """
+CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE vocabulary(token INTEGER PRIMARY KEY, piece BLOB, text TEXT, key TEXT, is_special INTEGER);
 CREATE TABLE sequences(sequence INTEGER PRIMARY KEY, split TEXT, document TEXT, ids BLOB);
-CREATE TABLE postings(token INTEGER, sae INTEGER, latents BLOB, shares BLOB, counts BLOB, PRIMARY KEY(token, sae)) WITHOUT ROWID;
-CREATE TABLE matches(sae INTEGER, other INTEGER, latents BLOB, others BLOB, cosines BLOB, PRIMARY KEY(sae, other)) WITHOUT ROWID;
-CREATE TABLE splits(narrow INTEGER, wide INTEGER, summary TEXT, rows BLOB, PRIMARY KEY(narrow, wide)) WITHOUT ROWID;
-CREATE TABLE slices(name TEXT PRIMARY KEY, value TEXT);
-CREATE VIRTUAL TABLE labels USING fts5(label, content='latents', content_rowid='id', tokenize='unicode61 remove_diacritics 2');
 """
+TEXT_INDEXES = """
+CREATE INDEX vocabulary_text ON vocabulary(text);
+CREATE INDEX vocabulary_key ON vocabulary(key);
+"""
+
+SAE_TABLES = """
+CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE latents(latent INTEGER PRIMARY KEY, shuffled INTEGER, firings INTEGER, frequency REAL, mean_activation REAL,
+    max_activation REAL, entropy REAL, predictability REAL, nearest REAL, top_tokens BLOB, sequence INTEGER, position INTEGER,
+    label TEXT, method TEXT, kind TEXT, detection REAL, fuzzing REAL, quality REAL);
+CREATE TABLE postings(token INTEGER PRIMARY KEY, latents BLOB, shares BLOB, counts BLOB);
+CREATE TABLE matches(other INTEGER PRIMARY KEY, latents BLOB, others BLOB, cosines BLOB);
+CREATE VIRTUAL TABLE labels USING fts5(label, content='latents', content_rowid='latent',
+    tokenize='porter unicode61 remove_diacritics 2');
+"""
+"""`sequence`, `position`: of a latent's strongest example; `quality`: detection minus that of other latents' labels."""
 
 SORTABLE = (
     "latent",
@@ -35,14 +38,14 @@ SORTABLE = (
     "nearest",
     "detection",
     "fuzzing",
+    "quality",
 )
 """Columns of `latents` by which a table can be sorted."""
 
-INDEXES = "\n".join(
+SAE_INDEXES = "\n".join(
     [
-        *(f"CREATE INDEX latents_{name} ON latents(sae, {name});" for name in SORTABLE[1:]),
-        "CREATE INDEX latents_shuffled ON latents(sae, shuffled);",
-        "CREATE INDEX vocabulary_key ON vocabulary(key);",
+        *(f"CREATE INDEX latents_{name} ON latents({name});" for name in SORTABLE[1:]),
+        "CREATE INDEX latents_shuffled ON latents(shuffled);",
         "INSERT INTO labels(labels) VALUES('rebuild');",
         "ANALYZE;",
     ]

@@ -1,6 +1,7 @@
 """Every page, asked without a network: whole, harmless, and with a clear word where something is missing."""
 
 import asyncio
+import gzip
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from browser.invented_suite import SCRIPT, Shape, vocabulary, write_invented_sui
 
 from everyscope.base.errors import MissingExtra
 from everyscope.browse.app import HEADERS, Browser
+from everyscope.browse.light import Light
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index
 
@@ -262,17 +264,41 @@ def test_a_damaged_sae_has_a_page_that_names_the_file(suite: Path, tmp_path: Pat
         assert str(tmp_path) not in answer.text
 
 
-def test_while_the_index_is_made_every_page_says_so(suite: Path, tmp_path: Path):
+def test_an_index_that_cannot_be_written_is_said_on_pages_that_need_it(suite: Path, tmp_path: Path):
+    (tmp_path / "cache").write_text("")
     preparation = Preparation(suite, tmp_path / "cache")
     app = Browser(preparation, None).app()
-    assert ask(app, "/").status == 503
-    assert "Indexing" in ask(app, f"/sae/{SAE}/3").text
-    assert json.loads(ask(app, "/state").text) == {"is_ready": False, "share": 0.0, "error": "", "model": "absent", "done": None}
-    preparation.error = "latents: damaged"
-    assert "Latents: damaged" in ask(app, "/").text
-    preparation.error = ""
-    preparation.start().join()
     assert ask(app, "/").status == 200
+    answer = ask(app, f"/sae/{SAE}/3")
+    assert (answer.status, "--cache DIR" in answer.text) == (500, True)
+    assert "--cache DIR" in json.loads(ask(app, "/state").text)["error"]
+
+
+def test_whole_answers_are_compressed_and_not_sent_twice(get: Callable):
+    plain = get(f"/sae/{SAE}/0")
+    small = get(f"/sae/{SAE}/0", headers={"accept-encoding": "br, gzip"})
+    assert gzip.decompress(small.body) == plain.body
+    assert len(small.body) < len(plain.body) / 3
+    assert small.headers["content-encoding"] == "gzip"
+    assert small.headers["content-length"] == str(len(small.body))
+    assert small.headers["etag"] == plain.headers["etag"]
+    again = get(f"/sae/{SAE}/0", headers={"if-none-match": plain.headers["etag"]})
+    assert (again.status, again.body) == (304, b"")
+    assert HEADERS.items() <= again.headers.items()
+    assert get(f"/sae/{SAE}/1", headers={"if-none-match": plain.headers["etag"]}).status == 200
+    assert "etag" not in get("/state").headers
+
+
+def test_streams_go_through_as_they_come():
+    async def stream(scope: dict, receive: Callable, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+        for part in (b"a" * 2000, b"b"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    answer = ask(Light(stream), "/", headers={"accept-encoding": "gzip"})
+    assert answer.body == b"a" * 2000 + b"b"
+    assert not {"etag", "content-encoding"} & set(answer.headers)
 
 
 def test_many_threads_read_one_index(index: Index):

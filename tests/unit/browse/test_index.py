@@ -1,10 +1,15 @@
 """The index says what the Parquet says, is whole or absent, and is made anew when the suite changes."""
 
+import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +26,16 @@ from everyscope.browse import preparation as preparation_module
 from everyscope.browse.app import Browser
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, finite
-from everyscope.browse.search import TableRequest, find_tokens, latent_page, latents_by_label, latents_by_token, words_query
+from everyscope.browse.search import SearchRequest, by_label, by_number, by_token, jump
+from everyscope.browse.table_page import TableRequest, find_tokens, latent_page, words_query
 from everyscope.browse.tables import SORTABLE
 from everyscope.suite.latents import UNLABELLED
+from everyscope.suite.records import SaeRecord
 
 pytestmark = pytest.mark.usefixtures("forked_interpreters")
 
 TINY = Shape(kinds=("resid_post",), layers=1, widths=(40,), l0s=(5.0,), num_sequences=8, context=32)
+PAIR = Shape(kinds=("resid_post",), layers=1, widths=(40, 50), l0s=(5.0,), num_sequences=8, context=32)
 
 
 def published(suite: Path, folder: str) -> list[dict]:
@@ -95,20 +103,82 @@ def test_filters_agree_with_a_look_at_every_row(index: Index, suite: Path):
 
 
 def test_searching_the_suite_ranks_by_share(index: Index):
-    found = latents_by_token(index, find_tokens(index, " return"))
-    shares = [row["share"] for row in found]
+    found = by_token(index, SearchRequest(" return"), find_tokens(index, " return"))
+    shares = [row["share"] for row in found.rows]
     assert shares == sorted(shares, reverse=True)
-    assert len({row["sae"] for row in found}) > 1
-    assert all("return" in row["label"] for row in latents_by_label(index, "return"))
+    assert len({row["sae"] for row in found.rows}) > 1
+    labelled, has_all = by_label(index, SearchRequest("return"))
+    assert has_all
+    assert all("return" in row["label"] for row in labelled.rows)
     assert find_tokens(index, "#5")[0].token == 5
+
+
+def test_a_search_tells_all_that_there_are_and_shows_as_many_as_asked(index: Index, suite: Path):
+    want = set()
+    for sae in index.saes:
+        rows = pyarrow.parquet.read_table(suite / sae.folder / "explanations.parquet").to_pylist()
+        want |= {(sae.number, row["latent"]) for row in rows if "in code" in row["label"] and row["kind"] not in UNLABELLED}
+    short, _ = by_label(index, SearchRequest("in code"))
+    assert (len(short.rows), short.total) == (60, len(want))
+    whole, _ = by_label(index, SearchRequest("in code", most=6000))
+    assert {(row["sae"], row["latent"]) for row in whole.rows} == want
+    qualities = [row["quality"] for row in whole.rows]
+    assert qualities == sorted(qualities, reverse=True)
+    assert whole.rows[:60] == short.rows
+
+
+def test_facets_narrow_a_search(index: Index):
+    whole, _ = by_label(index, SearchRequest("token", most=6000))
+    for request, keeps in (
+        (SearchRequest("token", site="mlp_out", most=6000), lambda row, sae: sae.site.kind == "mlp_out"),
+        (SearchRequest("token", layer=1, most=6000), lambda row, sae: sae.site.layer == 1),
+        (SearchRequest("token", width=64, most=6000), lambda row, sae: sae.width == 64),
+        (SearchRequest("token", quality="strong", most=6000), lambda row, sae: row["quality"] >= 0.25),
+    ):
+        found, _ = by_label(index, request)
+        want = [row for row in whole.rows if keeps(row, index.saes[row["sae"]])]
+        assert 0 < len(want) < whole.total
+        assert found.rows == want
+        tokens = find_tokens(index, "return")
+        assert all(keeps(row, index.saes[row["sae"]]) for row in by_token(index, replace(request, typed="return"), tokens).rows)
+        assert SearchRequest.read(request.query) == request
+
+
+def test_words_are_stems_and_some_of_them_are_better_than_none(index: Index):
+    assert by_label(index, SearchRequest("tokens"))[0].total == by_label(index, SearchRequest("token"))[0].total > 0
+    some, has_all = by_label(index, SearchRequest("token unheard-of"))
+    assert not has_all
+    assert some.total == by_label(index, SearchRequest("token"))[0].total
+
+
+def test_numbers_and_addresses_lead_to_their_latents(index: Index):
+    sae = index.saes[-1]
+    found = by_number(index, SearchRequest("200"))
+    assert {row["latent"] for row in found.rows} == {200}
+    assert [row["sae"] for row in found.rows] == [other.number for other in index.saes if other.width > 200]
+    folder = sae.folder
+    for typed, want in (
+        (folder, None),
+        (f"{folder}/185", 185),
+        (f"http://127.0.0.1:8017/sae/{folder}/185", 185),
+        (f"https://host/x/sae/{folder}/0/185.html", 185),
+        (f"/sae/{folder}/?page=2", None),
+        ("resid_post/1/256/11/185", 185),
+        ("resid_post 1 256 11", None),
+    ):
+        assert jump(index, typed) == (sae, want), typed
+    for typed in (f"{folder}/256", "resid_post/9/256/11/1", "/etc/passwd", f"x{folder}9", "185", ""):
+        assert jump(index, typed) is None, typed
 
 
 @pytest.mark.parametrize(
     "typed", ['"', "a OR b", "NEAR(", "*", "a*b", "label:x", "'; DROP TABLE latents; --", "^", "", "  ", "\x00"]
 )
 def test_no_search_is_an_error(index: Index, typed: str):
-    assert isinstance(latents_by_label(index, typed), list)
-    assert isinstance(latents_by_token(index, find_tokens(index, typed)), list)
+    by_label(index, SearchRequest(typed))
+    by_token(index, SearchRequest(typed), find_tokens(index, typed))
+    by_number(index, SearchRequest(typed))
+    assert jump(index, typed) is None
     latent_page(index, index.saes[0], TableRequest(label=typed, token=typed))
     assert "DROP" not in words_query("'; --")
 
@@ -153,21 +223,81 @@ def test_matches_are_each_latents_best(index: Index, suite: Path):
     assert index.matches(one, one) is None
 
 
-def test_an_index_is_kept_and_is_built_anew_when_a_file_changes(tmp_path: Path):
-    suite, cache = write_invented_suite(tmp_path / "suite", TINY), tmp_path / "cache"
+def test_a_part_is_kept_and_is_built_anew_when_its_file_changes(tmp_path: Path):
+    suite, cache = write_invented_suite(tmp_path / "suite", PAIR), tmp_path / "cache"
     Preparation(suite, cache).run()
-    (first,) = built(cache)
+    first = built(cache)
+    assert len(first) == 3  # the text and two SAEs
     assert Preparation(suite, cache).is_built
     content = read_sealed(suite / "suite.json")
     write_sealed(suite / "suite.json", content | {"title": "Another"})
     again = Preparation(suite, cache)
-    assert not again.is_built
-    assert again.run().suite["title"] == "Another"
-    (second,) = built(cache)
-    assert second != first
+    assert again.is_built
+    assert again.index.suite["title"] == "Another"
     path = suite / content["saes"][0]["folder"] / "latents.parquet"
     os.utime(path, ns=(1, 1))
-    assert not Preparation(suite, cache).is_built
+    again = Preparation(suite, cache)
+    assert not again.is_built
+    again.run()
+    assert len(set(built(cache)) - set(first)) == 1
+    assert len(built(cache)) == 3  # the stale one is gone
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path):
+    """The first page reads no table, and a latent's page those of its own SAE alone."""
+    shape = replace(PAIR, kinds=("mlp_out", "resid_post"), widths=(40,))  # SAEs of two sites: their latents have no relation
+    suite, cache = write_invented_suite(tmp_path / "suite", shape), tmp_path / "cache"
+    one = read_sealed(suite / "suite.json")["saes"][0]["folder"]
+    preparation = Preparation(suite, cache)
+    app = Browser(preparation, None).app()
+    assert ask(app, "/").status == 200
+    assert built(cache) == []
+    assert ask(app, f"/sae/{one}/3").status == 200
+    assert [sae.is_indexed for sae in preparation.index.saes] == [True, False]
+    assert len(built(cache)) == 2
+    found = ask(app, "/search?q=return").text
+    assert "1 of 2 SAEs" in found
+    assert "return" in found
+
+
+def test_a_page_that_waits_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And other pages do not wait with it."""
+    suite = write_invented_suite(tmp_path / "suite", PAIR)
+    preparation = Preparation(suite, tmp_path / "cache")
+    app, go_on, build = Browser(preparation, None).app(), threading.Event(), preparation_module.build_sae
+
+    def slow(path: Path, suite: Path, record: SaeRecord, *rest) -> None:
+        if record.width == 50:
+            assert go_on.wait(60)
+        build(path, suite, record, *rest)
+
+    monkeypatch.setattr(preparation_module, "build_sae", slow)
+    monkeypatch.setattr(Preparation.require, "__defaults__", (0.05,))
+    one, other = preparation.index.saes
+    whole = preparation.start()  # builds the first, and hangs at the second
+    wait_until(lambda: one.is_indexed)
+    for sae, status in ((one, 200), (other, 503)):
+        assert ask(app, f"/sae/{sae.folder}/3").status == status
+    assert "50 latents" in ask(app, f"/sae/{other.folder}/3").text
+    assert json.loads(ask(app, "/state?part=1").text)["is_ready"] is False
+    go_on.set()
+    whole.join()
+    assert ask(app, f"/sae/{other.folder}/3").status == 200
+    assert json.loads(ask(app, "/state").text) == {
+        "is_ready": True,
+        "share": 1.0,
+        "indexed": 2,
+        "error": "",
+        "model": "absent",
+        "done": None,
+    }
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_broken_off_index_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -178,10 +308,10 @@ def test_a_broken_off_index_is_absent(tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(preparation_module, "build_index", breaks)
+        patched.setattr(preparation_module, "build_sae", breaks)
         with pytest.raises(KeyboardInterrupt):
             Preparation(suite, cache).run()
-    assert not built(cache)
+    assert len(built(cache)) == 1  # the text
     assert Preparation(suite, cache).run().saes[0].width == 40
 
 
@@ -192,7 +322,7 @@ def test_several_processes_may_come_at_once(tmp_path: Path):
     arguments = [sys.executable, "-c", code, str(suite), str(cache)]
     workers = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(3)]
     assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["1"] * 3
-    assert len(built(cache)) == 1
+    assert len(built(cache)) == 2
 
 
 def test_a_suite_that_cannot_be_written_is_not(tmp_path: Path):
@@ -275,7 +405,8 @@ def test_a_run_folder_leads_to_its_suite(tmp_path: Path):
 def test_a_damaged_index_is_built_anew_or_said_to_be_damaged(suite: Path, tmp_path: Path):
     """Before it is opened, and while pages are read."""
     folders = [sae.folder for sae in Preparation(suite, tmp_path).run().saes]
-    path = next(tmp_path.rglob("*.sqlite"))
+    number = next(sae.number for sae in Preparation(suite, tmp_path).index.saes)
+    path = Preparation(suite, tmp_path).require(number, 60)
     good = path.read_bytes()
     for bad in (b"", b"no database" * 1000, good[: len(good) // 2]):
         path.write_bytes(bad)
@@ -287,3 +418,4 @@ def test_a_damaged_index_is_built_anew_or_said_to_be_damaged(suite: Path, tmp_pa
     answer = ask(app, f"/sae/{folders[0]}/3")
     assert (answer.status, "is damaged" in answer.text) == (500, True)
     assert not path.exists()
+    assert ask(app, f"/sae/{folders[0]}/3").status == 200

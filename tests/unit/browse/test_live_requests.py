@@ -174,12 +174,13 @@ def test_whatever_ends_the_index_the_pages_say_so(suite: Path, tmp_path: Path, m
     def fail(*given) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("everyscope.browse.preparation.build_index", fail)
+    monkeypatch.setattr("everyscope.browse.preparation.build_sae", fail)
     preparation = Preparation(suite, tmp_path)
     preparation.start().join()
-    answer = ask(Browser(preparation, None).app(), "/")
-    assert answer.status == 500
-    assert "MemoryError" in answer.text
+    app = Browser(preparation, None).app()
+    for address, status in (("/", 200), (f"/sae/{preparation.index.saes[0].folder}/0", 500)):
+        answer = ask(app, address)
+        assert (answer.status, "MemoryError" in answer.text) == (status, status == 500)
 
 
 SERVE = """

@@ -14,7 +14,7 @@ from browser.invented_suite import Shape, write_invented_suite
 from everyscope.browse.links import Served
 from everyscope.browse.pages import environment, render, stamps, static_files
 from everyscope.browse.preparation import Preparation
-from everyscope.browse.search import TableRequest
+from everyscope.browse.table_page import TableRequest
 from everyscope.browse.views.latent import latent_view
 from everyscope.browse.views.sae import sae_view
 

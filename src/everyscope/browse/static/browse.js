@@ -195,13 +195,27 @@ document.addEventListener("click", (event) => {
   document.querySelector(".reading").classList.remove("pointing");
 });
 
-// An index in the making
+// An index in the making: a page that waits for its part, and parts of pages that fill in
 
 const preparing = byId("preparing");
 async function watch() {
-  const state = await (await fetch("/state")).json();
+  const state = await (await fetch(`/state?part=${preparing.dataset.part}`)).json();
   preparing.value = state.share;
   if (state.is_ready || state.error) location.reload();
   else setTimeout(watch, 300);
 }
 if (preparing) watch();
+
+async function fillIn() {
+  const state = await (await fetch("/state")).json();
+  const before = Number(byId("filling").dataset.indexed);
+  if (state.indexed > before && (state.is_ready || document.querySelector("#found"))) {
+    const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), "text/html");
+    for (const old of document.querySelectorAll("[data-fills]")) {
+      const filled = page.getElementById(old.id);
+      if (filled) old.replaceChildren(...filled.childNodes);
+    }
+  }
+  if (byId("filling") && !state.error) setTimeout(fillIn, 1000);
+}
+if (byId("filling")) setTimeout(fillIn, 500);

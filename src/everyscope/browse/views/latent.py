@@ -210,7 +210,7 @@ class _Relatives:
         rows = self.listed(near)
         for row in rows:
             deeper: list[dict[str, Any]] = []
-            if depth > 1:
+            if depth > 1 and row["facts"].is_indexed:
                 details = self._index.details(row["facts"], row["latent"], ["neighbours"]) or {}
                 deeper = [item for item in details.get("neighbours") or [] if _is_known(self._index, item)]
             row["branches"] = self.tree(deeper, relation, depth - 1) if deeper else []

@@ -8,8 +8,9 @@ from markupsafe import Markup
 from everyscope.browse.links import Links
 from everyscope.browse.pieces import Piece
 from everyscope.browse.queries import Index, SaeFacts, packed
-from everyscope.browse.search import PAGE, TablePage, TableRequest, latent_page, sorted_by
 from everyscope.browse.svg.charts import Curve, Estimate, curves, estimates, histogram
+from everyscope.browse.table_page import PAGE, TablePage, TableRequest, latent_page, sorted_by
+from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import width_label
 from everyscope.suite.records import beaten_by
 
@@ -61,6 +62,7 @@ COLUMNS = (
 
 def sae_view(index: Index, links: Links, sae: SaeFacts, request: TableRequest) -> dict[str, Any]:
     """Everything on the page of one SAE."""
+    index.require(sae)
     metrics = index.metrics(sae)
     page = latent_page(index, sae, request)
     num_pages = max(1, -(-page.total // PAGE))
@@ -230,12 +232,13 @@ def _columns(sae: SaeFacts, page: TablePage, request: TableRequest, links: Links
 
 
 def table_rows(index: Index, rows: list[dict[str, Any]], links: Links) -> list[dict[str, Any]]:
-    """Rows of the index with their addresses and readable tokens."""
-    tokens = {row["id"]: packed(row["top_tokens"], np.int32).tolist() for row in rows}
-    pieces: dict[int, Piece] = index.pieces(token for found in tokens.values() for token in found)
+    """Rows of the index with their addresses and readable tokens; tokens that stand for a label are no label."""
+    tokens = [packed(row["top_tokens"], np.int32).tolist() for row in rows]
+    pieces: dict[int, Piece] = index.pieces(token for found in tokens for token in found)
     shown = []
-    for row in rows:
+    for row, found in zip(rows, tokens, strict=True):
         sae = index.saes[row["sae"]]
-        top = [pieces[token] for token in tokens[row["id"]]]
-        shown.append({**row, "facts": sae, "href": links.latent(sae.folder, row["latent"]), "top": top})
+        label = None if row["kind"] in UNLABELLED else row["label"]
+        top = [pieces[token] for token in found]
+        shown.append({**row, "label": label, "facts": sae, "href": links.latent(sae.folder, row["latent"]), "top": top})
     return shown

@@ -65,11 +65,19 @@ def headlines(index: Index) -> list[tuple[str, str]]:
     found = [
         (str(len(index.saes)), f"SAEs at {len({sae.site for sae in index.saes})} sites"),
         (f"{total:,}", "latents"),
-        (f"{alive / max(1, total):.1%}", "of them fire on the text read"),
+        *([(nearly(alive, total), "of them fire on the text read")] if index.is_whole else []),
         (f"{median(sae.headline['fvu_usual'] for sae in chosen):.3f}", "median FVU, middle sparsity"),
         (f"{median(sae.headline['delta_loss'] for sae in chosen):.3f}", "median delta loss there [nats/token]"),
     ]
-    return [*found, (f"{labelled:,}", "latents with a label")] if labelled else found
+    share = f"latents with a label ({labelled / max(1, total):.0%})"
+    return [*found, (f"{labelled:,}", share)] if labelled and index.is_whole else found
+
+
+def nearly(count: int, total: int) -> str:
+    """A share in per cent, with as many decimals as it takes not to round it to all where a few are missing."""
+    share = count / max(1, total)
+    texts = (f"{share:.{decimals}%}" for decimals in (1, 2, 3, 4, 6))
+    return next(text for text in texts if count == total or not text.startswith("100"))
 
 
 def representatives(index: Index) -> dict[tuple[str, int, int], SaeFacts]:
