@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from browser.asking import FakeLive, ask
 from browser.invented_suite import SCRIPT, Shape, vocabulary, write_invented_suite
+from invented_suite import GOLDEN, write_suite
 
 from everyscope.base.errors import MissingExtra
 from everyscope.browse.app import HEADERS, Browser
@@ -249,6 +250,17 @@ def test_suites_without_descriptions_say_which_command_makes_them(tmp_path: Path
     assert ask(app, f"/sae/{index.saes[0].folder}/3.json").status == 200
     for address in ("/search?q=x", "/compare", "/comparisons"):
         assert ask(app, address).status == 200
+
+
+def test_columns_that_a_suite_lacks_are_left_out_of_its_pages(tmp_path: Path):
+    """That of others has no mean activations, no token shares, and scores without counts."""
+    preparation = Preparation(write_suite(tmp_path / "suite", GOLDEN), tmp_path / "cache")
+    app = Browser(preparation, None).app()
+    for sae in preparation.index.saes:
+        for address in (f"/sae/{sae.folder}/", *(f"/sae/{sae.folder}/{latent}" for latent in range(6))):
+            answer = ask(app, address)
+            assert answer.status == 200
+            Checked(answer.text)
 
 
 def test_a_damaged_sae_has_a_page_that_names_the_file(suite: Path, tmp_path: Path):

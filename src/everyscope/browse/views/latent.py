@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from everyscope.browse.latent_rows import COLUMNS, EXPLANATIONS
 from everyscope.browse.links import Links
 from everyscope.browse.pieces import Piece
 from everyscope.browse.queries import Index, SaeFacts
@@ -34,7 +35,8 @@ def latent_view(index: Index, links: Links, sae: SaeFacts, latent: int) -> dict[
     details = index.details(sae, latent)
     if details is None:
         return None
-    explanations = index.explanations(sae, latent)
+    details = {**dict.fromkeys(COLUMNS), **details}
+    explanations = [{**dict.fromkeys(EXPLANATIONS), **row} for row in index.explanations(sae, latent)]
     before, after, shuffled = index.beside(sae, latent)
     neighbours = [item for item in details.get("neighbours") or [] if _is_known(index, item)]
     cofiring = details.get("cofiring") or []
