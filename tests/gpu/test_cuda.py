@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from everyscope.activations.harvest import fill
+from everyscope.activations.shards.writer import on_host
 from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
@@ -76,3 +78,17 @@ def test_capture_and_splice_on_the_device(tiny_random_model_folder):
     clean = model(input_ids=input_ids, use_cache=False).logits
     with splice(model, {site: lambda x: x for site in sites}):
         assert torch.equal(model(input_ids=input_ids, use_cache=False).logits, clean)
+
+
+def test_rows_reach_the_host_while_the_model_goes_on():
+    """A row is copied on a stream of its own, and is what the model made even where the model's stream has work queued."""
+    made = []
+    for number in range(4):
+        rows = torch.full((512, 64), float(number), device=DEVICE) @ torch.eye(64, device=DEVICE)
+        made.append((rows, fill._made(rows.device)))
+    busy = torch.randn(1024, 1024, device=DEVICE)
+    for _ in range(8):
+        busy = busy @ busy / 32
+    for number, (rows, event) in enumerate(made):
+        with fill._beside(rows, event):
+            assert (on_host(rows) == number).all()

@@ -45,6 +45,7 @@ from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.presets import for_transcoders
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site, places_of, sites_of
+from everyscope.sites.passes import blocks_at_once
 from everyscope.text.config import TextConfig
 from everyscope.train.config import TrainConfig, TrainSettings, sae_name
 
@@ -52,6 +53,8 @@ LIVE_HOLD_SECONDS = 60.0
 """How long, without a disk, a trainer that lags may keep rows from being replaced: to make them again is dear [s]."""
 LIVE_CHUNKS = 8
 """The least into which a bucket is cut there, where chunks would not be larger than usual [chunks]."""
+LOGIT_BYTES = 16
+"""What an evaluation holds for each logit: the clean and the spliced model's, in both number formats [bytes]."""
 UNAIMED_L0 = 100
 """L0 near which an SAE stands for its site and width where the recipe aims at none, as in Gemma Scope [latents]."""
 
@@ -127,6 +130,21 @@ class RunConfig(Schema):
         wanted = max(group.num_tokens for group in self.groups if place in places_of(self.sites(group)))
         return wanted if self.harvest.num_tokens is None else min(wanted, self.harvest.num_tokens)
 
+    @property
+    def _captured_bytes(self) -> int:
+        """What the places of a token take on the model's device, of two passes in float32: one is on its way to the host while
+        the next is made [bytes].
+        """
+        return 2 * 4 * sum(self.sizes.d_in(place) for place in self.all_places)
+
+    def _for_device(
+        self, settings: HarvestSettings | EvaluateSettings | DescribeSettings | ExplainSettings, logits: bool = False
+    ) -> dict[str, Any]:
+        """The fields of a stage's settings, with as many blocks in a pass as fill the model's device."""
+        kept = self._captured_bytes + (LOGIT_BYTES * self.sizes.words if logits else 0)
+        blocks = blocks_at_once(settings.batch_blocks, self.text.context, self.model.device, kept)
+        return settings.model_dump() | {"batch_blocks": blocks}
+
     def harvest_config(self, out: Path) -> HarvestConfig:
         """The one pass of the model that feeds all groups."""
         return HarvestConfig(
@@ -136,7 +154,7 @@ class RunConfig(Schema):
             num_tokens=max(self.tokens_of(place) for place in self.all_places),
             bucket_rows=self.harvest.bucket_rows,
             dtype=self.harvest.dtype,
-            batch_blocks=self.harvest.batch_blocks,
+            batch_blocks=self._for_device(self.harvest)["batch_blocks"],
             seed=self.seed,
             max_bytes=self.harvest.max_bytes,
             shuffle_bytes=self.harvest.shuffle_bytes,
@@ -250,7 +268,7 @@ class RunConfig(Schema):
             out=out / "scores",
             seed=self.seed,
             max_norm=self.max_norm,
-            **self.evaluate.model_dump(),
+            **self._for_device(self.evaluate, logits=True),
         )
 
     def comparison_configs(self, out: Path, has_shards: bool = True) -> list[ComparisonConfig]:
@@ -308,7 +326,7 @@ class RunConfig(Schema):
             scores=out / "scores",
             out=out / "descriptions",
             seed=self.seed,
-            **self.describe.model_dump(),
+            **self._for_device(self.describe),
         )
 
     def explain_config(self, out: Path) -> ExplainConfig:
@@ -319,7 +337,7 @@ class RunConfig(Schema):
             trained=out / "train",
             out=out / "descriptions",
             seed=self.seed,
-            **self.explain.model_dump(),
+            **self._for_device(self.explain),
         )
 
     def publish_config(self, out: Path) -> PublishConfig:

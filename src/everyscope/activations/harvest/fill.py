@@ -9,7 +9,7 @@ What is summed and where it is put do not depend on who is quicker.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,13 +81,14 @@ def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Captu
             taken = np.flatnonzero(bucket.mask[batch])
             with timings.spending("forward"):
                 activations = capture(sites, torch.from_numpy(bucket.input_ids[batch].astype(np.int64)))
-            is_on_cpu = activations[sites[0]].device.type == "cpu"
+            device = activations[sites[0]].device
+            is_on_cpu, made = device.type == "cpu", _made(device)
             _wait(writing, timings)
             where, first = places[done : done + len(taken)], bucket.before.blocks + start
             sequence, position = first + taken // config.text.context, taken % config.text.context
 
             writing = [
-                threads.submit(_put, writer, activations[site].flatten(0, 1), where, sequence, position, taken, timings)
+                threads.submit(_put, writer, activations[site].flatten(0, 1), where, sequence, position, taken, timings, made)
                 for site, writer in writers.items()
             ]
             if is_on_cpu:
@@ -97,6 +98,28 @@ def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Captu
             timings.tell(len(taken))
         _wait(writing, timings)
     return is_on_cpu
+
+
+def _made(device: torch.device) -> "torch.cuda.Event | None":
+    """What tells that everything asked of a GPU so far is done; None elsewhere, where it is."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+@contextmanager
+def _beside(rows: Tensor, made: "torch.cuda.Event | None") -> Iterator[None]:
+    """Work on `rows` on a stream of its own: on the model's, a copy would wait for the next pass, which is queued already."""
+    if made is None:
+        yield
+        return
+    stream = torch.cuda.Stream(rows.device)
+    stream.wait_event(made)
+    rows.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _wait(writing: list[Future[None]], timings: Timings) -> None:
@@ -114,10 +137,12 @@ def _put(
     position: np.ndarray,
     taken: np.ndarray,
     timings: Timings,
+    made: "torch.cuda.Event | None",
 ) -> None:
-    """Put one batch of one site; `taken` counts through its positions, block by block."""
+    """Put one batch of one site, once it is `made`; `taken` counts through its positions, block by block."""
     before = dict(writer.seconds)
-    writer.put(rows, where, sequence, position, taken)
+    with _beside(rows, made):
+        writer.put(rows, where, sequence, position, taken)
     for part, seconds in writer.seconds.items():
         timings.add(part, seconds - before[part])
 

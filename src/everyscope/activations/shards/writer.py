@@ -145,7 +145,7 @@ class ActivationWriter:
         """Rows that a kernel can read, and which of them are meant. A device gives away only those, in the stored format."""
         if rows.device.type != "cpu":
             chosen = rows if taken is None else rows.index_select(0, torch.from_numpy(taken).to(rows.device))
-            return chosen.to(self._dtype).cpu().contiguous(), np.arange(len(chosen))
+            return on_host(chosen.to(self._dtype).contiguous()), np.arange(len(chosen))
         if rows.dtype not in (torch.float32, torch.bfloat16) or (rows.dtype, self._dtype) == (torch.bfloat16, torch.float32):
             rows = rows.float()
         return rows.contiguous(), np.arange(len(rows)) if taken is None else taken
@@ -158,6 +158,16 @@ class ActivationWriter:
             place_bfloat16(carrier_of(rows), taken, targets, out, total, norms)
         else:
             round_and_place(rows.numpy().view(np.uint32), taken, targets, out, total, norms)
+
+
+def on_host(rows: Tensor) -> Tensor:
+    """A copy in this host's memory; of a GPU's rows by way of page-locked memory, waiting for the current stream alone."""
+    if rows.device.type != "cuda":
+        return rows.cpu()
+    copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    copy.copy_(rows, non_blocking=True)
+    torch.cuda.current_stream(rows.device).synchronize()
+    return copy
 
 
 class _Segments:
