@@ -42,16 +42,22 @@ def to_bfloat16(values: Tensor) -> Tensor:
 
 
 def rounded_gradients(
-    sae: TrainableSae, x: Tensor, step: int, round_: Callable[[Tensor], Tensor] = to_bfloat16, is_dense: bool = False
+    sae: TrainableSae,
+    x: Tensor,
+    step: int,
+    round_: Callable[[Tensor], Tensor] = to_bfloat16,
+    is_dense: bool = False,
+    target: Tensor | None = None,
 ) -> Gradients:
     """`functional.loss_gradients` with the roundings of the bfloat16 step; of its dense way, which rounds two arrays more."""
     p, rows, half, prefixes = sae.parameters, len(x), sae.config.preset.bandwidth / 2, sae.prefixes
     again = round_ if is_dense else lambda values: values
-    centred, W_enc, W_dec = round_(x - p["b_dec"]), round_(p["W_enc"]), round_(p["W_dec"])
+    centred, W_enc, W_dec = round_(sae.seen(x)), round_(p["W_enc"]), round_(p["W_dec"])
     pre = round_(centred @ W_enc) + p["b_enc"]
     active, near = (pre > p["threshold"]).to(x.dtype), ((pre - p["threshold"]).abs() < half).to(x.dtype)
     f, spans = again(pre * active), list(pairwise((0, *prefixes)))
-    errors = [p["b_dec"] - x]
+    y, skip = x if target is None else target, p.get("w_skip")
+    errors = [p["b_dec"] - (y if skip is None else y - centred @ round_(skip))]
     for start, stop in spans:
         errors.append(errors[-1] + f[:, start:stop] @ W_dec[start:stop])
     total, d_f, d_W_dec = torch.zeros_like(x), torch.empty_like(f), torch.empty_like(W_dec)
@@ -66,12 +72,13 @@ def rounded_gradients(
         W_enc=(d_pre.T @ centred).T,
         W_dec=d_W_dec,
         b_enc=d_b_enc,
-        b_dec=total.sum(0) - p["W_enc"] @ d_b_enc,
+        b_dec=total.sum(0) if sae.is_transcoder else total.sum(0) - p["W_enc"] @ d_b_enc,
         threshold=-(p["threshold"] * (d_f * near).sum(0) + near.sum(0) * cost / rows) / sae.config.preset.bandwidth,
         reconstruction_loss=errors[-1].square().sum() / rows,
         l0=fired.sum() / rows,
         fired=fired,
         pairs=num_pairs,
+        w_skip=None if skip is None else centred.T @ round_(total),
     )
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from everyscope.sae.config import SaeConfig, SaePreset
+from everyscope.sae.functional import unit_rows
 from everyscope.sae.trainable import TrainableSae, new_sae
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -44,6 +45,23 @@ def problem(rows: int, d_in: int, width: int, preset: SaePreset = RECIPE, seed: 
     weights = torch.rand(rows, width, generator=generator) * (torch.rand(rows, width, generator=generator) < 3 / width)
     x = weights @ p["W_dec"] + p["b_dec"] + torch.randn(rows, d_in, generator=generator) * 0.2 / d_in**0.5
     return moved(sae, DEVICE, torch.float32), x.to(DEVICE)
+
+
+def transcoder_problem(
+    rows: int, d: int, width: int, preset: SaePreset = RECIPE, *, skip: bool
+) -> tuple[TrainableSae, torch.Tensor, torch.Tensor]:
+    """A transcoder that differs from an SAE in all that it may, and a batch of both sides."""
+    _, x = problem(rows, d, width, preset)
+    generator = torch.Generator().manual_seed(7)
+    preset = preset.model_copy(update={"encoder_follows": False})
+    sae = new_sae(SaeConfig(width=width, sparsity_coefficient=0.05, preset=preset, skip=skip), d, d_out=d)
+    p = sae.parameters
+    p["W_dec"].copy_(unit_rows(torch.randn(width, d, generator=generator)))
+    for name in ("b_dec", "b_enc", *(["w_skip"] if skip else [])):
+        p[name].copy_(torch.randn(p[name].shape, generator=generator) * 0.05)
+    p["threshold"].add_(torch.rand(width, generator=generator) * 0.2)
+    y = x.cpu() @ torch.randn(d, d, generator=generator) / d**0.5 + 0.1
+    return moved(sae, DEVICE, torch.float32), x, y.to(DEVICE)
 
 
 def moved(sae: TrainableSae, device: str, dtype: torch.dtype) -> TrainableSae:

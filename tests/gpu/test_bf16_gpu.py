@@ -17,13 +17,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_problems import BY_ROW, DEVICE, INTERPRETED, NESTED, REASON, RECIPE, RUNS, assert_near, batches, moved, problem
+from gpu_problems import (
+    BY_ROW,
+    DEVICE,
+    INTERPRETED,
+    NESTED,
+    REASON,
+    RECIPE,
+    RUNS,
+    assert_near,
+    batches,
+    moved,
+    problem,
+    transcoder_problem,
+)
 from torch import Tensor
 
 from everyscope.sae import crossover
 from everyscope.sae.crossover import Timed, crossing, measured_crossover
 from everyscope.sae.functional import without_parallel_part
-from everyscope.sae.trainable import TENSORS, TrainableSae, move_along
+from everyscope.sae.trainable import TrainableSae, move_along
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rounding import rounded_gradients
@@ -47,16 +60,16 @@ def engine_of(*saes: TrainableSae, way: float = PAIRS, max_pairs: int | None = N
     return engine
 
 
-def assert_step_equals_twin(sae: TrainableSae, x: Tensor, way: float) -> TrainableSae:
+def assert_step_equals_twin(sae: TrainableSae, x: Tensor, way: float, y: Tensor | None = None) -> TrainableSae:
     ours, twin = moved(sae, DEVICE, torch.float32), moved(sae, DEVICE, torch.float64)
-    (losses,) = engine_of(ours, way=way, max_pairs=x.shape[0] * sae.config.width).step(x, 0, 10)
-    gradients = rounded_gradients(twin, x.double(), 0, is_dense=way == DENSE)
+    (losses,) = engine_of(ours, way=way, max_pairs=x.shape[0] * sae.config.width).step(x, 0, 10, y)
+    gradients = rounded_gradients(twin, x.double(), 0, is_dense=way == DENSE, target=None if y is None else y.double())
     want = move_along(twin, gradients, 0, 10)
     assert float(losses.l0) == pytest.approx(float(want.l0), rel=1e-6)
     assert float(losses.pairs) == pytest.approx(float(want.pairs), rel=1e-6)
     assert float(losses.reconstruction) == pytest.approx(float(want.reconstruction), rel=1e-4)
     assert torch.equal(losses.fired.double(), want.fired)
-    for name in TENSORS:
+    for name in sae.parameters:
         assert_near(ours.squared[name].sqrt(), twin.squared[name].sqrt(), TWIN, f"gradient of {name}")
         change = [new.parameters[name].double() - sae.parameters[name].double() for new in (ours, twin)]
         assert_near(*change, tolerance=TWIN, what=f"change of {name}")
@@ -73,6 +86,16 @@ def test_a_step_equals_its_slow_twin(rows, d_in, width, preset, way):
     ours = assert_step_equals_twin(sae, x, way)
     norms = ours.parameters["W_dec"].norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("way", [PAIRS, DENSE])
+@pytest.mark.parametrize(
+    ("rows", "d_in", "width", "preset"), [(37, 40, 67, RECIPE), (33, 24, 50, NESTED), (37, 40, 67, BY_ROW), (5, 20, 30, RECIPE)]
+)
+def test_a_step_of_a_transcoder_equals_its_slow_twin(rows, d_in, width, preset, way, skip):
+    sae, x, y = transcoder_problem(rows, d_in, width, preset, skip=skip)
+    assert_step_equals_twin(sae, x, way, y)
 
 
 def test_latents_of_many_segments_and_latents_that_rest(monkeypatch):
@@ -115,11 +138,14 @@ def transposed(tensor: Bounded) -> Bounded:
     return Bounded(tensor.value.T, tensor.error.T)
 
 
-def bounded_gradients(sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: bool) -> dict[str, Bounded]:
+def bounded_gradients(
+    sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: bool, y: Tensor | None = None
+) -> dict[str, Bounded]:
     """Gradients in float64 at the pairs that `pre_seen` has, with the bounds that follow from where the engine rounds."""
+    y = x if y is None else y
     p, (rows, half) = sae.parameters, (len(x), sae.config.preset.bandwidth / 2)
     exact = {name: Bounded(tensor, torch.zeros_like(tensor)) for name, tensor in p.items()}
-    centred = rounded(Bounded(x - p["b_dec"], torch.zeros_like(x)))
+    centred = rounded(Bounded(sae.seen(x), torch.zeros_like(x)))
     W_enc, W_dec = rounded(exact["W_enc"]), rounded(exact["W_dec"])
     product = rounded(times(centred, W_enc))
     pre = Bounded(product.value + p["b_enc"], product.error)
@@ -131,12 +157,18 @@ def bounded_gradients(sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: 
     again = rounded if is_dense else lambda tensor: tensor
     f = again(where(active, pre))
     reconstruction = times(f, W_dec)
-    error = Bounded((reconstruction.value + p["b_dec"] - x) * 2 / rows, reconstruction.error * 2 / rows)
+    if "w_skip" in p:
+        skipped = times(centred, rounded(exact["w_skip"]))
+        reconstruction = Bounded(reconstruction.value + skipped.value, reconstruction.error + skipped.error)
+    error = Bounded((reconstruction.value + p["b_dec"] - y) * 2 / rows, reconstruction.error * 2 / rows)
     e = rounded(error)
     d_f = again(times(e, transposed(W_dec)))
     d_pre = where(active, d_f)
     d_W_dec, d_b_enc = times(transposed(f), e), Bounded(d_pre.value.sum(0), d_pre.error.sum(0))
     from_latents = times(exact["W_enc"], d_b_enc)
+    if sae.is_transcoder:
+        from_latents = Bounded(torch.zeros_like(p["b_dec"]), torch.zeros_like(p["b_dec"]))
+    skips = {"w_skip": times(transposed(centred), e)} if "w_skip" in p else {}
     along = (d_W_dec.error * p["W_dec"].abs()).sum(1, keepdim=True) * p["W_dec"].abs()
     near_d_f, bandwidth = where(near, d_f), sae.config.preset.bandwidth
     limit, coefficient = sae.config.preset.frequency_limit, sae.config.sparsity_coefficient
@@ -149,18 +181,21 @@ def bounded_gradients(sae: TrainableSae, x: Tensor, pre_seen: Tensor, is_dense: 
         "b_enc": d_b_enc,
         "b_dec": Bounded(error.value.sum(0) - from_latents.value, error.error.sum(0) + from_latents.error),
         "threshold": Bounded(d_threshold, p["threshold"] * near_d_f.error.sum(0) / bandwidth),
+        **skips,
     }
 
 
 @pytest.mark.parametrize("way", [PAIRS, DENSE])
-@pytest.mark.parametrize(("rows", "d_in", "width"), [(64, 40, 67), (24, 576, 40)])
-def test_gradients_are_within_the_bounds_of_their_roundings(rows, d_in, width, way):
-    sae, x = problem(rows, d_in, width)
+@pytest.mark.parametrize(("rows", "d_in", "width", "skip"), [(64, 40, 67, None), (24, 576, 40, None), (64, 40, 67, True)])
+def test_gradients_are_within_the_bounds_of_their_roundings(rows, d_in, width, way, skip):
+    sae, x, y = (*problem(rows, d_in, width), None) if skip is None else transcoder_problem(rows, d_in, width, skip=skip)
     ours, before = moved(sae, DEVICE, torch.float32), moved(sae, DEVICE, torch.float64)
     engine = engine_of(ours, way=way, max_pairs=rows * width)
-    engine.step(x, 0, 10)
+    engine.step(x, 0, 10, y)
     pre_seen = engine._work_for(rows, d_in, ours).pre.double() + before.parameters["b_enc"]
-    for name, want in bounded_gradients(before, x.double(), pre_seen, way == DENSE).items():
+    wanted = bounded_gradients(before, x.double(), pre_seen, way == DENSE, None if y is None else y.double())
+    assert wanted.keys() == sae.parameters.keys()
+    for name, want in wanted.items():
         got = (ours.squared[name].double() / (1 - RECIPE.beta2)).sqrt()  # a fresh mean of squares shows the gradient's size
         off, size = (got - want.value.abs()).abs(), want.value.norm() / want.value.numel() ** 0.5
         assert (off <= 1.001 * want.error + 1e-5 * size).all(), f"{name}: {(off / want.error).max():.2f} of the bound"
@@ -172,35 +207,41 @@ def assert_copies_are_of_the_parameters(engine: "GpuBfloat16") -> None:
     for rounded_sae in engine._rounded:
         assert torch.equal(rounded_sae.weights.enc, rounded_sae.sae.parameters["W_enc"].T.bfloat16())
         assert torch.equal(rounded_sae.weights.dec, rounded_sae.sae.parameters["W_dec"].bfloat16())
+        if rounded_sae.skip is not None:
+            assert torch.equal(rounded_sae.skip, rounded_sae.sae.parameters["w_skip"].bfloat16())
 
 
+@pytest.mark.parametrize("skip", [None, True])
 @pytest.mark.parametrize("preset", [RECIPE, BY_ROW])
-def test_lazy_decay_equals_dense_steps_of_the_twin_also_where_ways_change(preset):
-    sae, _ = problem(1, 20, 45, preset)
+def test_lazy_decay_equals_dense_steps_of_the_twin_also_where_ways_change(preset, skip):
+    sae, _ = problem(1, 20, 45, preset) if skip is None else transcoder_problem(1, 20, 45, preset, skip=skip)[:2]
     twin = moved(sae, DEVICE, torch.float64)
     engine = engine_of(sae, max_pairs=12 * 45)
     for step, x in enumerate(batches(sae, 6)):
         engine.tensors()["uses_pairs"].fill_(step not in (2, 3))
         engine.tensors()["crossover"].fill_(DENSE if step in (2, 3) else PAIRS)
-        engine.step(x, step, 6)
-        move_along(twin, rounded_gradients(twin, x.double(), step, is_dense=step in (2, 3)), step, 6)
+        y = None if skip is None else x.flip(1)
+        engine.step(x, step, 6, y)
+        target = None if y is None else y.double()
+        move_along(twin, rounded_gradients(twin, x.double(), step, is_dense=step in (2, 3), target=target), step, 6)
         assert_copies_are_of_the_parameters(engine)
     assert sae.touched.unique().numel() > 2  # latents were left alone, for different times
-    for name in TENSORS:
+    for name in sae.parameters:
         assert_near(sae.parameters[name], twin.parameters[name], TWIN, name)
 
 
-def test_a_step_that_does_not_fit_changes_nothing():
-    sae, x = problem(12, 20, 45)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_that_does_not_fit_changes_nothing(skip):
+    sae, x, y = transcoder_problem(12, 20, 45, skip=True) if skip else (*problem(12, 20, 45), None)
     before = {name: tensor.clone() for name, tensor in sae.tensors().items()}
     engine = engine_of(sae, max_pairs=7)
-    (losses,) = engine.step(x, 0, 5)
+    (losses,) = engine.step(x, 0, 5, y)
     assert all(torch.equal(sae.tensors()[name], tensor) for name, tensor in before.items())
     assert engine.tensors()["skipped"].tolist() == [1]
     assert float(losses.pairs) * 12 > 7
     assert engine.tensors()["counts"][0].item() > 7
     x[3, 3] = torch.nan
-    assert engine.step(x, 1, 5)[0].reconstruction.isnan()
+    assert engine.step(x, 1, 5, y)[0].reconstruction.isnan()
 
 
 @pytest.mark.parametrize("way", [PAIRS, DENSE])

@@ -9,7 +9,20 @@ thousand terms lose; no pre-activation lies so near to a border that rounding de
 
 import pytest
 import torch
-from gpu_problems import BY_ROW, DEVICE, INTERPRETED, NESTED, REASON, RECIPE, RUNS, assert_near, batches, moved, problem
+from gpu_problems import (
+    BY_ROW,
+    DEVICE,
+    INTERPRETED,
+    NESTED,
+    REASON,
+    RECIPE,
+    RUNS,
+    assert_near,
+    batches,
+    moved,
+    problem,
+    transcoder_problem,
+)
 
 from everyscope.sae.kernels import gpu_sums, gpu_update
 from everyscope.sae.trainable import TENSORS, TrainableSae, catch_up, dense_update
@@ -27,15 +40,15 @@ def by_pairs(*saes: TrainableSae, max_pairs: int | None = None) -> "GpuPairs":
     return engine
 
 
-def assert_step_equals_oracle(sae: TrainableSae, x: torch.Tensor) -> TrainableSae:
+def assert_step_equals_oracle(sae: TrainableSae, x: torch.Tensor, y: torch.Tensor | None = None) -> TrainableSae:
     """One step by pairs and densely in float64: all gradients (which the fresh means of their squares show), all parameters."""
     ours, oracle = moved(sae, DEVICE, torch.float32), moved(sae, DEVICE, torch.float64)
-    (losses,) = by_pairs(ours, max_pairs=x.shape[0] * sae.config.width).step(x, 0, 10)
-    want = dense_update(oracle, x.double(), 0, 10)
+    (losses,) = by_pairs(ours, max_pairs=x.shape[0] * sae.config.width).step(x, 0, 10, y)
+    want = dense_update(oracle, x.double(), 0, 10, None if y is None else y.double())
     assert float(losses.l0) == pytest.approx(float(want.l0), rel=1e-6)
     assert float(losses.pairs) == pytest.approx(float(want.pairs), rel=1e-6)
     assert float(losses.reconstruction) == pytest.approx(float(want.reconstruction), rel=1e-5)
-    for name in TENSORS:
+    for name in sae.parameters:
         assert_near(ours.squared[name].sqrt(), oracle.squared[name].sqrt(), what=f"gradient of {name}")
         change = [new.parameters[name].double() - sae.parameters[name].double() for new in (ours, oracle)]
         # A change is what is left of two float32 parameters: it shows their own rounding, some 1e-7 of them.
@@ -56,6 +69,26 @@ def test_a_step_equals_the_float64_oracle(rows, d_in, width, preset):
     ours = assert_step_equals_oracle(sae, x)
     norms = ours.parameters["W_dec"].norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "d_in", "width", "preset"), [(37, 40, 67, RECIPE), (33, 24, 50, NESTED), (37, 40, 67, BY_ROW), (5, 20, 30, RECIPE)]
+)
+def test_a_step_of_a_transcoder_equals_the_float64_oracle(rows, d_in, width, preset, skip):
+    sae, x, y = transcoder_problem(rows, d_in, width, preset, skip=skip)
+    before = {name: tensor.clone() for name, tensor in sae.parameters.items()}
+    ours = assert_step_equals_oracle(sae, x, y)
+    assert all((ours.parameters[name] != tensor).any() for name, tensor in before.items())
+
+
+def test_a_target_that_is_the_input_is_an_sae_to_the_bit():
+    saes = [problem(1, 20, 45, BY_ROW)[0] for _ in range(2)]
+    engines = [by_pairs(sae, max_pairs=12 * 45) for sae in saes]
+    for step, x in enumerate(batches(saes[0], 3)):
+        engines[0].step(x, step, 3)
+        engines[1].step(x, step, 3, x.clone())
+    assert all(torch.equal(tensor, saes[1].tensors()[name]) for name, tensor in saes[0].tensors().items())
 
 
 def test_rows_without_pairs_and_latents_that_always_fire_or_never(monkeypatch):
@@ -142,17 +175,18 @@ def test_lazy_decay_equals_dense_steps(preset):
         assert_near(sae.squared[name], oracle.squared[name], 1e-4, name)
 
 
-def test_a_step_that_does_not_fit_changes_nothing():
-    sae, x = problem(12, 20, 45)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_that_does_not_fit_changes_nothing(skip):
+    sae, x, y = transcoder_problem(12, 20, 45, skip=True) if skip else (*problem(12, 20, 45), None)
     before = {name: tensor.clone() for name, tensor in sae.tensors().items()}
     engine = by_pairs(sae, max_pairs=7)
-    (losses,) = engine.step(x, 0, 5)
+    (losses,) = engine.step(x, 0, 5, y)
     assert all(torch.equal(sae.tensors()[name], tensor) for name, tensor in before.items())
     assert engine.tensors()["skipped"].tolist() == [1]
     assert float(losses.pairs) * 12 > 7
     assert engine.tensors()["counts"][0].item() > 7
     x[3, 3] = torch.nan
-    assert engine.step(x, 1, 5)[0].reconstruction.isnan()
+    assert engine.step(x, 1, 5, y)[0].reconstruction.isnan()
 
 
 def test_what_is_not_a_number_is_noticed():

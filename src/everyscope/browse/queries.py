@@ -36,6 +36,7 @@ SITE_TITLES: dict[SiteKind, str] = {
     "mlp_in": "MLP input",
     "resid_mid": "Residual stream before the MLP",
     "transcoder": "Transcoder",
+    "resid_transcoder": "Transcoder of the residual stream",
 }
 DAMAGED_INDEX = (sqlite3.DatabaseError, zlib.error, KeyError, json.JSONDecodeError)
 """What shows that the file of an index was changed after it was written."""

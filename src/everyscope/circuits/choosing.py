@@ -9,6 +9,7 @@ import numpy as np
 from everyscope.base.errors import ConfigError
 from everyscope.base.tables import read_table
 from everyscope.circuits.graph import LATENT, Graph
+from everyscope.sites.names import TRANSCODER_READS
 from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import EXPLANATIONS_FILE
 
@@ -19,11 +20,11 @@ COLUMNS = ("latent", "label", "kind")
 
 
 def coders_of(suite: "Suite", *, width: int | None = None, l0: float | None = None) -> "list[SuiteEntry]":
-    """One transcoder for each layer that has any; where no layer has, one SAE of the residual stream for each that has.
+    """One transcoder for each layer that has any, of what MLPs read, else of the residual stream; else one SAE of that stream.
 
     Of `width` (None: the widest), with the L0 nearest to `l0` (None: the canonical one). ConfigError where the suite has neither.
     """
-    for kind in ("transcoder", "resid_post"):
+    for kind in (*TRANSCODER_READS, "resid_post"):
         by_layer: dict[int, list[SuiteEntry]] = {}
         for entry in suite:
             if entry.site.kind == kind and width in (None, entry.width):

@@ -108,14 +108,9 @@ def _kind(parts: Sequence[str]) -> SiteKind | None:
 def of_mlp_inputs(coder: Sae, adapter: ModelAdapter, layer: int) -> Sae:
     """A transcoder as one of what `mlp_in` captures: the gain of the model's norm is taken into one that reads without it.
 
-    SAEs stay as they are. ConfigError for a transcoder of the residual stream before the norm, which does not convert.
+    All others, SAEs and transcoders of the residual stream before the norm, stay as they are.
     """
-    convention = coder.metadata.convention
-    if convention == "residual":
-        raise ConfigError(
-            f"{coder!r} reads the residual stream before the MLP's norm; those that read behind it can be evaluated"
-        )
-    if convention != "normalised":
+    if coder.metadata.convention != "normalised":
         return coder
     norm = mlp_norm_of(adapter, layer)
     return to_convention(coder, "mlp_input", norm.gain, norm.bias)

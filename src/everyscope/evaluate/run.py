@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from everyscope.base.errors import ShapeMismatch
+from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.base.files import PARTIAL
 from everyscope.base.ids import content_id
 from everyscope.base.progress import say
@@ -146,6 +146,11 @@ def _load(
     sae = target.sae()
     if target.is_of_unscaled_embeddings:
         sae = of_embeddings(sae, scale)
+    if target.site.kind == "transcoder" and sae.metadata.convention == "residual":
+        raise ConfigError(
+            f"{target.folder}: reads the residual stream before the MLP's norm, and would be scored at {target.site}, which "
+            "reads mlp_in; move it below resid_transcoder/"
+        )
     sizes = {"d_in": (sae.d_in, target.site.inputs[0]), "d_out": (sae.d_out, target.site.outputs[0])}
     for name, (got, place) in sizes.items():
         if got != (want := len(calibrations[place].mean)):

@@ -44,7 +44,7 @@ from everyscope.run.settings import (
 from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.presets import for_transcoders
 from everyscope.sites.config import ModelConfig
-from everyscope.sites.names import Site, places_of, sites_of
+from everyscope.sites.names import TRANSCODER_READS, Site, places_of, sites_of
 from everyscope.sites.passes import blocks_at_once
 from everyscope.text.config import TextConfig
 from everyscope.train.config import TrainConfig, TrainSettings, sae_name
@@ -217,7 +217,7 @@ class RunConfig(Schema):
 
     def saes_of(self, group: SaeGroup, site: Site | None = None) -> list[SaeConfig]:
         """The SAEs that a group wants at one of its sites, by default at its first kind of them."""
-        is_transcoder = (group.sites[0] if site is None else site.kind) == "transcoder"
+        is_transcoder = (group.sites[0] if site is None else site.kind) in TRANSCODER_READS
         recipe, skips = (for_transcoders(self.preset), group.skips) if is_transcoder else (self.preset, (False,))
         sparsities: list[dict[str, Any]] = [{"target_l0": l0, "target_weight": group.target_weight} for l0 in group.target_l0s]
         sparsities += [{"sparsity_coefficient": coefficient} for coefficient in group.sparsity_coefficients]

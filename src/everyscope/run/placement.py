@@ -14,7 +14,7 @@ from everyscope.run.config import UNAIMED_L0
 from everyscope.sae.config import SaeConfig
 from everyscope.train.config import TrainConfig, TrainSettings
 from everyscope.train.devices import H100
-from everyscope.train.memory import CONTEXT_BYTES, USABLE, bytes_of, group_bytes
+from everyscope.train.memory import CONTEXT_BYTES, USABLE, bytes_of, group_bytes, num_sides_of
 from everyscope.train.step_time import Load, compute_time
 
 LEAST_SHARD = 2**12
@@ -77,7 +77,7 @@ def _fitted(group: TrainConfig, d_in: int, devices: Devices) -> list[TrainConfig
     for sae in sorted(group.saes, key=lambda sae: -sae.width):
         settings = _settings_for(group, sae, d_in, devices)
         both = (*parts[-1].saes, sae) if parts and parts[-1].settings == settings else None
-        if both is not None and group_bytes(both, d_in, settings) <= devices.usable_bytes:
+        if both is not None and group_bytes(both, d_in, settings, num_sides_of(group)) <= devices.usable_bytes:
             parts[-1] = parts[-1].model_copy(update={"saes": both})
         else:
             parts.append(group.model_copy(update={"saes": (sae,), "settings": settings}))
@@ -88,9 +88,9 @@ def _settings_for(group: TrainConfig, sae: SaeConfig, d_in: int, devices: Device
     """The group's settings with as few shards as one of its SAEs needs by itself; ConfigError where a host has too few GPUs."""
     most = min(devices.per_host // group.settings.replicas, sae.width)
     for settings in _sharded(group.settings, most):
-        if group_bytes((sae,), d_in, settings) <= devices.usable_bytes:
+        if group_bytes((sae,), d_in, settings, num_sides_of(group)) <= devices.usable_bytes:
             return settings
-    needs = group_bytes((sae,), d_in, group.settings)
+    needs = group_bytes((sae,), d_in, group.settings, num_sides_of(group))
     on = "" if group.settings.ranks == 1 else f" on each of {group.settings.ranks}"
     raise ConfigError(
         f"{group.site}: one SAE of width {sae.width} needs {human_bytes(needs)}{on}, and a {devices.name} may give "
@@ -103,13 +103,13 @@ def _remedy(group: TrainConfig, sae: SaeConfig, d_in: int, devices: Devices) -> 
     """What would make one SAE fit: more GPUs on a host, or smaller batches, with its memory then."""
     found = []
     for settings in _sharded(group.settings, sae.width):
-        needs = group_bytes((sae,), d_in, settings)
+        needs = group_bytes((sae,), d_in, settings, num_sides_of(group))
         if needs <= devices.usable_bytes:
             found.append(f"train on a host with {settings.ranks} GPUs ({human_bytes(needs)} on each)")
             break
     for power in range((group.settings.batch_rows - 1).bit_length() - 1, 6, -1):
         settings = group.settings.model_copy(update={"batch_rows": 1 << power})
-        needs = group_bytes((sae,), d_in, settings)
+        needs = group_bytes((sae,), d_in, settings, num_sides_of(group))
         if needs <= devices.usable_bytes:
             found.append(f"set --train.batch-rows {settings.batch_rows} ({human_bytes(needs)})")
             break

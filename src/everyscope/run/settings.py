@@ -10,7 +10,7 @@ from everyscope.describe.explanations.config import EndpointConfig
 from everyscope.evaluate.comparisons.config import Subset
 from everyscope.sae.config import TARGET_WEIGHT
 from everyscope.sites.config import ModelConfig
-from everyscope.sites.names import Site, SiteKind
+from everyscope.sites.names import TRANSCODER_READS, Site, SiteKind
 from everyscope.text.config import TextConfig
 from everyscope.train.config import TrainSettings
 
@@ -81,7 +81,7 @@ class SaeGroup(Schema):
         if bool(self.sparsity_coefficients) == bool(self.target_l0s):
             given = "neither is" if not self.target_l0s else "both are"
             raise ValueError(f"target_l0s or sparsity_coefficients: {given} given; give one of them, or make two groups")
-        if any(self.skips) and "transcoder" not in self.sites:
+        if any(self.skips) and not TRANSCODER_READS.keys() & set(self.sites):
             raise ValueError(f"skips={self.skips} with sites={self.sites}: only transcoders have a skip; leave it out")
         if not self.skips or len(set(self.skips)) < len(self.skips):
             raise ValueError(f"skips={self.skips}: expected (False,), (True,) or both")

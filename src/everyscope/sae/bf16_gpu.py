@@ -21,11 +21,11 @@ from everyscope.sae.crossover import measured_crossover
 from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, rounded_list_room, steps_apart
 from everyscope.sae.gpu_work import Rounded, Seen, Work
 from everyscope.sae.kernels.gpu_bf16 import float32_sums
-from everyscope.sae.kernels.gpu_bf16_update import NUMBERS, Fixed, update_b_dec, update_latents
+from everyscope.sae.kernels.gpu_bf16_update import NUMBERS, Fixed, update_always, update_latents
 from everyscope.sae.kernels.gpu_triton import blocks, row_of_threads
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, skip_rate, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae
 
 LAG = 8
@@ -91,14 +91,16 @@ class GpuBfloat16:
         for rounded in self._rounded:
             rounded.refresh()
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: None = None) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations, in place; losses stay on the device. It takes no target.
+    def step(
+        self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_in"] | None = None
+    ) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations, in place; losses stay on the device. An SAE's target is x.
 
         A step that was skipped for want of room reports the reconstruction of the last one that was not.
         """
         with torch.no_grad(), torch.cuda.device_of(x):  # Triton launches on the current device
             ways = self.prepare(len(x), step, steps)
-            losses = self.launch(x.contiguous(), ways)
+            losses = self.launch(x.contiguous(), ways, None if target is None else target.contiguous())
             self.settle(step)
         return losses
 
@@ -120,16 +122,19 @@ class GpuBfloat16:
         self._step = step
         return tuple(self._uses_pairs.tolist())
 
-    def launch(self, x: Float[Tensor, "batch d_in"], ways: Ways) -> list[StepLosses]:
+    def launch(
+        self, x: Float[Tensor, "batch d_in"], ways: Ways, target: Float[Tensor, "batch d_in"] | None = None
+    ) -> list[StepLosses]:
         """The device's part of a step that is prepared, of nothing but tensors; small SAEs side by side."""
+        target = x if target is None else target
         with float32_sums():
             if not (self._streams and self._are_apart(len(x))):
-                return [self._one(number, x, by_pairs) for number, by_pairs in enumerate(ways)]
+                return [self._one(number, x, target, by_pairs) for number, by_pairs in enumerate(ways)]
             here, losses = torch.cuda.current_stream(), []
             for number, (by_pairs, stream) in enumerate(zip(ways, self._streams, strict=True)):
                 stream.wait_stream(here)
                 with torch.cuda.stream(stream):
-                    losses.append(self._one(number, x, by_pairs))
+                    losses.append(self._one(number, x, target, by_pairs))
             for stream in self._streams:
                 here.wait_stream(stream)
             return losses
@@ -164,11 +169,11 @@ class GpuBfloat16:
             share = float(shares)
         return share
 
-    def _one(self, number: int, x: Tensor, by_pairs: bool) -> StepLosses:
+    def _one(self, number: int, x: Tensor, target: Tensor, by_pairs: bool) -> StepLosses:
         sae, rounded, counts = self.saes[number], self._rounded[number], self._latents[number]
         numbers, mesh = self._numbers[number], self.collective.mesh
         batch, work = len(x) * mesh.replicas, self._work_for(len(x), x.shape[1], sae, number)
-        seen = work.forward(rounded, x, counts, by_pairs, self.collective)
+        seen = work.forward(rounded, x, target, counts, by_pairs, self.collective)
         if mesh.ranks == 1:
             squares, num_pairs, num_active = seen.squares, counts[0].sum(), counts[1].sum()
             cost = penalty(sae.config, numbers[-1].float(), counts[1] / batch).contiguous()
@@ -183,18 +188,30 @@ class GpuBfloat16:
             sae.coordinate_weights, numbers, work.partial, batch, self._fixed[number], ROUNDED_SEGMENT,
         )  # fmt: skip
         self._update_b_dec(number, work, seen)
+        if sae.config.skip:
+            self._update_skip(number, work, seen)
         return self._losses(number, seen, squares, num_pairs, num_active, batch)
 
     def _update_b_dec(self, number: int, work: Work, seen: Seen) -> None:
-        """The decoder's bias, whose gradient all latents reach."""
-        d_x_hat, from_latents = work.errors[0].sum(0), work.partial.sum(0)
-        self.collective.sum_(d_x_hat, "replicas")
-        self.collective.sum_(from_latents, "shards")
-        sae = self.saes[number]
-        gradient = d_x_hat - from_latents
-        update_b_dec(
-            sae.parameters["b_dec"], sae.squared["b_dec"], gradient, seen.fits, self._numbers[number], self._fixed[number]
-        )
+        """The decoder's bias, whose gradient all latents of an SAE reach, through its pre-encoder bias."""
+        gradient, sae = work.errors[0].sum(0), self.saes[number]
+        self.collective.sum_(gradient, "replicas")
+        if not sae.is_transcoder:
+            from_latents = work.partial.sum(0)
+            self.collective.sum_(from_latents, "shards")
+            gradient = gradient - from_latents
+        self._move_always(number, "b_dec", gradient, seen, "rate")
+
+    def _update_skip(self, number: int, work: Work, seen: Seen) -> None:
+        """A transcoder's skip; all shards alike, who have the same errors."""
+        gradient = work.skip_gradient()
+        self.collective.sum_(gradient, "replicas")
+        self._move_always(number, "w_skip", gradient, seen, "skip_rate")
+        self._rounded[number].refresh_skip()
+
+    def _move_always(self, number: int, name: str, gradient: Tensor, seen: Seen, rate: str) -> None:
+        p, v = self.saes[number].parameters[name], self.saes[number].squared[name]
+        update_always(p, v, gradient, seen.fits, self._numbers[number], self._fixed[number], rate)
 
     def _losses(self, number: int, seen: Seen, squares: Tensor, num_pairs: Tensor, num_active: Tensor, batch: int) -> StepLosses:
         fits = seen.fits
@@ -233,7 +250,7 @@ def numbers_at(sae: TrainableSae, step: int, steps: int) -> list[float]:
     """NUMBERS at `step` of `steps`."""
     preset = sae.config.preset
     rate = preset.learning_rate * learning_rate_share(preset, step, steps)
-    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(preset, step, steps))
+    rates = (rate, threshold_rate(sae.config, step, steps), direction_rate(preset, step, steps), skip_rate(preset, step, steps))
     return [step + 1, 1 / (1 - preset.beta2 ** (step + 1)), *rates, sparsity_weight(sae.config, step)]
 
 

@@ -28,12 +28,15 @@ class Rounded:
 
     sae: TrainableSae
     weights: Weights
+    skip: Tensor | None
+    """A transcoder's, [d_in, d_out]."""
 
     @classmethod
     def of(cls, sae: TrainableSae) -> "Rounded":
         """Rounded now."""
-        like = sae.parameters["W_dec"]
-        rounded = cls(sae, Weights(*(torch.empty_like(like, dtype=torch.bfloat16) for _ in range(2))))
+        like, w_skip = sae.parameters["W_dec"], sae.parameters.get("w_skip")
+        weights = Weights(*(torch.empty_like(like, dtype=torch.bfloat16) for _ in range(2)))
+        rounded = cls(sae, weights, None if w_skip is None else torch.empty_like(w_skip, dtype=torch.bfloat16))
         rounded.refresh()
         return rounded
 
@@ -41,6 +44,12 @@ class Rounded:
         """Round the weights as they are."""
         self.weights.enc.copy_(self.sae.parameters["W_enc"].T)
         self.weights.dec.copy_(self.sae.parameters["W_dec"])
+        self.refresh_skip()
+
+    def refresh_skip(self) -> None:
+        """Round the skip as it is, if there is one."""
+        if self.skip is not None:
+            self.skip.copy_(self.sae.parameters["w_skip"])
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Seen:
     """What the forward half leaves, on the device."""
 
     squares: Float[Tensor, ""]
-    """This replica's part of mean ||x - x_hat||^2."""
+    """This replica's part of mean ||y - y_hat||^2."""
     count: Tensor
     """Pairs, [], int64."""
     fits: Tensor
@@ -99,14 +108,25 @@ class Work:
             self._dense = Dense(f, d_f, sums, Lists(torch.zeros_like(start), self.lists.row, self.lists.pre))
         return self._dense
 
-    def forward(self, rounded: Rounded, x: Tensor, counts: Tensor, by_pairs: bool, collective: Collective) -> Seen:
+    def forward(
+        self, rounded: Rounded, x: Tensor, target: Tensor, counts: Tensor, by_pairs: bool, collective: Collective
+    ) -> Seen:
         """Pre-activations, pairs or all activations, and errors; each latent's pairs, active and near ones into `counts`."""
-        torch.sub(x, rounded.sae.parameters["b_dec"], out=self.centred)
+        if rounded.sae.is_transcoder:
+            self.centred.copy_(x)
+        else:
+            torch.sub(x, rounded.sae.parameters["b_dec"], out=self.centred)
         product(self.centred, rounded.weights.enc.T, self.pre)
+        if rounded.skip is not None and collective.mesh.shard == 0:  # other shards' errors are without the target
+            target = target - product(self.centred, rounded.skip, torch.empty_like(target))
         reconstruct = self._by_pairs if by_pairs else self._densely
-        return reconstruct(rounded, x, counts, collective)
+        return reconstruct(rounded, target, counts, collective)
 
-    def _by_pairs(self, rounded: Rounded, x: Tensor, counts: Tensor, collective: Collective) -> Seen:
+    def skip_gradient(self) -> Float[Tensor, "d_in d_out"]:
+        """This replica's part of the gradient by a transcoder's skip, x.T @ errors; of a transcoder `centred` is x."""
+        return product(self.centred.T, self.rounded_errors[0], self._empty(self.shape[2], self.shape[2]))
+
+    def _by_pairs(self, rounded: Rounded, target: Tensor, counts: Tensor, collective: Collective) -> Seen:
         sae, mesh = rounded.sae, collective.mesh
         p, bandwidth, lists = sae.parameters, sae.config.preset.bandwidth, self.lists
         mark_pairs(self.pre, p["b_enc"], p["threshold"], bandwidth, self.by_row, self.by_latent)
@@ -123,18 +143,18 @@ class Work:
             (self.by_latent, lists.start, lists.row, lists.pre), counts, self.further.start[1:], ROUNDED_SEGMENT,
         )  # fmt: skip
         torch.cumsum(self.further.start[1:], 0, out=self.further.start[1:])
-        batch = len(x) * mesh.replicas
+        batch = len(target) * mesh.replicas
         squares = decode_errors(
-            self.errors, x, p["b_dec"], rounded.weights.dec, self.row_start, *self.row_list,
+            self.errors, target, p["b_dec"], rounded.weights.dec, self.row_start, *self.row_list,
             p["threshold"], self.prefixes, batch, mesh.shard == 0, self.rounded_errors,
         )  # fmt: skip
         return Seen(self._of_all_shards(squares, batch, collective), count, fits)
 
-    def _densely(self, rounded: Rounded, x: Tensor, counts: Tensor, collective: Collective) -> Seen:
+    def _densely(self, rounded: Rounded, target: Tensor, counts: Tensor, collective: Collective) -> Seen:
         sae, mesh, f = rounded.sae, collective.mesh, self.dense.f
-        p, batch, groups = sae.parameters, len(x) * mesh.replicas, len(self.ends)
+        p, batch, groups = sae.parameters, len(target) * mesh.replicas, len(self.ends)
         counts.copy_(activate(self.pre, p["b_enc"], p["threshold"], sae.config.preset.bandwidth, f))
-        error = p["b_dec"] - x if mesh.shard == 0 else torch.zeros_like(x)
+        error = p["b_dec"] - target if mesh.shard == 0 else torch.zeros_like(target)
         for group, (start, stop) in enumerate(pairwise((0, *self.ends))):
             error += product(f[:, start:stop], rounded.weights.dec[start:stop], self.errors[group])
             torch.mul(error, 2 / (batch * groups), out=self.errors[group])

@@ -38,8 +38,7 @@ class Normalisation:
             if self.mean is not None:
                 rows = rows - self.mean.astype(np.float32)
             return torch.from_numpy(self._shortened_on_cpu(rows / np.float32(self.scale)))
-        mean = None if self.mean is None else torch.as_tensor(self.mean, dtype=torch.float32, device=batch.device)
-        return self.on_device(batch, mean)
+        return self.on_device(batch, mean_on(self, batch.device))
 
     def on_device(self, batch: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"] | None) -> Float[Tensor, "batch d_in"]:
         """The same where `mean` lies on the batch's device already: nothing is copied, and nothing waits."""
@@ -62,17 +61,31 @@ class Normalisation:
         return _replaced(torch.from_numpy(rows), torch.from_numpy(massive)).numpy() if massive.any() else rows
 
 
+def mean_on(normalisation: Normalisation | None, device: torch.device) -> Float[Tensor, " d"] | None:
+    """What the normalisation subtracts, on a device; None where it subtracts nothing or there is none."""
+    if normalisation is None or normalisation.mean is None:
+        return None
+    return torch.as_tensor(normalisation.mean, dtype=torch.float32, device=device)
+
+
 def normalised_pair(
-    of_input: Normalisation, of_target: Normalisation, batch: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
+    of_input: Normalisation,
+    of_target: Normalisation,
+    batch: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    means: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
     """Both sides of a transcoder's rows. What is massive on either side is left out on both; the same row takes its place there.
 
-    Each side is centred, divided and shortened as its own normalisation says.
+    Each side is centred, divided and shortened as its own normalisation says; by `means` that lie on the rows' device, if given.
     """
     massive = is_massive(batch, of_input.norm_limit) | is_massive(target, of_target.norm_limit)
     if math.isfinite(of_input.norm_limit) or math.isfinite(of_target.norm_limit):
         batch, target = _replaced(batch, massive), _replaced(target, massive)
-    return replace(of_input, norm_limit=math.inf)(batch), replace(of_target, norm_limit=math.inf)(target)
+    all_rows = replace(of_input, norm_limit=math.inf), replace(of_target, norm_limit=math.inf)
+    if means is not None:
+        return all_rows[0].on_device(batch, means[0]), all_rows[1].on_device(target, means[1])
+    return all_rows[0](batch), all_rows[1](target)
 
 
 def is_massive(rows: Float[Tensor, "*batch d_in"], norm_limit: float) -> Bool[Tensor, "*batch"]:

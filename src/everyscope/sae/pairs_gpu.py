@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.sae.across_ranks import counted, largest, shared_dense_update, shared_penalty
+from everyscope.sae.functional import without_skip
 from everyscope.sae.gpu_limits import DENSE_SHARE, PAIRS_SHARE, SEGMENT, list_room
 from everyscope.sae.kernels.gpu import (
     count_marks,
@@ -31,7 +32,7 @@ from everyscope.sae.kernels.gpu_triton import blocks
 from everyscope.sae.kernels.gpu_update import AdamStep, sum_through_encoder, update_latents, update_latents_by
 from everyscope.sae.mesh import ALONE, Collective
 from everyscope.sae.objective import penalty
-from everyscope.sae.schedules import direction_rate, learning_rate_share, sparsity_weight, threshold_rate
+from everyscope.sae.schedules import direction_rate, learning_rate_share, skip_rate, sparsity_weight, threshold_rate
 from everyscope.sae.trainable import StepLosses, TrainableSae, adam_without_momentum, catch_up, dense_update
 
 LAG = 8
@@ -74,15 +75,18 @@ class GpuPairs:
         for screened in self._screened:
             screened.refresh()
 
-    def step(self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: None = None) -> list[StepLosses]:
-        """One training step of every SAE on normalised activations, in place; losses stay on the device. It takes no target.
+    def step(
+        self, x: Float[Tensor, "batch d_in"], step: int, steps: int, target: Float[Tensor, "batch d_in"] | None = None
+    ) -> list[StepLosses]:
+        """One training step of every SAE on normalised activations, in place; losses stay on the device. An SAE's target is x.
 
         A step that was skipped for want of room reports the reconstruction of the last one that was not.
         """
+        target = x if target is None else target
         with torch.no_grad(), torch.cuda.device_of(x):  # Triton launches on the current device
-            return self._step(x.contiguous(), step, steps)
+            return self._step(x.contiguous(), target.contiguous(), step, steps)
 
-    def _step(self, x: Tensor, step: int, steps: int) -> list[StepLosses]:
+    def _step(self, x: Tensor, target: Tensor, step: int, steps: int) -> list[StepLosses]:
         slot = step % LAG
         if arrival := self._arrivals[slot]:
             arrival.synchronize()  # recorded LAG steps ago: holds back only a host that runs so far ahead
@@ -90,12 +94,12 @@ class GpuPairs:
         for number, sae in enumerate(self.saes):
             self._choose(number, int(self._counts[slot, number]), len(x), step)
             if self._uses_pairs[number]:
-                loss, count = self._pairs_step(number, x, step, steps)
+                loss, count = self._pairs_step(number, x, target, step, steps)
             elif self.collective.mesh.ranks == 1:
-                loss = self._dense_update(sae, x, step, steps)
+                loss = self._dense_update(sae, x, step, steps, target)
                 count = (loss.pairs * len(x)).long()
             else:
-                loss, pair_share = shared_dense_update(sae, x, step, steps, self.collective)
+                loss, pair_share = shared_dense_update(sae, x, step, steps, self.collective, target)
                 count = (pair_share * len(x) * self._widest(sae)).long()
             losses.append(loss)
             counts.append(count)
@@ -116,13 +120,14 @@ class GpuPairs:
             self._screened[number].refresh()
             self._uses_pairs[number] = True
 
-    def _pairs_step(self, number: int, x: Tensor, step: int, steps: int) -> tuple[StepLosses, Tensor]:
+    def _pairs_step(self, number: int, x: Tensor, target: Tensor, step: int, steps: int) -> tuple[StepLosses, Tensor]:
         """The step's losses, and the number of pairs that the screen let through, of the rank that has most."""
         sae, screened, mesh = self.saes[number], self._screened[number], self.collective.mesh
         config, p, batch = sae.config, sae.parameters, len(x) * mesh.replicas
         buffers = self._buffers_for(len(x), x.shape[1], sae.prefixes, self._widest(sae))
         count, fits = buffers.find_pairs(x, sae, screened, self.collective)
-        squares = buffers.forward(x, sae, self.collective)
+        left = without_skip(x, target, p.get("w_skip")) if mesh.shard == 0 else target  # others' errors are without it
+        squares = buffers.forward(left, sae, self.collective)
         sums = sum_latents(buffers.lists, p["threshold"], config.preset.bandwidth)
         # Not a number in, not a number out, also of a step that was skipped for the many pairs which that makes.
         nonfinite_flag = 0 * (buffers.rounded.norms.sum() + screened.norms.sum())
@@ -136,6 +141,8 @@ class GpuPairs:
             cost = shared_penalty(sae, step, counts.by_latent[1], num_fired, batch)
         adam = adam_at(sae, step, steps)
         self._update_b_dec(sae, sums, buffers.errors[0].sum(0), fits, adam)
+        if config.skip:
+            self._update_skip(sae, x.T @ buffers.errors[0], fits, adam._replace(rate=skip_rate(config.preset, step, steps)))
         self._update_latents(sae, screened, buffers, sums, cost, adam)
         self._skipped[number] += ~fits
         self._reconstruction[number] = torch.where(fits, squares, self._reconstruction[number] + nonfinite_flag)
@@ -157,13 +164,23 @@ class GpuPairs:
         others = (buffers.errors, buffers.prefixes, sae.coordinate_weights)
         update_latents_by(gradients, *owned, *others, batch, bandwidth, adam)
 
-    def _update_b_dec(self, sae: TrainableSae, sums: LatentSums, d_x_hat: Tensor, fits: Tensor, adam: AdamStep) -> None:
-        """The decoder's bias, whose gradient every pair reaches; its means of squared gradients are always up to date."""
-        p, v = sae.parameters["b_dec"], sae.squared["b_dec"]
-        from_latents = sum_through_encoder(sums.d_b_enc, sae.parameters["W_enc"].T)
-        self.collective.sum_(d_x_hat, "replicas")
-        self.collective.sum_(from_latents, "shards")
-        gradient = d_x_hat - from_latents
+    def _update_b_dec(self, sae: TrainableSae, sums: LatentSums, gradient: Tensor, fits: Tensor, adam: AdamStep) -> None:
+        """The decoder's bias, whose gradient every pair of an SAE reaches, through its pre-encoder bias."""
+        self.collective.sum_(gradient, "replicas")
+        if not sae.is_transcoder:
+            from_latents = sum_through_encoder(sums.d_b_enc, sae.parameters["W_enc"].T)
+            self.collective.sum_(from_latents, "shards")
+            gradient = gradient - from_latents
+        self._move_always(sae, "b_dec", gradient, fits, adam)
+
+    def _update_skip(self, sae: TrainableSae, gradient: Tensor, fits: Tensor, adam: AdamStep) -> None:
+        """A transcoder's skip; all shards alike, who have the same errors."""
+        self.collective.sum_(gradient, "replicas")
+        self._move_always(sae, "w_skip", gradient, fits, adam)
+
+    def _move_always(self, sae: TrainableSae, name: str, gradient: Tensor, fits: Tensor, adam: AdamStep) -> None:
+        """Move what has a gradient at every step, so that its means of squared gradients are always up to date."""
+        p, v = sae.parameters[name], sae.squared[name]
         moved, squared = p.clone(), v.clone()
         adam_without_momentum(moved, gradient, squared, adam.rate, sae.config.preset, adam.step, sae.config.preset.largest_step)
         p.copy_(torch.where(fits, moved, p))
@@ -229,7 +246,11 @@ class GpuBuffers:
         If they do not, at any rank, the lists are empty, so that nothing which goes through them changes anything.
         """
         p, lists = sae.parameters, self.lists
-        round_rows(x, *self.rounded.parts, bias=p["b_dec"], centred=self.centred)
+        if sae.is_transcoder:
+            self.centred.copy_(x)
+            round_rows(self.centred, *self.rounded.parts)
+        else:
+            round_rows(x, *self.rounded.parts, bias=p["b_dec"], centred=self.centred)
         bandwidth = sae.config.preset.bandwidth
         screen(self.rounded.parts, screened.parts, p["b_enc"], p["threshold"], bandwidth, self.by_row, self.by_latent)
         count_marks(self.by_row, self.row_start)
@@ -247,13 +268,16 @@ class GpuBuffers:
         to_rows(lists.pre, lists.row, lists.latent, self.row_start, self.latent, self.pre_by_row, total, sae.width)
         return count, fits
 
-    def forward(self, x: Tensor, sae: TrainableSae, collective: Collective) -> Tensor:
-        """Fill in the errors and the loss's derivative by each pair's activation; this replica's part of mean ||x - x_hat||^2."""
+    def forward(self, target: Tensor, sae: TrainableSae, collective: Collective) -> Tensor:
+        """Fill in the errors and the loss's derivative by each pair's activation; this replica's part of mean ||y - y_hat||^2.
+
+        `target` is what latents and bias are to give.
+        """
         p, lists, mesh = sae.parameters, self.lists, collective.mesh
-        batch = len(x) * mesh.replicas
+        batch = len(target) * mesh.replicas
         squares = decode_errors(
-            self.errors, x, p["b_dec"], p["W_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"], self.prefixes,
-            batch, mesh.shard == 0,
+            self.errors, target, p["b_dec"], p["W_dec"], self.row_start, self.latent, self.pre_by_row, p["threshold"],
+            self.prefixes, batch, mesh.shard == 0,
         )  # fmt: skip
         if mesh.shards > 1:
             collective.sum_(self.errors, "shards")

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 
 from everyscope.base.errors import ConfigError
 
-SiteKind = Literal["attn_out", "mlp_out", "resid_post", "embed", "mlp_in", "resid_mid", "transcoder"]
+SiteKind = Literal["attn_out", "mlp_out", "resid_post", "embed", "mlp_in", "resid_mid", "transcoder", "resid_transcoder"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 SUBLAYERS: tuple[SiteKind, ...] = ("attn_out", "mlp_out", "resid_post")
 """The kinds at which Gemma Scope has SAEs on every layer; `embed` exists once, as layer 0."""
@@ -23,7 +23,9 @@ HOOKS: dict[SiteKind, str] = {
 """TransformerLens's names of the sites that are one place."""
 IN_LAYERS: tuple[SiteKind, ...] = tuple(kind for kind in HOOKS if kind != "embed")
 """The kinds that are one place in every layer."""
-_OURS = re.compile(rf"({'|'.join((*IN_LAYERS, 'transcoder'))})(?:/layer_|/| layer |\.)(\d+)")
+TRANSCODER_READS: dict[SiteKind, SiteKind] = {"transcoder": "mlp_in", "resid_transcoder": "resid_mid"}
+"""The kinds that are two places, with what is read there; both write mlp_out."""
+_OURS = re.compile(rf"({'|'.join((*IN_LAYERS, *TRANSCODER_READS))})(?:/layer_|/| layer |\.)(\d+)")
 _BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
 """A block as a module of a Hugging Face model, as in model.layers.3; its output is resid_post."""
 Value = TypeVar("Value")
@@ -38,7 +40,8 @@ class Site:
     embedding as it enters the first block; mlp_in: what the MLP module itself receives, normalised and with the norm's gain
     where there is a norm; resid_mid: the residual stream as that norm receives it.
 
-    transcoder is where a transcoder sits and not one place but two: it reads mlp_in and writes mlp_out.
+    transcoder is where a transcoder sits and not one place but two: it reads mlp_in and writes mlp_out. resid_transcoder is where
+    one sits that reads resid_mid, and so computes the norm before the MLP too.
     """
 
     kind: SiteKind
@@ -82,12 +85,18 @@ class Site:
     @property
     def inputs(self) -> tuple["Site", ...]:
         """The places that a coder at this site reads; an SAE reads its own."""
-        return (Site("mlp_in", self.layer),) if self.kind == "transcoder" else (self,)
+        reads = TRANSCODER_READS.get(self.kind)
+        return (self,) if reads is None else (Site(reads, self.layer),)
 
     @property
     def outputs(self) -> tuple["Site", ...]:
         """The places that a coder at this site writes; an SAE writes its own."""
-        return (Site("mlp_out", self.layer),) if self.kind == "transcoder" else (self,)
+        return (Site("mlp_out", self.layer),) if self.is_transcoder else (self,)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether a coder here writes another place than it reads."""
+        return self.kind in TRANSCODER_READS
 
     @property
     def hook_name(self) -> str:
@@ -159,15 +168,15 @@ def places_of(sites: Iterable[Site]) -> tuple[Site, ...]:
 
 
 def site_of(reads: Site, writes: Site) -> Site | None:
-    """Where a coder sits that reads and writes these places; None where no site has both.
-
-    A transcoder that reads the residual stream before the MLP's norm sits where others do.
-    """
+    """Where a coder sits that reads and writes these places; None where no site has both."""
     if reads == writes:
         return reads
-    if reads.kind in ("mlp_in", "resid_mid") and writes == Site("mlp_out", reads.layer):
-        return Site("transcoder", reads.layer)
-    return None
+    both = [
+        site
+        for site in (Site(kind, reads.layer) for kind in TRANSCODER_READS)
+        if (*site.inputs, *site.outputs) == (reads, writes)
+    ]
+    return both[0] if both else None
 
 
 def parse_folder(folder: str) -> Site:

@@ -120,7 +120,12 @@ def _edits_by_site(edits: Mapping[Any, Edit] | Edit) -> dict[Site, Edit]:
 def _through_latents(site: Site, sae: Autoencoder, edit: LatentEdit | None, keep_error: bool, spliced: Spliced) -> Edit:
     """Encode, edit, decode. The error that is kept is a constant to gradients, which therefore go through the latents."""
     has_skip = getattr(sae, "W_skip", None) is not None  # then what is decoded depends on what was read
-    if getattr(getattr(sae, "metadata", None), "convention", None) == "normalised":
+    convention = getattr(getattr(sae, "metadata", None), "convention", None)
+    if site.kind == "transcoder" and convention == "residual":
+        raise ConfigError(
+            f"splice at {site}: this transcoder reads resid_mid, {site} reads mlp_in; splice it at resid_transcoder"
+        )
+    if convention == "normalised":
         raise ConfigError(
             f"splice at {site}: this transcoder takes its input without the norm's gain, which {site.inputs[0]} has; "
             "convert it first: everyscope.sae.conventions.to_convention(transcoder, 'mlp_input', gain)"

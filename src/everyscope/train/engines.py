@@ -41,8 +41,10 @@ class Replayable(StepEngine, Protocol):
         """Decide how this step is launched, and send its numbers to the device."""
         ...
 
-    def launch(self, x: Float[Tensor, "batch d_in"], ways: tuple[bool, ...]) -> list[StepLosses]:
-        """The device's part, on normalised activations."""
+    def launch(
+        self, x: Float[Tensor, "batch d_in"], ways: tuple[bool, ...], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> list[StepLosses]:
+        """The device's part, on normalised activations; transcoders predict `target`."""
         ...
 
     def settle(self, step: int) -> None:
@@ -90,14 +92,15 @@ def engine_for(
     collective: Collective = ALONE,
     products: Products = "float32",
 ) -> StepEngine:
-    """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels.
-
-    Transcoders have kernels for the CPU; on a GPU they step densely.
-    """
-    kind, are_transcoders = device.partition(":")[0], any(sae.is_transcoder for sae in saes)
-    has_kernels = kind == "cpu" or (kind == "cuda" and not are_transcoders)
-    if name == "pairs" and are_transcoders and not has_kernels:
-        raise ConfigError(f"engine=pairs trains transcoders on the cpu only, not on device={device}; choose engine=auto or dense")
+    """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels."""
+    kind = device.partition(":")[0]
+    has_kernels = kind in ("cpu", "cuda")
+    d_in, d_out = len(saes[0].parameters["W_enc"]), len(saes[0].parameters["b_dec"])
+    if kind == "cuda" and name != "dense" and d_in != d_out:
+        raise ConfigError(
+            f"d_in={d_in}, d_out={d_out} with device={device}: its kernels are for transcoders between places of equal size, as "
+            "mlp_in and mlp_out; choose engine=dense"
+        )
     if name == "pairs" and not has_kernels:
         raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")
     if name == "dense" or not has_kernels:

@@ -6,7 +6,7 @@ own tensors. Both ask here: a run, which splits groups of SAEs until they fit, a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.gpu_limits import ROUNDED_SEGMENT, SEGMENT, list_room, rounded_list_room, steps_apart
@@ -31,16 +31,33 @@ class DevicePart:
     """Latents on this device [latents]."""
     prefixes: int = 1
     """Matryoshka prefixes that reconstruct alone."""
+    has_skip: bool = False
+    """Of a transcoder: a matrix [d_in, d_in] besides, whole on every device."""
 
     @classmethod
-    def of(cls, d_in: int, width: int, batch_rows: int, shards: int = 1, replicas: int = 1, prefixes: int = 1) -> "DevicePart":
+    def of(
+        cls,
+        d_in: int,
+        width: int,
+        batch_rows: int,
+        shards: int = 1,
+        replicas: int = 1,
+        prefixes: int = 1,
+        has_skip: bool = False,
+    ) -> "DevicePart":
         """The largest part where an SAE's latents and a batch's rows are dealt out evenly."""
-        return cls(math.ceil(batch_rows / replicas), d_in, math.ceil(width / shards), prefixes)
+        return cls(math.ceil(batch_rows / replicas), d_in, math.ceil(width / shards), prefixes, has_skip)
+
+    @property
+    def skip_numbers(self) -> int:
+        """Of its skip, if it has one [numbers]."""
+        return self.d_in**2 if self.has_skip else 0
 
 
-def state_bytes(d_in: int, width: int) -> int:
-    """An SAE in training: five float32 parameters and their mean squares, weights of coordinates, two counts a latent [bytes]."""
-    return 2 * 4 * (2 * d_in * width + 2 * width + d_in) + 4 * d_in + 2 * 4 * width
+def state_bytes(part: DevicePart) -> int:
+    """An SAE in training: float32 parameters and their mean squares, weights of coordinates, two counts a latent [bytes]."""
+    d_in, width = part.d_in, part.width
+    return 2 * 4 * (2 * d_in * width + 2 * width + d_in + part.skip_numbers) + 4 * d_in + 2 * 4 * width
 
 
 def screen_bytes(d_in: int, width: int) -> int:
@@ -59,9 +76,9 @@ def pairs_bytes(part: DevicePart) -> int:
     return centred + marks + lists + errors + math.ceil(room / SEGMENT) * 2 * d_in * 4
 
 
-def rounded_bytes(d_in: int, width: int) -> int:
-    """What the bfloat16 engine keeps of each SAE besides: both weights rounded, three counts a latent [bytes]."""
-    return 2 * 2 * d_in * width + 3 * 4 * width
+def rounded_bytes(part: DevicePart) -> int:
+    """What the bfloat16 engine keeps of each SAE besides: weights and skip rounded, three counts a latent [bytes]."""
+    return 2 * 2 * part.d_in * part.width + 3 * 4 * part.width + 2 * part.skip_numbers
 
 
 def rounded_work_bytes(part: DevicePart, programs: int) -> int:
@@ -83,42 +100,62 @@ def dense_bytes(part: DevicePart, is_shared: bool = False) -> int:
     """Memory for one dense step, freed behind it: at most what gradients and Adam hold at once, uncompiled [bytes].
 
     While gradients are made: five arrays [rows, latents] and a weight's gradient, or four and both; ranks that share the SAE hold
-    five and both; beside them the reconstruction's errors, which ranks hold once more to sum them. While Adam moves W_dec: four
-    arrays of a weight's size.
+    five and both; beside them the reconstruction's errors, which ranks hold once more to sum them, and what a skip leaves of the
+    target. While Adam moves W_dec: four arrays of a weight's size, while it moves a skip both gradients and four of its size.
     """
-    numbers, weight = part.rows * part.width, part.d_in * part.width
+    numbers, weight, skip = part.rows * part.width, part.d_in * part.width, part.skip_numbers
     gradients = 5 * numbers + 2 * weight if is_shared else max(5 * numbers + weight, 4 * numbers + 2 * weight)
-    errors = (3 + 2 * part.prefixes) * part.rows * part.d_in
-    return 4 * (max(gradients + errors, 4 * weight) + 16 * (part.width + part.d_in))
+    errors = (3 + 2 * part.prefixes + part.has_skip) * part.rows * part.d_in
+    moving = max(4 * weight + skip, 2 * weight + 4 * skip)
+    return 4 * (max(gradients + errors + skip, moving) + 16 * (part.width + part.d_in))
 
 
-def batch_bytes(rows: int, d_in: int) -> int:
-    """The batch in use as it came and normalised, and those under way to a GPU (train/feed.py), float32 [bytes]."""
-    return 5 * 4 * rows * d_in
+def skip_step_bytes(part: DevicePart) -> int:
+    """What a step's skip takes on a GPU for a moment: what it predicts and leaves, its gradient, and Adam's arrays [bytes]."""
+    return 4 * (2 * part.rows * part.d_in + 6 * part.skip_numbers) if part.has_skip else 0
+
+
+def batch_bytes(rows: int, d_in: int, num_sides: int = 1) -> int:
+    """The batch in use as it came and normalised, and those under way to a GPU (train/feed.py), float32 [bytes].
+
+    A transcoder's have two sides.
+    """
+    return 5 * 4 * rows * d_in * num_sides
 
 
 def parts_of(saes: Sequence[SaeConfig], d_in: int, settings: TrainSettings) -> list[DevicePart]:
     """Each SAE's part on one device."""
     return [
-        DevicePart.of(d_in, sae.width, settings.batch_rows, settings.shards, settings.replicas, len(sae.prefixes)) for sae in saes
+        DevicePart.of(d_in, sae.width, settings.batch_rows, settings.shards, settings.replicas, len(sae.prefixes), sae.skip)
+        for sae in saes
     ]
 
 
-def group_bytes(saes: Sequence[SaeConfig], d_in: int, settings: TrainSettings) -> int:
-    """On each device, for SAEs that train together: state, work space of every shape, the largest dense step, batches [bytes]."""
+def group_bytes(saes: Sequence[SaeConfig], d_in: int, settings: TrainSettings, num_sides: int = 1) -> int:
+    """On each device, for SAEs that train together: state, work space of every shape, the largest dense step, batches [bytes].
+
+    Transcoders' batches have two sides, each of size `d_in`. Work space does not depend on skips.
+    """
     parts = parts_of(saes, d_in, settings)
-    shapes = set(parts)
+    shapes = {replace(part, has_skip=False) for part in parts}
+    batch = batch_bytes(parts[0].rows, d_in, num_sides)
     if settings.products == "bfloat16":
-        stays = sum(state_bytes(d_in, part.width) + rounded_bytes(d_in, part.width) for part in parts)
-        passing = max(4 * 4 * part.rows * d_in + 16 * part.rows * part.width // 32 for part in shapes)
+        stays = sum(state_bytes(part) + rounded_bytes(part) for part in parts)
+        passing = max(4 * 4 * part.rows * d_in + 16 * part.rows * part.width // 32 + skip_step_bytes(part) for part in parts)
         are_apart = settings.ranks == 1 and all(steps_apart(part.rows, part.width) for part in parts)
         work = sum(rounded_work_bytes(part, MOST_PROGRAMS) for part in (parts if are_apart else shapes))
-        return stays + work + passing + batch_bytes(parts[0].rows, d_in)
-    stays = sum(state_bytes(d_in, part.width) + screen_bytes(d_in, part.width) for part in parts)
-    dense = max(dense_bytes(part, is_shared=settings.ranks > 1) for part in shapes)  # has room for a step by pairs' gradients
-    return stays + sum(pairs_bytes(part) for part in shapes) + dense + batch_bytes(parts[0].rows, d_in)
+        return stays + work + passing + batch
+    stays = sum(state_bytes(part) + screen_bytes(d_in, part.width) for part in parts)
+    # A dense step has room for a step by pairs' gradients.
+    passing = max(max(dense_bytes(part, is_shared=settings.ranks > 1), skip_step_bytes(part)) for part in parts)
+    return stays + sum(pairs_bytes(part) for part in shapes) + passing + batch
 
 
 def bytes_of(config: TrainConfig, d_in: int) -> int:
     """Memory that a training group takes of each of its devices, for activations of size `d_in` [bytes]."""
-    return group_bytes(config.saes, d_in, config.settings)
+    return group_bytes(config.saes, d_in, config.settings, num_sides_of(config))
+
+
+def num_sides_of(config: TrainConfig) -> int:
+    """Sites whose rows a training group reads: one, or of transcoders two."""
+    return 1 if config.writes is None else 2

@@ -20,52 +20,53 @@ MOST = 8
 
 
 class Recorder(Protocol):
-    """How a function of one tensor is recorded."""
+    """How a function of tensors is recorded."""
 
-    def record(self, function: Callable[[Tensor], Result], argument: Tensor) -> tuple[Callable[[], None], Result]:
-        """Record without running; what runs it again, always on the memory of `argument`, and where its results will be."""
+    def record(self, function: Callable[..., Result], *arguments: Tensor) -> tuple[Callable[[], None], Result]:
+        """Record without running; what runs it again, always on the memory of `arguments`, and where its results will be."""
         ...
 
 
 class CudaGraphs:
     """By CUDA graphs. Other threads may go on copying to the device meanwhile."""
 
-    def record(self, function: Callable[[Tensor], Result], argument: Tensor) -> tuple[Callable[[], None], Result]:
+    def record(self, function: Callable[..., Result], *arguments: Tensor) -> tuple[Callable[[], None], Result]:
         """Raises RuntimeError where something in `function` cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = function(argument)
+            result = function(*arguments)
         return graph.replay, result
 
 
 class Replay:
-    """Runs a function of one tensor, from a recording where there is one."""
+    """Runs a function of tensors, from a recording where there is one."""
 
     def __init__(self, recorder: Recorder | None) -> None:
         """None never records."""
         self._recorder = recorder
         self._tries: dict[Hashable, int] = {}
-        self._recordings: dict[Hashable, tuple[Tensor, Callable[[], None], object]] = {}
+        self._recordings: dict[Hashable, tuple[tuple[Tensor, ...], Callable[[], None], object]] = {}
 
-    def run(self, key: Hashable, function: Callable[[Tensor], Result], argument: Tensor) -> Result:
-        """`function` of `argument`. The result is good until the next call: a replay writes to the same memory.
+    def run(self, key: Hashable, function: Callable[..., Result], *arguments: Tensor) -> Result:
+        """`function` of `arguments`. The result is good until the next call: a replay writes to the same memory.
 
         Functions of the same key must do the same, and arguments have the same shape. A function that cannot be recorded is run
         as it is, now and from now on.
         """
-        key = (key, argument.shape, argument.dtype)
+        key = (key, *((argument.shape, argument.dtype) for argument in arguments))
         if key not in self._recordings:
             self._tries[key] = self._tries.get(key, 0) + 1
             if self._recorder is None or self._tries[key] <= TRIES or len(self._recordings) == MOST:
-                return function(argument)
-            place = argument.clone()
+                return function(*arguments)
+            places = tuple(argument.clone() for argument in arguments)
             try:
-                self._recordings[key] = (place, *self._recorder.record(function, place))
+                self._recordings[key] = (places, *self._recorder.record(function, *places))
             except RuntimeError as error:
                 say(f"  steps are not replayed as CUDA graphs, which makes small SAEs slower: {error}")
                 self._recorder = None
-                return function(argument)
-        place, again, result = self._recordings[key]
-        place.copy_(argument)
+                return function(*arguments)
+        places, again, result = self._recordings[key]
+        for place, argument in zip(places, arguments, strict=True):
+            place.copy_(argument)
         again()
         return result  # pyright: ignore[reportReturnType]  # functions of a key have results of one type

@@ -18,6 +18,8 @@ from everyscope.train.memory import DevicePart
 
 MODEL_FLOP, DENSE_FLOP, SCREEN_FLOP = 12, 10, 2
 """Operations per row, input and latent: by the usual count (six a parameter), of a dense step, of the screen's one product."""
+SKIP_FLOP = 4
+"""Operations per row and number of a skip: what it predicts, and its gradient."""
 DENSE_PASSES, STATE_PASSES = 12, 10
 """How often a dense float32 step, compiled, streams through [rows, latents], and through one weight matrix; counted."""
 ROUNDED_PASSES, ROUNDED_DENSE_PASSES = 3, 9
@@ -60,9 +62,19 @@ class Load:
     """Of one row, on this device: latents that are active or near their threshold [pairs]."""
 
     @classmethod
-    def of(cls, d_in: int, width: int, l0: float, batch: int, shards: int = 1, replicas: int = 1, prefixes: int = 1) -> "Load":
+    def of(
+        cls,
+        d_in: int,
+        width: int,
+        l0: float,
+        batch: int,
+        shards: int = 1,
+        replicas: int = 1,
+        prefixes: int = 1,
+        has_skip: bool = False,
+    ) -> "Load":
         """The largest part where an SAE's latents and a batch's rows are dealt out evenly."""
-        part = DevicePart.of(d_in, width, batch, shards, replicas, prefixes)
+        part = DevicePart.of(d_in, width, batch, shards, replicas, prefixes, has_skip)
         return cls(part, l0 * PAIRS_PER_ACTIVE * part.width / width)
 
     def step_kind(self, products: Products) -> StepKind:
@@ -138,6 +150,19 @@ class StepTime:
 
 def compute_time(load: Load, device: Device, products: Products = "bfloat16") -> StepTime:
     """A device's own part of a step, on average over a run: nothing that goes over links."""
+    return _latents_time(load, device, products) + _skip_time(load, device, products)
+
+
+def _skip_time(load: Load, device: Device, products: Products) -> StepTime:
+    """What a transcoder's skip adds: two products, and its state."""
+    flop, numbers = SKIP_FLOP * load.part.rows * load.part.skip_numbers, load.part.skip_numbers
+    if device.utilisation is not None:
+        return StepTime(flop / (device.bfloat16_flops * device.utilisation))
+    rate = device.bfloat16_rate if products == "bfloat16" else device.float32_rate
+    return StepTime(flop / rate, 4 * STATE_PASSES * numbers / device.memory_rate)
+
+
+def _latents_time(load: Load, device: Device, products: Products) -> StepTime:
     rows, d_in, width = load.part.rows, load.part.d_in, load.part.width
     if device.utilisation is not None:
         return StepTime(MODEL_FLOP * rows * d_in * width / (device.bfloat16_flops * device.utilisation))
@@ -175,9 +200,10 @@ def summed_bytes(load: Load, shards: int, replicas: int, step_kind: StepKind, mo
         "pairs_cpu": (2 * d_in + 2) * moving,
         "pairs_gpu": 2 * d_in * width,
         "bfloat16": 2 * d_in * width + 2 * width,
-    }[step_kind]
+    }[step_kind] + load.part.skip_numbers
     overflow = 4 if step_kind == "pairs_cpu" else 0
-    over_shards = 4 * load.part.prefixes * rows * d_in + overflow + 4 * d_in + 8 * (kinds + numbers)
+    to_b_dec = 0 if load.part.has_skip else 4 * d_in  # a transcoder's latents send nothing there
+    over_shards = 4 * load.part.prefixes * rows * d_in + overflow + to_b_dec + 8 * (kinds + numbers)
     over_replicas = 4 * (gradients + d_in) + 8 * (kinds * width + 1 + numbers)
     return over_shards * (shards > 1), over_replicas * (replicas > 1)
 

@@ -17,7 +17,7 @@ from everyscope.base.errors import ConfigError, DataError
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.folded import Sae
 from everyscope.sae.mesh import ALONE, Collective
-from everyscope.sae.normalisation import Normalisation, normalised_pair
+from everyscope.sae.normalisation import Normalisation, mean_on, normalised_pair
 from everyscope.sae.schedules import is_driven
 from everyscope.sae.thresholds import drive_thresholds, warm_start
 from everyscope.sae.trainable import LATENT_AXIS, StepLosses, fold, new_sae
@@ -80,8 +80,7 @@ class TrainingGroup:
         self._replayable = self._engine if isinstance(self._engine, Replayable) else None
         is_recorded = self.device.type == "cuda" and collective.mesh.ranks == 1
         self._replay = Replay(CudaGraphs() if is_recorded else None)
-        mean = normalisation.mean
-        self._mean = None if mean is None else torch.from_numpy(mean).float().to(self.device)
+        self._means = mean_on(normalisation, self.device), mean_on(self.target_normalisation, self.device)
 
     def step(self, batch: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None) -> list[StepLosses]:
         """One update of every SAE on raw activations, this rank's rows; the losses, of all ranks, stay on the device.
@@ -89,7 +88,7 @@ class TrainingGroup:
         Of transcoders, `target` has the raw rows to predict. On a GPU `fired` is good until the next step.
         """
         if self._replayable is not None:
-            return self._step_on_gpu(batch.to(self.device), self._replayable)
+            return self._step_on_gpu(self._sides(batch, target), self._replayable)
         x, y = self._normalised(batch, target)
         if self.num_steps_done == 0:
             self._start_warm(x, y)
@@ -102,25 +101,26 @@ class TrainingGroup:
         return losses
 
     @torch.no_grad()
-    def _step_on_gpu(self, batch: Float[Tensor, "batch d_in"], engine: Replayable) -> list[StepLosses]:
+    def _step_on_gpu(self, sides: tuple[Tensor, ...], engine: Replayable) -> list[StepLosses]:
         """`step`, from a recording where there is one; nothing that is recorded depends on a number of the host."""
         step = self.num_steps_done
-        with torch.cuda.device_of(batch):  # Triton launches on the current device
+        with torch.cuda.device_of(sides[0]):  # Triton launches on the current device
             if step == 0:
-                self._start_warm(self.normalisation.on_device(batch.float(), self._mean), None)
-            ways = engine.prepare(len(batch), step, self.steps)
+                self._start_warm(*self._normalised_on_device(*sides))
+            ways = engine.prepare(len(sides[0]), step, self.steps)
             driven = tuple(is_driven(sae.config, step, self.steps) for sae in self.saes)
-            numbers, losses = self._replay.run((ways, driven), partial(self._on_device, engine, ways, driven), batch)
+            numbers, losses = self._replay.run((ways, driven), partial(self._on_device, engine, ways, driven), *sides)
             engine.settle(step)
         self.num_steps_done += 1
         copies = [list(of_sae) for of_sae in numbers.clone()]
         return [StepLosses(one[0], one[1], one[2], loss.fired) for one, loss in zip(copies, losses, strict=True)]
 
     def _on_device(
-        self, engine: Replayable, ways: tuple[bool, ...], driven: tuple[bool, ...], batch: Float[Tensor, "batch d_in"]
+        self, engine: Replayable, ways: tuple[bool, ...], driven: tuple[bool, ...], *sides: Float[Tensor, "batch _"]
     ) -> tuple[Float[Tensor, "saes 3"], list[StepLosses]]:
         """The device's part of a step: of each SAE the reconstruction's error, L0 and pairs, and its losses."""
-        losses = engine.launch(self.normalisation.on_device(batch.float(), self._mean), ways)
+        x, y = self._normalised_on_device(*sides)
+        losses = engine.launch(x, ways, y)
         done = engine.steps_done()
         for sae, loss, moves in zip(self.saes, losses, driven, strict=True):
             sae.last_fired.copy_(torch.where(loss.fired > 0, done, sae.last_fired))
@@ -130,10 +130,23 @@ class TrainingGroup:
 
     def _normalised(self, batch: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the engine takes."""
+        sides = self._sides(batch, target)
         if self.target is None:
-            return self.normalisation(batch.to(self.device, torch.float32)), None
+            return self.normalisation(sides[0].float()), None
+        return normalised_pair(self.normalisation, self.target.normalisation, sides[0], sides[1])
+
+    def _sides(self, batch: Tensor, target: Tensor | None) -> tuple[Tensor, ...]:
+        """The rows of each side, on the device."""
+        if self.target is None:
+            return (batch.to(self.device),)
         assert target is not None, "transcoders are stepped on rows of both sides"
-        return normalised_pair(self.normalisation, self.target.normalisation, batch.to(self.device), target.to(self.device))
+        return batch.to(self.device), target.to(self.device)
+
+    def _normalised_on_device(self, batch: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the engine takes, by what lies on the device already."""
+        if self.target is None or target is None:
+            return self.normalisation.on_device(batch.float(), self._means[0]), None
+        return normalised_pair(self.normalisation, self.target.normalisation, batch.float(), target.float(), self._means)
 
     def folded(self) -> list[Sae]:
         """The SAEs or transcoders on raw activations, as they are now."""

@@ -11,7 +11,7 @@ import torch
 from small_scope import SITES, build_scope, identity_sae, random_sae, score_bytes
 from transformers import AutoModelForCausalLM
 
-from everyscope.base.errors import ConfigError, DataError, ModelError, NonFinite, ShapeMismatch, TextError
+from everyscope.base.errors import DataError, ModelError, NonFinite, ShapeMismatch, TextError
 from everyscope.evaluate import run as evaluate
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.work import planned_blocks
@@ -312,8 +312,20 @@ def test_transcoders_are_scored_alike_whichever_input_their_file_takes(tmp_path:
         assert other[name] == pytest.approx(one[name], rel=1e-4), name
     residual = without.with_tensors(replace(without.metadata, site=Site("resid_mid", 1), convention="residual"))
     residual.save(tmp_path / "residual/layer_1")
-    with pytest.raises(ConfigError, match="reads the residual stream before the MLP's norm"):
-        evaluate.run(config.model_copy(update={"trained": tmp_path / "residual"}))
+    own = residual.own_tensors()
+    sae = Sae(own["W_enc"], own["W_enc"].T.contiguous(), own["b_enc"], torch.zeros(16), own["threshold"])
+    sae.metadata = SaeMetadata(Site("resid_mid", 1))  # another coder of that stream by the same encoder
+    sae.save(tmp_path / "residual/sae/layer_1")
+    assert (
+        evaluate.run(config.model_copy(update={"trained": tmp_path / "residual", "out": tmp_path / "of_resid"})).num_evaluated
+        == 2
+    )
+    found = {
+        next(part for part in path.parts if part.startswith("resid_")): pyarrow.parquet.read_table(path)["frequency"].to_pylist()
+        for path in (tmp_path / "of_resid").rglob("latents.parquet")
+    }
+    assert sum(found["resid_mid"]) > 0
+    assert found["resid_transcoder"] == pytest.approx(found["resid_mid"])
 
 
 def test_saes_of_the_embedding_matrix_meet_the_embeddings_that_they_were_trained_on(tmp_path: Path):

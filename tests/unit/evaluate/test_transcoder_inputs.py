@@ -39,5 +39,8 @@ def test_the_gain_is_folded_into_a_transcoder_that_takes_its_input_without_it(ti
     torch.testing.assert_close(loaded(found["mlp_in.1"]), coder(normalised), rtol=1e-4, atol=1e-4)
     assert loaded.metadata.convention == "mlp_input"
     coder.metadata = SaeMetadata(Site("resid_mid", 1), target=writes, convention="residual")
-    with pytest.raises(ConfigError, match=r"before the MLP.s norm"):
+    with pytest.raises(ConfigError, match="move it below resid_transcoder"):
         run._load(target, sizes, config, language.adapter, torch.device("cpu"), 1.0)
+    target.site, sizes[Site("resid_mid", 1)] = Site("resid_transcoder", 1), sizes[reads]
+    as_it_is = run._load(target, sizes, config, language.adapter, torch.device("cpu"), 1.0)
+    assert torch.equal(as_it_is(mid.float()), coder(mid.float()))

@@ -92,11 +92,12 @@ def test_a_transcoders_site_is_two_places(gemma2):
 
 
 def test_where_a_coder_sits_follows_from_what_it_reads_and_writes():
-    assert (
-        site_of(Site("mlp_in", 2), Site("mlp_out", 2))
-        == site_of(Site("resid_mid", 2), Site("mlp_out", 2))
-        == Site("transcoder", 2)
-    )
+    for kind in ("transcoder", "resid_transcoder", "mlp_out"):
+        site = Site(kind, 2)
+        assert site_of(site.inputs[0], site.outputs[0]) == site == Site.parse(f"{kind}.2")
+        assert site.is_transcoder == (kind != "mlp_out")
+    assert site_of(Site("mlp_in", 2), Site("mlp_out", 2)) == Site("transcoder", 2)
+    assert site_of(Site("resid_mid", 2), Site("mlp_out", 2)) == Site("resid_transcoder", 2)
     assert site_of(Site("mlp_in", 2), Site("mlp_out", 3)) is None
     assert site_of(Site("embed", 0), Site("embed", 0)) == Site("embed", 0)
 

@@ -45,6 +45,20 @@ def test_it_stands_for_the_mlp(gemma2, input_ids, run):
 
 
 @torch.no_grad()
+def test_one_of_the_residual_stream_reads_that_stream(gemma2, input_ids, run):
+    coder = transcoder_at(1)
+    coder.metadata = SaeMetadata(Site("resid_mid", 1), target=Site("mlp_out", 1), convention="residual")
+    with splice(gemma2, coder), capturing(gemma2, ["resid_mid.1", "mlp_out.1", "resid_post.1"]) as seen:
+        run(gemma2, input_ids)
+    mask = ~torch.isin(input_ids, torch.tensor([0, 1, 2]))
+    want = coder(seen["resid_mid.1"])[mask]
+    torch.testing.assert_close(seen["mlp_out.1"][mask], want)
+    torch.testing.assert_close(seen["resid_post.1"][mask], seen["resid_mid.1"][mask] + want)
+    with pytest.raises(ConfigError, match="splice it at resid_transcoder"), splice(gemma2, {"transcoder.1": coder}):
+        run(gemma2, input_ids)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("has_skip", [False, True])
 def test_every_layers_transcoder_reads_what_the_spliced_layers_before_it_made(gemma2, input_ids, run, has_skip):
     coders = {Site("transcoder", layer): transcoder_at(layer, has_skip=has_skip, seed=layer) for layer in range(3)}

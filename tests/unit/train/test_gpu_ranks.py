@@ -37,11 +37,16 @@ RECIPE = SaePreset(
 )
 NESTED = SaeConfig(width=31, target_l0=3, target_weight=0.05, preset=RECIPE.model_copy(update={"prefix_shares": (0.2, 0.5, 1.0)}))
 PLAIN = SaeConfig(width=26, sparsity_coefficient=0.05, preset=RECIPE)
+SKIPPING = SaeConfig(width=26, sparsity_coefficient=0.05, preset=RECIPE, skip=True)
+"""Of a transcoder; the others are SAEs'."""
+AXES_OF = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None, "w_skip": None}
 
 
 def start(config: SaeConfig, collective: Collective | None = None) -> TrainableSae:
     latents = collective.mesh.latents(config.width) if collective else range(config.width)
-    sae = new_sae(config, D_IN, DEVICE, latents)
+    sae = new_sae(config, D_IN, DEVICE, latents, D_IN if config.skip else None)
+    if config.skip:
+        sae.parameters["w_skip"].copy_(torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(2)) * 0.05)
     biases = torch.randn(config.width, generator=torch.Generator().manual_seed(1)) * 0.05
     sae.parameters["b_enc"].copy_(biases[latents.start : latents.stop])
     return sae
@@ -51,7 +56,13 @@ def rows(config: SaeConfig, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     weights = torch.rand(ROWS, config.width, generator=generator) * (torch.rand(ROWS, config.width, generator=generator) < 0.1)
     noise = torch.randn(ROWS, D_IN, generator=generator) * 0.2 / D_IN**0.5
-    return (weights @ new_sae(config, D_IN).parameters["W_dec"] + noise).to(DEVICE)
+    directions = new_sae(config.model_copy(update={"skip": False}), D_IN).parameters["W_dec"]
+    return (weights @ directions + noise).to(DEVICE)
+
+
+def sides(config: SaeConfig, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = rows(config, step)
+    return x, x.flip(1) if config.skip else x
 
 
 def own(x: torch.Tensor, collective: Collective) -> torch.Tensor:
@@ -59,20 +70,27 @@ def own(x: torch.Tensor, collective: Collective) -> torch.Tensor:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("config", "shards", "replicas"), [(PLAIN, 2, 1), (PLAIN, 1, 2), (NESTED, 3, 1), (NESTED, 2, 2)])
+@pytest.mark.parametrize(
+    ("config", "shards", "replicas"), [(PLAIN, 2, 1), (PLAIN, 1, 2), (NESTED, 3, 1), (NESTED, 2, 2), (SKIPPING, 2, 2)]
+)
 def test_ranks_step_as_one(in_threads, config, shards, replicas):
     oracle = start(config)
     for tensors in (oracle.parameters, oracle.squared):
         for name, tensor in tensors.items():
             tensors[name] = tensor.double()
-    wanted = [dense_update(oracle, rows(config, step).double(), step, STEPS) for step in range(STEPS)]
+    double = [tuple(side.double() for side in sides(config, step)) for step in range(STEPS)]
+    wanted = [dense_update(oracle, x, step, STEPS, y) for step, (x, y) in enumerate(double)]
     assert min(float(want.l0) for want in wanted) > 0.5
 
     def work(collective: Collective):
         sae = start(config, collective)
         engine = GpuPairs([sae], ROWS * config.width, collective)
         engine.tensors()["uses_pairs"].fill_(True)
-        return sae, engine, [engine.step(own(rows(config, step), collective), step, STEPS)[0] for step in range(STEPS)]
+        losses = []
+        for step in range(STEPS):
+            x, y = (own(side, collective) for side in sides(config, step))
+            losses += engine.step(x, step, STEPS, y)
+        return sae, engine, losses
 
     done = in_threads(work, shards, replicas)
     for sae, engine, losses in done:
@@ -83,38 +101,38 @@ def test_ranks_step_as_one(in_threads, config, shards, replicas):
                 assert float(getattr(got, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5)
         twin = done[engine.collective.mesh.shard][0]
         assert all(torch.equal(tensor, twin.tensors()[name]) for name, tensor in sae.tensors().items())
-        assert torch.equal(sae.parameters["b_dec"], done[0][0].parameters["b_dec"])
-    for name, axis in {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
-        parts = [sae.parameters[name] for sae, _, _ in done[:shards]]
+        for name in (*TENSORS, *(["w_skip"] if config.skip else [])):
+            assert AXES_OF[name] is not None or torch.equal(sae.parameters[name], done[0][0].parameters[name])
+    for name in oracle.parameters:
+        parts, axis = [sae.parameters[name] for sae, _, _ in done[:shards]], AXES_OF[name]
         together = parts[0] if axis is None else torch.cat(parts, axis)
-        assert name in TENSORS
         assert (together - oracle.parameters[name]).norm() < 1e-5 * oracle.parameters[name].norm(), name
 
 
 @needs_kernels
 @pytest.mark.parametrize("by_pairs", [True, False])
-@pytest.mark.parametrize(("config", "shards", "replicas"), [(PLAIN, 1, 2), (NESTED, 3, 1)])
+@pytest.mark.parametrize(("config", "shards", "replicas"), [(PLAIN, 1, 2), (NESTED, 3, 1), (SKIPPING, 2, 2)])
 def test_ranks_step_as_one_in_bfloat16(in_threads, config, shards, replicas, by_pairs):
     """One step, for after it other numbers are rounded; what was rounded the other way shows as 1e-3 of a change at most."""
     alone, before = start(config), start(config)
 
-    def stepped(sae: TrainableSae, x: torch.Tensor, **kwargs):
+    def stepped(sae: TrainableSae, x: torch.Tensor, y: torch.Tensor, **kwargs):
         engine = GpuBfloat16([sae], max_pairs=ROWS * config.width, crossover=1e9 if by_pairs else -1.0, **kwargs)
         engine.tensors()["uses_pairs"].fill_(by_pairs)
-        return engine.step(x, 0, STEPS)[0]
+        return engine.step(x, 0, STEPS, y)[0]
 
-    want = stepped(alone, rows(config, 0))
+    want = stepped(alone, *sides(config, 0))
 
     def work(collective: Collective):
         sae = start(config, collective)
-        return sae, stepped(sae, own(rows(config, 0), collective), collective=collective)
+        return sae, stepped(sae, *(own(side, collective) for side in sides(config, 0)), collective=collective)
 
     done = in_threads(work, shards, replicas)
     for _, got in done:
         for name in ("reconstruction", "l0", "pairs"):
             assert float(getattr(got, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5)
-    for name, axis in {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_dec": None}.items():
-        parts = [sae.parameters[name] for sae, _ in done[:shards]]
+    for name in alone.parameters:
+        parts, axis = [sae.parameters[name] for sae, _ in done[:shards]], AXES_OF[name]
         together = parts[0] if axis is None else torch.cat(parts, axis)
         change = alone.parameters[name] - before.parameters[name]
         assert (together - alone.parameters[name]).norm() < 1e-3 * change.norm(), name

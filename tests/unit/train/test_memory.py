@@ -31,8 +31,9 @@ pairs_gpu = pytest.importorskip("everyscope.sae.pairs_gpu", reason="Triton is no
 SIZES = [(16, 64, (1.0,)), (24, 100, (1.0,)), (40, 333, (0.1, 0.5, 1.0))]
 
 
-def sae_of(d_in: int, width: int, shares=(1.0,)):
-    return new_sae(SaeConfig(width=width, sparsity_coefficient=1e-3, preset=SaePreset(prefix_shares=shares)), d_in)
+def sae_of(d_in: int, width: int, shares=(1.0,), *, skip: bool = False):
+    config = SaeConfig(width=width, sparsity_coefficient=1e-3, preset=SaePreset(prefix_shares=shares), skip=skip)
+    return new_sae(config, d_in, d_out=d_in if skip else None)
 
 
 def nbytes(value) -> int:
@@ -53,10 +54,11 @@ def _without_kernels(monkeypatch):
     monkeypatch.setattr(pairs_gpu, "round_rows", lambda *args, **kwargs: None)
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(("d_in", "width", "shares"), SIZES)
-def test_the_state_is_that_of_a_trainable_sae(d_in, width, shares):
-    sae = sae_of(d_in, width, shares)
-    assert state_bytes(d_in, width) == sum(tensor.nbytes for tensor in sae.tensors().values())
+def test_the_state_is_that_of_a_trainable_sae(d_in, width, shares, skip):
+    sae = sae_of(d_in, width, shares, skip=skip)
+    assert state_bytes(DevicePart(1, d_in, width, has_skip=skip)) == sum(tensor.nbytes for tensor in sae.tensors().values())
     assert screen_bytes(d_in, width) == nbytes(pairs_gpu.Rounded(sae.parameters["W_enc"].T))
 
 
@@ -73,16 +75,18 @@ def test_the_work_space_by_pairs_is_that_of_the_engine(d_in, width, shares, rows
 
 @pytest.mark.parametrize(("d_in", "width", "shares"), SIZES)
 @pytest.mark.parametrize("least", [1, LEAST_ROOM])
-def test_the_bfloat16_engine_takes_what_is_planned(d_in, width, shares, least, monkeypatch):
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_bfloat16_engine_takes_what_is_planned(d_in, width, shares, least, skip, monkeypatch):
     monkeypatch.setattr("everyscope.sae.gpu_limits.LEAST_ROOM", least)
-    sae = sae_of(d_in, width, shares)
+    sae = sae_of(d_in, width, shares, skip=skip)
     engine = bf16_gpu.GpuBfloat16([sae], crossover=0.1)
-    assert rounded_bytes(d_in, width) == nbytes(engine._rounded[0].weights) + nbytes(engine._latents)
+    rounded, part = engine._rounded[0], DevicePart(48, d_in, width, len(shares), skip)
+    assert rounded_bytes(part) == nbytes([*rounded.weights, rounded.skip, engine._latents])
     work = engine._work_for(48, d_in, sae)
     without = nbytes(work)
     dense = work.dense
     held = without + nbytes([dense.f, dense.d_f, *dense.sums, dense.nobody.start])
-    assert rounded_work_bytes(DevicePart(48, d_in, width, len(shares)), 3) == held
+    assert rounded_work_bytes(part, 3) == held
 
 
 class Peak(TorchDispatchMode):
@@ -107,21 +111,35 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize(("rows", "d_in", "width"), [(256, 16, 512), (64, 96, 512), (16, 64, 1024), (64, 64, 512)])
 @pytest.mark.parametrize("shares", [(1.0,), (0.25, 1.0)])
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(shards=2), Mesh(replicas=2)])
-def test_a_dense_step_takes_no_more_memory_than_planned_and_not_much_less(rows, d_in, width, shares, mesh):
-    sae = sae_of(d_in, width, shares)
-    x = torch.randn(rows, d_in) / d_in**0.5
-    with Peak([x, *sae.tensors().values()]) as peak:
-        Dense([sae], Counting(mesh)).step(x, 3, 100)
-    planned = dense_bytes(DevicePart(rows, d_in, width, len(shares)), is_shared=mesh.ranks > 1)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_dense_step_takes_no_more_memory_than_planned_and_not_much_less(rows, d_in, width, shares, mesh, skip):
+    sae = sae_of(d_in, width, shares, skip=skip)
+    x, y = (torch.randn(rows, d_in) / d_in**0.5 for _ in range(2))
+    with Peak([x, y, *sae.tensors().values()]) as peak:
+        Dense([sae], Counting(mesh)).step(x, 3, 100, y if skip else None)
+    planned = dense_bytes(DevicePart(rows, d_in, width, len(shares), skip), is_shared=mesh.ranks > 1)
     assert 0.7 * planned <= peak.most <= planned
 
 
 def test_a_group_is_its_saes_the_work_space_of_each_shape_and_the_largest_dense_step():
     saes = tuple(SaeConfig(width=width, sparsity_coefficient=1.0, seed=seed) for width, seed in ((64, 0), (64, 1), (100, 0)))
     narrow, wide = DevicePart(128, 24, 64), DevicePart(128, 24, 100)
-    stays = 2 * (state_bytes(24, 64) + screen_bytes(24, 64)) + state_bytes(24, 100) + screen_bytes(24, 100)
+    stays = 2 * (state_bytes(narrow) + screen_bytes(24, 64)) + state_bytes(wide) + screen_bytes(24, 100)
     work = pairs_bytes(narrow) + pairs_bytes(wide) + dense_bytes(wide)
     assert group_bytes(saes, 24, TrainSettings(batch_rows=128)) == stays + work + batch_bytes(128, 24)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_transcoders_take_a_second_side_of_each_batch_and_their_skips(precision):
+    settings = TrainSettings(batch_rows=128, device="cuda", precision=precision)
+    saes, skipping = (
+        tuple(SaeConfig(width=w, sparsity_coefficient=1.0, skip=skip) for w in (4096, 8192)) for skip in (False, True)
+    )
+    plain = group_bytes(saes, 256, settings, num_sides=2)
+    assert plain - group_bytes(saes, 256, settings) == batch_bytes(128, 256)
+    skips = group_bytes(skipping, 256, settings, num_sides=2) - plain
+    kept = 2 * (2 * 4 + (2 if precision == "bfloat16" else 0)) * 256**2  # parameter and means, and in bfloat16 a copy
+    assert kept < skips <= kept + 4 * (6 * 256**2 + 2 * 128 * 256)
 
 
 def test_shards_divide_what_stays_and_replicas_what_passes():
@@ -130,4 +148,4 @@ def test_shards_divide_what_stays_and_replicas_what_passes():
         group_bytes(sae, 512, TrainSettings(batch_rows=1024, **ranks)) for ranks in ({}, {"shards": 2}, {"replicas": 2})
     )
     assert 0.5 * one <= halves <= 0.56 * one
-    assert state_bytes(512, 2**16) < rows < one
+    assert state_bytes(DevicePart(1, 512, 2**16)) < rows < one

@@ -8,15 +8,16 @@ import torch
 
 from everyscope.sae.config import SaeConfig
 from everyscope.sae.normalisation import Normalisation
-from everyscope.sae.presets import fast
+from everyscope.sae.presets import fast, fast_transcoder
 from everyscope.train.replay import MOST, TRIES, Replay
-from everyscope.train.training_group import TrainingGroup
+from everyscope.train.training_group import TargetSide, TrainingGroup
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
     reason="Triton is not installed, or a CUDA device is there, where tests/gpu replays real graphs",
 )
-
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    from everyscope.sae.bf16_gpu import GpuBfloat16
 
 STEPS = 9
 
@@ -27,9 +28,9 @@ class Again:
     def __init__(self, group: TrainingGroup) -> None:
         self.group, self.replayed = group, 0
 
-    def record(self, function, argument):
+    def record(self, function, *arguments):
         before = {name: tensor.clone() for name, tensor in self.group.tensors().items()}
-        numbers, losses = function(argument)
+        numbers, losses = function(*arguments)
         for name, tensor in self.group.tensors().items():
             tensor.copy_(before[name])
         self.group._engine.refresh()
@@ -37,31 +38,36 @@ class Again:
         def again() -> None:
             known = self.group.num_steps_done
             vars(self.group)["num_steps_done"] = vars(self.group._engine)["_step"] = None
-            numbers.copy_(function(argument)[0])  # any use of a step's number fails
+            numbers.copy_(function(*arguments)[0])  # any use of a step's number fails
             self.group.num_steps_done = known
             self.replayed += 1
 
         return again, (numbers, losses)
 
 
-def stepped(is_recorded: bool) -> tuple[TrainingGroup, list[list[float]], int]:
-    recipe = fast(8).model_copy(update={"driven_share": 0.8, "revive_steps": 2, "largest_row": 2.0})
-    configs = [SaeConfig(width=width, target_l0=2, preset=recipe) for width in (7, 11)]
+def stepped(is_recorded: bool, are_transcoders: bool) -> tuple[TrainingGroup, list[list[float]], int]:
+    changes = {"driven_share": 0.8, "revive_steps": 2, "largest_row": 2.0}
+    recipe = (fast_transcoder(8) if are_transcoders else fast(8)).model_copy(update=changes)
+    configs = [SaeConfig(width=width, target_l0=2, preset=recipe, skip=are_transcoders) for width in (7, 11)]
     mean = torch.linspace(-1, 1, 8).double().numpy()
-    group = TrainingGroup(configs, 8, Normalisation(3.0, mean, norm_limit=20.0), STEPS, products="bfloat16")
+    target = TargetSide(8, Normalisation(2.0, -mean, norm_limit=30.0, largest_row=2.0)) if are_transcoders else None
+    group = TrainingGroup(configs, 8, Normalisation(3.0, mean, norm_limit=20.0), STEPS, target=target)
+    group._engine = group._replayable = GpuBfloat16(group.saes)  # interpreted
     recorder = Again(group)
     group._replay = Replay(recorder if is_recorded else None)
     generator, seen = torch.Generator().manual_seed(0), []
     for _ in range(STEPS):
-        losses = group.step(torch.randn(6, 8, generator=generator) * 3 + torch.from_numpy(mean))
+        x = torch.randn(6, 8, generator=generator) * 3 + torch.from_numpy(mean)
+        losses = group.step(x, x.flip(1).abs() if are_transcoders else None)
         seen.append([float(number) for loss in losses for number in (loss.reconstruction, loss.l0, loss.pairs)])
     return group, seen, recorder.replayed
 
 
 @needs_interpreter
-def test_a_replayed_run_has_the_bits_of_one_that_is_not():
-    plain, wanted, none = stepped(is_recorded=False)
-    group, seen, replayed = stepped(is_recorded=True)
+@pytest.mark.parametrize("are_transcoders", [False, True])
+def test_a_replayed_run_has_the_bits_of_one_that_is_not(are_transcoders):
+    plain, wanted, none = stepped(is_recorded=False, are_transcoders=are_transcoders)
+    group, seen, replayed = stepped(is_recorded=True, are_transcoders=are_transcoders)
     assert none == 0
     assert replayed >= 3
     assert seen == wanted
@@ -72,12 +78,12 @@ class Doubling:
     def __init__(self, limit: int = 10**9) -> None:
         self.recorded, self.limit = 0, limit
 
-    def record(self, function, argument):
+    def record(self, function, *arguments):
         if self.recorded == self.limit:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.recorded += 1
-        result = torch.empty_like(argument)
-        return lambda: result.copy_(function(argument)), result
+        result = torch.empty_like(arguments[0])
+        return lambda: result.copy_(function(*arguments)), result
 
 
 def test_each_key_and_shape_has_a_recording_of_its_own():
@@ -89,6 +95,15 @@ def test_each_key_and_shape_has_a_recording_of_its_own():
                 x = torch.full((rows,), float(step))
                 assert torch.equal(replay.run(factor, lambda x, factor=factor: factor * x, x), factor * x)
     assert recorder.recorded == 4
+
+
+def test_a_replay_takes_all_its_arguments():
+    recorder = Doubling()
+    replay = Replay(recorder)
+    for step in range(TRIES + 3):
+        pair = torch.full((2,), float(step)), torch.full((2,), 10.0 * step)
+        assert torch.equal(replay.run(0, lambda x, y: x - y, *pair), pair[0] - pair[1])
+    assert recorder.recorded == 1
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(capsys):

@@ -135,22 +135,24 @@ def test_an_all_reduce_takes_what_a_ring_sends(devices):
 MESHES = [Mesh(2, 1), Mesh(1, 2), Mesh(2, 2, rank=3)]
 
 
-def summed(engine, mesh: Mesh, shares) -> tuple[dict[Axis, int], Load, int]:
+def summed(engine, mesh: Mesh, shares, *, skip: bool = False) -> tuple[dict[Axis, int], Load, int]:
     """What a rank sums in a step of a small SAE, its load, and how many latents moved."""
-    config = SaeConfig(width=200, sparsity_coefficient=1e-3, preset=SaePreset(prefix_shares=shares, initial_threshold=0.35))
-    sae = new_sae(config, 24, latents=mesh.latents(200))
+    preset = SaePreset(prefix_shares=shares, initial_threshold=0.35)
+    config = SaeConfig(width=200, sparsity_coefficient=1e-3, preset=preset, skip=skip)
+    sae = new_sae(config, 24, latents=mesh.latents(200), d_out=24 if skip else None)
     collective = Counting(mesh)
     x = torch.nn.functional.normalize(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)))
     engine([sae], collective=collective).step(x, 0, 100)
-    load = Load.of(24, 200, 10.0, 64 * mesh.replicas, mesh.shards, mesh.replicas, len(shares))
+    load = Load.of(24, 200, 10.0, 64 * mesh.replicas, mesh.shards, mesh.replicas, len(shares), skip)
     return collective.bytes, load, int((sae.touched == 1).sum())
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.3, 1.0)])
 @pytest.mark.parametrize(("engine", "way"), [(Dense, "dense"), (CpuPairs, "pairs_cpu")])
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_what_ranks_sum_in_a_step_is_what_the_engines_sum(shares, engine, way, mesh):
-    counted, load, moving = summed(engine, mesh, shares)
+def test_what_ranks_sum_in_a_step_is_what_the_engines_sum(shares, engine, way, mesh, skip):
+    counted, load, moving = summed(engine, mesh, shares, skip=skip)
     assert way == "dense" or 0 < moving < load.part.width
     assert (counted["shards"], counted["replicas"]) == summed_bytes(load, mesh.shards, mesh.replicas, way, moving)
     assert counted["all"] == 0
@@ -194,3 +196,10 @@ def test_random_loads_have_finite_positive_times():
         for device in DEVICES.values():
             for products in ("float32", "bfloat16"):
                 assert 0 < compute_time(load, device, products).total < float("inf")
+
+
+def test_a_skip_costs_its_products_and_what_its_state_takes_to_pass():
+    plain, skipping = (compute_time(Load.of(2304, 2**14, 50, 4096, has_skip=skip), TPU) for skip in (False, True))
+    assert TPU.utilisation is not None
+    want = 4 * 4096 * 2304**2 / (TPU.bfloat16_flops * TPU.utilisation)
+    assert skipping.products - plain.products == pytest.approx(want)

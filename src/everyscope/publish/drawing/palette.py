@@ -26,6 +26,7 @@ SITE_TITLES: dict[SiteKind, str] = {
     "mlp_in": "MLP input",
     "resid_mid": "Residual stream before the MLP",
     "transcoder": "Transcoder",
+    "resid_transcoder": "Transcoder of the residual stream",
 }
 SITE_COLOURS: dict[SiteKind, str] = {
     "attn_out": "#2f7fd0",
@@ -35,8 +36,9 @@ SITE_COLOURS: dict[SiteKind, str] = {
     "mlp_in": "#7a6bd1",
     "resid_mid": "#6b7f33",
     "transcoder": "#c2452d",
+    "resid_transcoder": "#8c5a3c",
 }
-SITE_MARKERS: dict[SiteKind, str] = dict(zip(SITE_KINDS, (*MARKERS, "X"), strict=True))
+SITE_MARKERS: dict[SiteKind, str] = dict(zip(SITE_KINDS, (*MARKERS, "X", "*"), strict=True))
 RELATIONS = {"matched": "#2f7fd0", "split": "#e08a1e", "new": "#9aa1ab"}
 """What a latent of a wider SAE is to the narrower one."""
 STYLE: dict[Any, Any] = {

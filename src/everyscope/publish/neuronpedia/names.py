@@ -24,6 +24,7 @@ SITE_WORDS: dict[SiteKind, str] = {
     "mlp_in": "mlpin",
     "resid_mid": "resmid",
     "transcoder": "transcoder",
+    "resid_transcoder": "residtranscoder",
 }
 """Our sites as the names of Gemma Scope's source sets have them."""
 DESCRIPTIONS: dict[SiteKind, str] = {
@@ -34,6 +35,7 @@ DESCRIPTIONS: dict[SiteKind, str] = {
     "mlp_in": "MLP In",
     "resid_mid": "Residual Stream Mid",
     "transcoder": "Transcoder",
+    "resid_transcoder": "Residual Transcoder",
 }
 """Our sites as their descriptions have them."""
 

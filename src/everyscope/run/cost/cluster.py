@@ -22,7 +22,7 @@ from everyscope.run.placement import Devices
 from everyscope.run.stages import stages_of
 from everyscope.train.config import TrainConfig
 from everyscope.train.devices import Device, device_of
-from everyscope.train.memory import bytes_of
+from everyscope.train.memory import bytes_of, num_sides_of
 from everyscope.train.step_time import Load, StepTime, all_reduce_seconds, compute_time, copy_seconds, summed_bytes
 
 CAUSES = ("products", "device memory", "latent sums", "gradient sums", "host to device")
@@ -63,7 +63,7 @@ class Placed:
         for sae in self.group.saes:
             load = Load.of(
                 self.d_in, sae.width, sae.target_l0 or self.l0, settings.batch_rows, settings.shards, settings.replicas,
-                len(sae.prefixes),
+                len(sae.prefixes), sae.skip,
             )  # fmt: skip
             total += compute_time(load, self.device, products)
             sums = summed_bytes(load, settings.shards, settings.replicas, load.step_kind(products))
@@ -77,7 +77,8 @@ class Placed:
     @cached_property
     def copy(self) -> float:
         """A batch's rows to one device, while the step before is computed [s]."""
-        return copy_seconds(self.group.settings.batch_rows // self.group.settings.replicas, self.d_in, self.device)
+        rows = self.group.settings.batch_rows // self.group.settings.replicas
+        return copy_seconds(rows, num_sides_of(self.group) * self.d_in, self.device)
 
     @cached_property
     def seconds(self) -> float:

@@ -18,7 +18,7 @@ from everyscope.sae.kernels.gpu_bf16 import pair_at
 from everyscope.sae.kernels.gpu_sums import errors_of
 from everyscope.sae.kernels.gpu_triton import blocks, constexpr, jit, row_of_threads, tl, to_bfloat16
 
-NUMBERS = ("steps", "correction", "rate", "threshold_rate", "direction_rate", "sparsity")
+NUMBERS = ("steps", "correction", "rate", "threshold_rate", "direction_rate", "skip_rate", "sparsity")
 """What changes from step to step, in the device's memory, float64: the steps that will be done, Adam's correction of means that
 began at zero, rates, the weight of sparsity. A kernel that took them as arguments could not be replayed."""
 
@@ -280,26 +280,29 @@ def update_latents(
 
 
 @jit
-def _update_b_dec(b_dec, squared, gradient, fits, numbers, decay, fresh, epsilon, least, d, tile: constexpr):
-    column = tl.program_id(0) * tile + tl.arange(0, tile)
-    inside = (column < d) & (tl.load(fits) != 0)
-    old = tl.load(b_dec + column, inside, other=0.0)
+def _update_always(parameter, squared, gradient, fits, numbers, decay, fresh, epsilon, least, size, which_rate, tile: constexpr):
+    at = tl.program_id(0) * tile + tl.arange(0, tile)
+    inside = (at < size) & (tl.load(fits) != 0)
+    old = tl.load(parameter + at, inside, other=0.0)
     correction = tl.load(numbers + 1).to(tl.float32)
-    rate = tl.load(numbers + 2).to(tl.float32)
-    g = tl.load(gradient + column, inside, other=0.0)
-    tl.store(b_dec + column, _adam(old, squared, column, inside, g, decay, fresh, correction, epsilon, least, rate), inside)
+    rate = tl.load(numbers + which_rate).to(tl.float32)
+    g = tl.load(gradient + at, inside, other=0.0)
+    tl.store(parameter + at, _adam(old, squared, at, inside, g, decay, fresh, correction, epsilon, least, rate), inside)
 
 
-def update_b_dec(
-    b_dec: Float32[Tensor, " d_in"],
-    squared: Float32[Tensor, " d_in"],
-    gradient: Float32[Tensor, " d_in"],
+def update_always(
+    parameter: Float32[Tensor, "*shape"],
+    squared: Float32[Tensor, "*shape"],
+    gradient: Float32[Tensor, "*shape"],
     fits: Tensor,
     numbers: Float64[Tensor, " numbers"],
     fixed: Fixed,
+    rate: str,
 ) -> None:
-    """Adam's step of the decoder's bias, whose means are always up to date; none where `fits` [] is 0."""
-    d_in = len(b_dec)
-    _update_b_dec[(blocks(d_in, 256),)](
-        b_dec, squared, gradient, fits, numbers, 1 - fixed.fresh, fixed.fresh, fixed.epsilon, fixed.least_share, d_in, 256
-    )
+    """Adam's step, by the rate of that name in NUMBERS, of what has a gradient at every step: bias and skip.
+
+    None where `fits` [] is 0. All are contiguous.
+    """
+    size, which_rate = parameter.numel(), NUMBERS.index(rate)
+    numbers_of_adam = (1 - fixed.fresh, fixed.fresh, fixed.epsilon, fixed.least_share)
+    _update_always[(blocks(size, 256),)](parameter, squared, gradient, fits, numbers, *numbers_of_adam, size, which_rate, 256)
