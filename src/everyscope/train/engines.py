@@ -95,11 +95,12 @@ def engine_for(
     """The engine of that name for SAEs on `device`; ConfigError where pairs are asked for and there are no kernels."""
     kind = device.partition(":")[0]
     has_kernels = kind in ("cpu", "cuda")
-    d_in, d_out = len(saes[0].parameters["W_enc"]), len(saes[0].parameters["b_dec"])
-    if kind == "cuda" and name != "dense" and d_in != d_out:
+    sizes = {(len(sae.parameters["W_enc"]), len(sae.parameters["b_dec"])) for sae in saes}
+    unequal = [f"d_in={d_in}, d_out={d_out}" for d_in, d_out in sizes if d_in != d_out]
+    if kind == "cuda" and name != "dense" and unequal:
         raise ConfigError(
-            f"d_in={d_in}, d_out={d_out} with device={device}: its kernels are for transcoders between places of equal size, as "
-            "mlp_in and mlp_out; choose engine=dense"
+            f"{unequal[0]} with device={device}: its kernels are for transcoders between places of equal size, as mlp_in and "
+            "mlp_out; choose engine=dense"
         )
     if name == "pairs" and not has_kernels:
         raise ConfigError(f"engine=pairs has kernels for cpu and cuda, not for device={device}; choose engine=auto or dense")

@@ -9,6 +9,7 @@ from everyscope.base.errors import ConfigError, DataError, NonFinite, ShapeMisma
 from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.normalisation import Normalisation
 from everyscope.sae.presets import fast
+from everyscope.sae.trainable import new_sae
 from everyscope.sites.names import Site
 from everyscope.train.arrays import train_saes
 from everyscope.train.checkpoint import load_checkpoint, save_checkpoint
@@ -87,6 +88,9 @@ def test_configs_refuse_what_cannot_be(tmp_path):
 def test_pairs_where_there_are_no_kernels_are_refused():
     with pytest.raises(ConfigError, match="engine=auto or dense"):
         engine_for("pairs", [], "mps")
+    transcoder = new_sae(SaeConfig(width=6, sparsity_coefficient=1e-3), 8, d_out=5)
+    with pytest.raises(ConfigError, match="d_in=8, d_out=5 with device=cuda:1.*choose engine=dense"):
+        engine_for("auto", [transcoder], "cuda:1")
 
 
 def test_a_checkpoint_of_another_precision_is_refused(tmp_path):
