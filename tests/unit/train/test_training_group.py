@@ -89,7 +89,7 @@ def test_pairs_where_there_are_no_kernels_are_refused():
     with pytest.raises(ConfigError, match="engine=auto or dense"):
         engine_for("pairs", [], "mps")
     transcoder = new_sae(SaeConfig(width=6, sparsity_coefficient=1e-3), 8, d_out=5)
-    with pytest.raises(ConfigError, match="d_in=8, d_out=5 with device=cuda:1.*choose engine=dense"):
+    with pytest.raises(ConfigError, match=r"d_in=8, d_out=5 with device=cuda:1.*choose engine=dense"):
         engine_for("auto", [transcoder], "cuda:1")
 
 
