@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from everyscope.base.ids import content_id
-from everyscope.evaluate.baselines import Baseline, Edit, edit_of
+from everyscope.evaluate.baselines import Baseline, Edit, edits_of
 from everyscope.evaluate.calibration import Calibration, calibration_identity
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
@@ -160,8 +160,14 @@ def measure_baselines(
         {site: part for site, part in sites.items() if _name(site) in missing},
         pending,
         {
-            (site, baseline): edit_of(baseline, calibrations[site.outputs[0]], config.seed, linear.get(site))
-            for site, baseline in pending
+            (site, baseline): edit
+            for site in sites
+            for baseline, edit in edits_of(
+                [baseline for place, baseline in pending if place == site],
+                calibrations[site.outputs[0]],
+                config.seed,
+                linear.get(site),
+            ).items()
         },
         config.baseline_blocks,
     )

@@ -4,7 +4,7 @@ transcoder's: a linear map of what it reads, and as many principal components of
 Zero and mean are ablations of a whole site (baseline_sweep.py). All are fitted to training rows alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,8 +59,23 @@ def baselines_of(l0: float, width: int, *, is_transcoder: bool = False) -> tuple
     return Baseline("pca", size), Baseline("random_dictionary", size, width), Baseline("neuron_basis", size)
 
 
-def edit_of(baseline: Baseline, calibration: Calibration, seed: int, linear: LinearMap | None = None) -> Edit:
-    """What the baseline makes of activations; a `linear` map of what is read there."""
+def edits_of(
+    baselines: Iterable[Baseline], calibration: Calibration, seed: int, linear: LinearMap | None = None
+) -> dict[Baseline, Edit]:
+    """What each of a site's baselines makes of activations; random dictionaries of one width share their directions."""
+    drawn: dict[int, RandomDirections] = {}
+    edits = {}
+    for baseline in baselines:
+        if baseline.kind == "random_dictionary" and baseline.width not in drawn:
+            drawn[baseline.width] = RandomDirections(baseline.width, calibration, seed)
+        edits[baseline] = edit_of(baseline, calibration, linear, drawn.get(baseline.width))
+    return edits
+
+
+def edit_of(
+    baseline: Baseline, calibration: Calibration, linear: LinearMap | None = None, directions: "RandomDirections | None" = None
+) -> Edit:
+    """What the baseline makes of activations; a `linear` map of what is read there, a random dictionary of `directions`."""
     match baseline.kind:
         case "linear":
             assert linear is not None, "a linear map is of a site that reads one place and writes another"
@@ -70,7 +85,8 @@ def edit_of(baseline: Baseline, calibration: Calibration, seed: int, linear: Lin
         case "neuron_basis":
             return lambda x: _keep_largest(x, calibration, baseline.size)
         case "random_dictionary":
-            sae = random_dictionary(baseline.width, baseline.size, calibration, seed)
+            assert directions is not None, "a random dictionary has directions"
+            sae = directions.dictionary(baseline.size)
             return lambda x: _by_sae(x, sae)
 
 
@@ -96,40 +112,54 @@ def _by_sae(x: Float[Tensor, "n d_in"], sae: Sae) -> tuple[Tensor, Tensor]:
     return torch.cat(reconstructions), torch.cat(firings)
 
 
-def random_dictionary(width: int, l0: float, calibration: Calibration, seed: int) -> Sae:
-    """Unit vectors in random directions D as an SAE: f = g JumpReLU(D (x - mean)) with one threshold, x_hat = D^T f + mean.
+class RandomDirections:
+    """Unit vectors in random directions D, of which dictionaries of any L0 are made for one site's training rows."""
 
-    The threshold lets `l0` latents fire on a training row, in the mean; the gain g is the least-squares one on those rows.
-    """
-    device, mean = calibration.rows.device, calibration.mean.float()
-    generator = torch.Generator().manual_seed(seed)
-    directions = normalize(torch.randn(width, len(mean), generator=generator), dim=1).to(device)
-    centred = calibration.rows - mean
-    chunks = centred.split(max(1, CHUNK_ACTIVATIONS // width))
-    threshold = _threshold(chunks, directions, l0 * len(centred))
-    product = squares = 0.0
-    for rows in chunks:
-        pre = rows @ directions.T
-        x_hat = (pre * (pre > threshold)) @ directions
-        product += float((x_hat.double() * rows).sum())
-        squares += float(x_hat.double().square().sum())
-    gain = product / squares if squares else 1.0
-    bias = pre_activations(-mean, directions.T, directions.new_zeros(width))
-    return Sae(
-        gain * directions.T.contiguous(), directions, gain * bias, mean, torch.full((width,), gain * threshold, device=device)
-    )
+    def __init__(self, width: int, calibration: Calibration, seed: int) -> None:
+        """`width` directions, always the same for one `seed`."""
+        device, self._mean = calibration.rows.device, calibration.mean.float()
+        generator = torch.Generator().manual_seed(seed)
+        self._directions = normalize(torch.randn(width, len(self._mean), generator=generator), dim=1).to(device)
+        self._rows = calibration.rows - self._mean
+        self._kept: list[Tensor] = []
 
+    def dictionary(self, l0: float) -> Sae:
+        """An SAE of all directions: f = g JumpReLU(D (x - mean)) with one threshold, x_hat = D^T f + mean.
 
-def _threshold(chunks: tuple[Float[Tensor, "n d_in"], ...], directions: Float[Tensor, "d_sae d_in"], wanted: float) -> float:
-    """The threshold that about `wanted` pre-activations pass, in all."""
-    if wanted <= 0:
-        return torch.finfo(torch.float32).max
-    top = max(float((rows @ directions.T).amax()) for rows in chunks)
-    if top <= 0:
-        return 0.0
-    counts = torch.zeros(THRESHOLD_BINS, dtype=torch.float64)
-    for rows in chunks:
-        pre = (rows @ directions.T).flatten()
-        counts += torch.histc(pre[pre > 0], bins=THRESHOLD_BINS, min=0.0, max=top).double().cpu()
-    passing = torch.cat([counts.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-    return top * int((passing - wanted).abs().argmin()) / THRESHOLD_BINS
+        The threshold lets `l0` latents fire on a training row, in the mean; the gain g is the least-squares one on those rows.
+        """
+        threshold = self._threshold(l0 * len(self._rows))
+        product = squares = 0.0
+        for rows, pre in self._pre_activations():
+            x_hat = (pre * (pre > threshold)) @ self._directions
+            product += float((x_hat.double() * rows).sum())
+            squares += float(x_hat.double().square().sum())
+        gain, width = product / squares if squares else 1.0, len(self._directions)
+        bias = pre_activations(-self._mean, self._directions.T, self._directions.new_zeros(width))
+        return Sae(
+            gain * self._directions.T.contiguous(),
+            self._directions,
+            gain * bias,
+            self._mean,
+            torch.full((width,), gain * threshold, device=self._mean.device),
+        )
+
+    def _pre_activations(self) -> Iterator[tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_sae"]]]:
+        """Rows and their products with the directions, a chunk at a time; those of a single chunk are kept for the next call."""
+        chunks = self._rows.split(max(1, CHUNK_ACTIVATIONS // len(self._directions)))
+        if len(chunks) == 1:
+            self._kept = self._kept or [chunks[0] @ self._directions.T]
+        return zip(chunks, self._kept or (rows @ self._directions.T for rows in chunks), strict=True)
+
+    def _threshold(self, wanted: float) -> float:
+        """The threshold that about `wanted` pre-activations pass, in all."""
+        if wanted <= 0:
+            return torch.finfo(torch.float32).max
+        top = max(float(pre.amax()) for _, pre in self._pre_activations())
+        if top <= 0:
+            return 0.0
+        counts = torch.zeros(THRESHOLD_BINS, dtype=torch.float64)
+        for _, pre in self._pre_activations():
+            counts += torch.histc(pre[pre > 0], bins=THRESHOLD_BINS, min=0.0, max=top).double().cpu()
+        passing = torch.cat([counts.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+        return top * int((passing - wanted).abs().argmin()) / THRESHOLD_BINS

@@ -4,19 +4,20 @@ Position t counts if and only if token t and its target, token t + 1, are both u
 is predicted from BOS, EOS, padding or a prefix, stay out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from everyscope.base.errors import NonFinite
+from everyscope.evaluate.loss_kernels import losses_and_divergences_of, losses_of, normalisers_of
 
-CHUNK_LOGITS = {"cpu": 1 << 20}
-"""Logits whose log-softmax is taken at once, by type of device [numbers]. On CPUs a chunk and its temporaries stay in the
-cache: at 2^25 the same takes 5 to 8 times as long, half of it in page faults."""
-LARGE_CHUNK_LOGITS = 1 << 25
-"""The same on all other devices, where a chunk is a few kernels; bounds memory at large vocabularies."""
+CHUNK_LOGITS = 1 << 25
+"""Logits whose log-softmax is taken at once where there are no kernels for it [numbers]; bounds memory at large vocabularies."""
 
 Logits = Float[Tensor, "batch ctx vocab"]
 Ids = Int[Tensor, "batch ctx"]
@@ -29,27 +30,60 @@ def counted_positions(mask: Mask) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
     return block, position
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """The logits of the untouched model, with what every comparison with them needs."""
+
+    logits: Logits
+    normalisers: tuple[np.ndarray, np.ndarray] | None
+    """Largest logit and logarithm of the sum of exp(logit - largest) of each row, on the CPU; None elsewhere."""
+
+    @classmethod
+    def of(cls, logits: Logits) -> "Predictions":
+        """Those of `logits`."""
+        if logits.device.type != "cpu":
+            return cls(logits, None)
+        rows = _rows(logits)
+        tops, log_sums = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32)
+        _side_by_side(len(rows), lambda start, stop: normalisers_of(rows, start, stop, tops, log_sums))
+        return cls(logits, (tops, log_sums))
+
+
 def next_token_losses(logits: Logits, input_ids: Ids, mask: Mask, what: str = "the language model") -> Float[Tensor, " n"]:
     """The loss [nats] at each position that counts, in order, in float32; NonFinite, which names `what`, for NaN or infinity."""
-    losses = [
+    if logits.device.type == "cpu":
+        rows, at, targets, losses = _rows(logits), *_places(input_ids, mask)
+        _side_by_side(len(at), lambda start, stop: losses_of(rows, at, targets, start, stop, losses))
+        return _finite(torch.from_numpy(losses), what)
+    found = [
         _losses(logits[block, position].float().log_softmax(-1), input_ids[block, position + 1])
         for block, position in _chunks(logits, mask)
     ]
-    return _finite(torch.cat(losses) if losses else torch.empty(0, device=logits.device), what)
+    return _finite(torch.cat(found) if found else torch.empty(0, device=logits.device), what)
 
 
 def losses_and_divergences(
-    logits: Logits, clean: Logits, input_ids: Ids, mask: Mask, what: str = "the language model"
+    logits: Logits, clean: Predictions, input_ids: Ids, mask: Mask, what: str = "the language model"
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """The losses of `logits` and KL(clean || logits) [nats] at each position that counts; raises as `next_token_losses`."""
-    losses, divergences = [], []
+    if clean.normalisers is not None:
+        known = (_rows(logits), _rows(clean.logits), *clean.normalisers)
+        at, targets, found = _places(input_ids, mask)
+        divergent = np.empty_like(found)
+        _side_by_side(len(at), lambda start, stop: losses_and_divergences_of(*known, at, targets, start, stop, found, divergent))
+        return _finite(torch.from_numpy(found), what), _finite(torch.from_numpy(divergent), what)
+    losses, divergences = by_torch(logits, clean.logits, input_ids, mask)
+    return _finite(losses, what), _finite(divergences, what)
+
+
+def by_torch(logits: Logits, clean: Logits, input_ids: Ids, mask: Mask) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """`losses_and_divergences` on devices for which there are no kernels, unchecked."""
+    losses, divergences = [torch.empty(0, device=logits.device)], [torch.empty(0, device=logits.device)]
     for block, position in _chunks(logits, mask):
         log_q = logits[block, position].float().log_softmax(-1)
         losses.append(_losses(log_q, input_ids[block, position + 1]))
         divergences.append(kl_divergence(clean[block, position].float().log_softmax(-1), log_q))
-    if not losses:
-        return torch.empty(0, device=logits.device), torch.empty(0, device=logits.device)
-    return _finite(torch.cat(losses), what), _finite(torch.cat(divergences), what)
+    return torch.cat(losses), torch.cat(divergences)
 
 
 def kl_divergence(log_p: Float[Tensor, "*rows vocab"], log_q: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:
@@ -67,10 +101,34 @@ def _losses(log_q: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]) -> Floa
     return -log_q.gather(1, targets.long()[:, None])[:, 0]
 
 
-def _chunks(logits: Logits, mask: Mask) -> Iterator[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
-    """The positions that count, as many at a time as the device's chunk allows."""
+def _rows(logits: Logits) -> Shaped[np.ndarray, "tokens vocab"]:
+    """The logits as kernels take them: float32, or the bits of bfloat16."""
+    flat = logits.detach().reshape(-1, logits.shape[-1]).contiguous()
+    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.float().numpy()
+
+
+def _places(input_ids: Ids, mask: Mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and target of everything that counts, and room for its losses."""
     block, position = counted_positions(mask)
-    rows = max(1, CHUNK_LOGITS.get(logits.device.type, LARGE_CHUNK_LOGITS) // logits.shape[-1])
+    at = (block * mask.shape[1] + position).numpy()
+    return at, input_ids[block, position + 1].long().numpy(), np.empty(len(at), np.float32)
+
+
+def _side_by_side(count: int, work: Callable[[int, int], None]) -> None:
+    """`work` on the ranges of 0 to `count`, one for each of torch's threads."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        work(0, count)
+        return
+    bounds = [count * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+def _chunks(logits: Logits, mask: Mask) -> Iterator[tuple[Int[Tensor, " n"], Int[Tensor, " n"]]]:
+    """The positions that count, as many at a time as CHUNK_LOGITS allows."""
+    block, position = counted_positions(mask)
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
     return zip(block.split(rows), position.split(rows), strict=True) if len(block) else iter(())
 
 

@@ -13,7 +13,7 @@ from everyscope.evaluate.calibration import Calibration
 from everyscope.evaluate.groups import Groups, Tables, moments, part
 from everyscope.evaluate.held_out import Batch
 from everyscope.evaluate.linear import usual_pairs
-from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
+from everyscope.evaluate.losses import Predictions, losses_and_divergences, next_token_losses
 from everyscope.evaluate.sums import SaeState, SaeSums
 from everyscope.evaluate.targets import EvaluateTarget
 from everyscope.evaluate.uniformity import centred_logits
@@ -105,7 +105,7 @@ def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_grad
     """
     clean = clean_pass(evaluated.model, evaluated.sites, batch, with_gradients)
     losses, loss_groups = next_token_losses(clean.logits, batch.input_ids, batch.mask), batch.loss_groups
-    in_head = batch.block_of_loss < evaluated.baseline_blocks
+    in_head, predictions = batch.block_of_loss < evaluated.baseline_blocks, Predictions.of(clean.logits)
     head_groups = part(loss_groups, in_head)
     yield
     row_groups, number = batch.row_groups, 0
@@ -127,7 +127,7 @@ def measure_batch(evaluated: Evaluated, state: SaeState, batch: Batch, with_grad
             x_hat = reconstruct(sae, here.usual, groups, sums, gradient, here.read)
             measure_massive(sae, here.massive, massive_groups, sums, here.read_massive)
             logits = spliced_logits(evaluated.model, batch.input_ids, site, x_hat, here.mask, clean.activations)
-            measured = losses_and_divergences(logits, clean.logits, batch.input_ids, batch.mask, f"{target.place} spliced in")
+            measured = losses_and_divergences(logits, predictions, batch.input_ids, batch.mask, f"{target.place} spliced in")
             sums.losses.add(loss_groups, torch.stack(measured, dim=1))
             sums.head.add(head_groups, measured[0][in_head, None])
             yield

@@ -8,11 +8,13 @@ exp of the entropy of p is the number of latents that matter; over the number th
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from everyscope.evaluate.losses import counted_positions
+from everyscope.sae.kernels.cpu_codes import attribute
 
 
 def centred_logits(
@@ -27,9 +29,15 @@ def centred_logits(
 
 def attributions(
     f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_sae d_in"]
-) -> Float[Tensor, "batch d_sae"]:
-    """Y = f * (W_dec grad_x L)."""
-    return f.float() * (gradient.float() @ W_dec.float().T)
+) -> tuple[Float[Tensor, " firings"], Int[Tensor, " batch"]]:
+    """Y = f * (W_dec grad_x L) of the latents that fire, row after row, and their number in each row."""
+    if f.device.type != "cpu":
+        fires = f > 0
+        return (f.float() * (gradient.float() @ W_dec.float().T))[fires], fires.sum(1)
+    y, firing = np.empty(int((f > 0).sum()), np.float32), np.empty(len(f), np.int64)
+    codes, slopes, directions = (part.detach().float().contiguous().numpy() for part in (f, gradient, W_dec))
+    attribute(codes, slopes, directions, y, firing)
+    return torch.from_numpy(y), torch.from_numpy(firing)
 
 
 def attribution_entropy(y: Float[Tensor, " firings"], firing: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -64,9 +72,8 @@ class UniformitySums:
         self, f: Float[Tensor, "batch d_sae"], gradient: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_sae d_in"]
     ) -> None:
         """Add unmasked rows. Those without any attribution, as the last of a block, which predicts nothing, are left out."""
-        fires = f > 0
-        firing = fires.sum(1)
-        entropy = attribution_entropy(attributions(f, gradient, W_dec)[fires], firing)
+        y, firing = attributions(f, gradient, W_dec)
+        entropy = attribution_entropy(y, firing)
         is_used = ~entropy.isnan()
         entropy, firing = entropy[is_used], firing[is_used]
         self.count += len(entropy)

@@ -8,11 +8,13 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from everyscope.base.errors import DataError, NonFinite, ShapeMismatch
+from everyscope.sae.kernels.cpu_codes import sum_latents
 
 DENSE_FREQUENCY = 0.1
 """A latent that fires on more than this share of tokens is dense [1]."""
@@ -45,6 +47,32 @@ class RowMeasures:
     """<x, x_hat> / (||x|| ||x_hat||), 0 where either norm is 0."""
     firings: Float[Tensor, " batch"]
     """Latents that fire [latents]."""
+
+
+@dataclass(frozen=True)
+class LatentSums:
+    """What is summed of the latents of some rows."""
+
+    firings: Int64[Tensor, " d_sae"]
+    """Rows on which each fires."""
+    sums: Float[Tensor, " d_sae"]
+    """Float64."""
+    maxima: Float[Tensor, " d_sae"]
+    """Float64, at least 0."""
+    by_row: Int64[Tensor, " batch"]
+    """Latents that fire on each row."""
+
+
+def latent_sums(f: Float[Tensor, "batch d_sae"]) -> LatentSums:
+    """The sums of `f`, in one pass where it is on a CPU."""
+    if f.device.type != "cpu":
+        fires, none = f > 0, torch.zeros(1, f.shape[1], dtype=f.dtype, device=f.device)
+        return LatentSums(fires.sum(0), f.sum(0, dtype=torch.float64), torch.cat([f, none]).amax(0).double(), fires.sum(1))
+    sums, maxima = np.zeros(f.shape[1]), np.zeros(f.shape[1])
+    firings, by_row = np.zeros(f.shape[1], np.int64), np.zeros(len(f), np.int64)
+    exact = f.detach() if f.dtype == torch.float64 else f.detach().float()
+    sum_latents(exact.contiguous().numpy(), firings, sums, maxima, by_row)
+    return LatentSums(*(torch.from_numpy(part) for part in (firings, sums, maxima, by_row)))
 
 
 @dataclass
@@ -114,15 +142,15 @@ class ReconstructionSums:
         got = (tuple(x.shape), tuple(x_hat.shape), tuple(f.shape))
         if got != want:
             raise ShapeMismatch(f"x, x_hat and f have shapes {got}, expected {want}; are these one SAE's?")
-        x, x_hat, fires = x.double(), x_hat.double(), f > 0
+        x, x_hat = x.double(), x_hat.double()
+        latents = latent_sums(f)
         errors, products = (x - x_hat).square().sum(1), (x * x_hat).sum(1)
         norms, norms_hat = x.norm(dim=1), x_hat.norm(dim=1)
         cosines = torch.where(norms * norms_hat > 0, products / (norms * norms_hat), 0)
-        measures = RowMeasures(errors, cosines, fires.sum(1).double())
+        measures = RowMeasures(errors, cosines, latents.by_row.double())
         if not len(x):
             return measures
-        active = f.sum(0, dtype=torch.float64)
-        if not (math.isfinite(float(errors.sum())) and torch.isfinite(active).all()):
+        if not (math.isfinite(float(errors.sum())) and torch.isfinite(latents.sums).all()):
             raise NonFinite(f"NaN or infinity among {len(x)} activations or reconstructions; harvest in float32, check the SAE")
         shifted = x - self.reference
         self.count += len(x)
@@ -135,9 +163,9 @@ class ReconstructionSums:
         self.products += products.sum()
         self.norm_ratios += torch.where(norms > 0, norms_hat / norms, 0).sum()
         self.nonzero += (norms > 0).sum()
-        self.firings += fires.sum(0)
-        self.activation_sums += active
-        self.activation_maxima = torch.maximum(self.activation_maxima, f.amax(0).double())
+        self.firings += latents.firings
+        self.activation_sums += latents.sums
+        self.activation_maxima = torch.maximum(self.activation_maxima, latents.maxima)
         return measures
 
     def merged(self, other: Self) -> Self:

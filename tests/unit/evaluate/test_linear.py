@@ -68,7 +68,7 @@ def test_transcoders_have_the_linear_map_and_components_of_what_they_predict():
     sums = LinearSums()
     sums.update(x, y)
     made = sums.finish()
-    x_hat, used = edit_of(Baseline("linear", 0), calibration(1.0), 0, made)(x)
+    x_hat, used = edit_of(Baseline("linear", 0), calibration(1.0), made)(x)
     assert torch.equal(x_hat, made(x))
     assert used.tolist() == [7.0] * 300
 

@@ -1,11 +1,20 @@
 """What counts for the loss, and that divergences are what they are called."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from everyscope.base.errors import NonFinite
-from everyscope.evaluate.losses import counted_positions, kl_divergence, losses_and_divergences, next_token_losses
+from everyscope.evaluate import loss_kernels
+from everyscope.evaluate.losses import (
+    Predictions,
+    by_torch,
+    counted_positions,
+    kl_divergence,
+    losses_and_divergences,
+    next_token_losses,
+)
 
 INPUT_IDS = torch.randint(3, 64, (3, 10), generator=torch.Generator().manual_seed(1))
 INPUT_IDS[:, 0] = 2
@@ -26,12 +35,54 @@ def test_a_position_counts_if_it_and_its_target_are_unmasked():
     assert torch.stack(counted_positions(mask)).T.tolist() == [[0, 1], [0, 2], [1, 0]]
 
 
-def test_losses_and_divergences_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch):
-    losses, divergences = losses_and_divergences(logits(0), logits(1), INPUT_IDS, MASK)
-    monkeypatch.setattr("everyscope.evaluate.losses.CHUNK_LOGITS", {"cpu": 3 * 64})
-    assert_close(next_token_losses(logits(0), INPUT_IDS, MASK), losses, rtol=0, atol=0)
-    for got, want in zip(losses_and_divergences(logits(0), logits(1), INPUT_IDS, MASK), (losses, divergences), strict=True):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [2, 63, 64, loss_kernels.BLOCK - 1, 2 * loss_kernels.BLOCK + 17])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_kernels_give_what_float64_gives(vocab: int, scale: float, dtype: torch.dtype):
+    """To a few roundings of the log-probabilities, which are below 2^8 here; float32's own are 2^-24 of them."""
+    clean = logits(1, vocab).to(dtype)
+    ours, input_ids = (clean + scale * logits(2, vocab)).to(dtype), INPUT_IDS % vocab
+    losses, divergences = losses_and_divergences(ours, Predictions.of(clean), input_ids, MASK)
+    log_p, log_q = clean.double().log_softmax(-1), ours.double().log_softmax(-1)
+    block, position = counted_positions(MASK)
+    want = -log_q[block, position].gather(1, input_ids[block, position + 1, None])[:, 0]
+    assert_close(losses.double(), want, rtol=1e-6, atol=2e-6)
+    want = (log_p.exp() * (log_p - log_q)).sum(-1)[block, position]
+    assert_close(divergences.double(), want, rtol=1e-5, atol=1e-7)
+    assert_close(next_token_losses(ours, input_ids, MASK), losses, rtol=0, atol=0)
+
+
+def test_other_devices_give_the_same_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    found = losses_and_divergences(logits(0), Predictions.of(logits(1)), INPUT_IDS, MASK)
+    whole = by_torch(logits(0), logits(1), INPUT_IDS, MASK)
+    monkeypatch.setattr("everyscope.evaluate.losses.CHUNK_LOGITS", 3 * 64)
+    for got, want, kernels in zip(by_torch(logits(0), logits(1), INPUT_IDS, MASK), whole, found, strict=True):
         assert_close(got, want, rtol=0, atol=0)
+        assert_close(kernels, want, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_losses_depend_neither_on_threads_nor_on_other_rows(threads: int):
+    want = losses_and_divergences(logits(0), Predictions.of(logits(1)), INPUT_IDS, MASK)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for block in range(3):
+            some = slice(block, block + 1)
+            got = losses_and_divergences(logits(0)[some], Predictions.of(logits(1)[some]), INPUT_IDS[some], MASK[some])
+            in_block = counted_positions(MASK)[0] == block
+            for one, whole in zip(got, want, strict=True):
+                assert_close(one, whole[in_block], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_exponential_is_right_to_two_units_in_the_last_place():
+    less = -np.concatenate([np.linspace(0, 87, 200_001), np.geomspace(1e-30, 1, 1000)]).astype(np.float32)
+    sums = np.array(
+        [loss_kernels.sum_exponentials(less[place : place + 1].copy(), np.float32(0)) for place in range(0, len(less), 7)]
+    )
+    assert np.abs(sums / np.exp(less[::7].astype(np.float64)) - 1).max() < 2 * 2.0**-23
 
 
 def test_divergence_of_two_coins():
@@ -53,7 +104,7 @@ def test_divergence_is_never_negative_and_exact(scale: float):
 
 
 def test_equal_predictions_diverge_by_exactly_nothing():
-    _, divergences = losses_and_divergences(logits(0), logits(0), INPUT_IDS, MASK)
+    _, divergences = losses_and_divergences(logits(0), Predictions.of(logits(0)), INPUT_IDS, MASK)
     assert (divergences == 0).all()
     assert len(divergences) == len(counted_positions(MASK)[0])
 
@@ -65,11 +116,11 @@ def test_broken_logits_are_refused_with_the_name_of_who_made_them(bad: float):
     with pytest.raises(NonFinite, match="a tired model: logits are NaN or infinite"):
         next_token_losses(broken, INPUT_IDS, MASK, "a tired model")
     with pytest.raises(NonFinite, match="spliced in"):
-        losses_and_divergences(broken, logits(0), INPUT_IDS, MASK, "w32 spliced in")
+        losses_and_divergences(broken, Predictions.of(logits(0)), INPUT_IDS, MASK, "w32 spliced in")
 
 
 def test_nothing_counts_where_all_is_masked():
-    losses, divergences = losses_and_divergences(logits(0), logits(1), INPUT_IDS, torch.zeros_like(MASK))
+    losses, divergences = losses_and_divergences(logits(0), Predictions.of(logits(1)), INPUT_IDS, torch.zeros_like(MASK))
     assert len(losses) == len(divergences) == len(next_token_losses(logits(0), INPUT_IDS, torch.zeros_like(MASK))) == 0
 
 

@@ -6,7 +6,7 @@ from small_scope import SITES, identity_sae, tiny_gemma
 from torch.testing import assert_close
 
 from everyscope.evaluate.held_out import Batch
-from everyscope.evaluate.losses import losses_and_divergences, next_token_losses
+from everyscope.evaluate.losses import Predictions, losses_and_divergences, next_token_losses
 from everyscope.evaluate.passes import clean_pass, spliced_logits
 from everyscope.sites.names import Site
 from everyscope.sites.splice import splice
@@ -30,7 +30,7 @@ def test_an_identity_sae_costs_exactly_nothing(site: Site, dtype: torch.dtype):
     clean = clean_pass(model, list(SITES), BATCH)
     rows = clean.activations[site][MASK]
     logits = spliced(model, site, identity_sae(rows.shape[-1])(rows), clean)
-    losses, divergences = losses_and_divergences(logits, clean.logits, INPUT_IDS, MASK)
+    losses, divergences = losses_and_divergences(logits, Predictions.of(clean.logits), INPUT_IDS, MASK)
     assert_close(losses, next_token_losses(clean.logits, INPUT_IDS, MASK), rtol=0, atol=0)
     assert (divergences == 0).all()
 
@@ -47,5 +47,5 @@ def test_starting_at_the_site_equals_a_full_pass(site: Site):
     got = spliced(model, site, rows, clean)
     assert_close(got, want)
     assert not torch.equal(got, clean.logits)
-    _, divergences = losses_and_divergences(got, clean.logits, INPUT_IDS, MASK)
+    _, divergences = losses_and_divergences(got, Predictions.of(clean.logits), INPUT_IDS, MASK)
     assert (divergences > 0).any()

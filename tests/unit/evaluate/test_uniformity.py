@@ -30,17 +30,21 @@ def test_silent_latents_add_nothing():
     """Against the formula over all latents."""
     generator = torch.Generator().manual_seed(0)
     f = torch.randn(20, 50, generator=generator).relu() * (torch.rand(20, 50, generator=generator) < 0.2)
-    y = attributions(f, torch.randn(20, 6, generator=generator), torch.randn(50, 6, generator=generator))
-    p = y.abs().double() / y.abs().double().sum(1, keepdim=True)
+    gradient, W_dec = torch.randn(20, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    every = f.double() * (gradient.double() @ W_dec.double().T)
+    y, firing = attributions(f, gradient, W_dec)
+    assert_close(y.double(), every[f > 0], rtol=1e-6, atol=1e-6)
+    assert firing.tolist() == (f > 0).sum(1).tolist()
+    p = every.abs() / every.abs().sum(1, keepdim=True)
     want = -torch.xlogy(p, p).sum(1)
-    assert_close(attribution_entropy(y[f > 0], (f > 0).sum(1)), want, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert_close(attribution_entropy(y, firing), want, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_a_hand_made_case_from_codes_and_gradient():
     """Two latents that write along the axes, of activations 2 and 1, where the gradient is (3, 2): y = (6, 2), p = (3/4, 1/4)."""
     W_dec = torch.eye(3, 2)
     f, gradient = torch.tensor([[2.0, 1.0, 0.0], [4.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([[3.0, 2], [1, 1], [0, 0]])
-    assert attributions(f, gradient, W_dec)[0].tolist() == [6, 2, 0]
+    assert [part.tolist() for part in attributions(f, gradient, W_dec)] == [[6, 2, 4, 0], [2, 1, 1]]
     sums = UniformitySums.start()
     sums.update(f, gradient, W_dec)
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
