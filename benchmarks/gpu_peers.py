@@ -25,7 +25,7 @@ NOT_OF_A_STEP = (
 )  # fmt: skip
 Step = Callable[[Tensor], object]
 STEPS = 1000
-"""Length of the training that they are told of [steps]."""
+"""Length of the training that they are configured with [steps]."""
 
 
 class _Nothing:

@@ -37,7 +37,7 @@ CHUNK_BYTES = 64 << 20
 
 
 def config_of(options: argparse.Namespace) -> HarvestConfig:
-    """The recipe's own harvest, of fewer tokens, in a folder that each round makes anew."""
+    """The recipe's own harvest, of fewer tokens, in a folder that each round creates again."""
     recipe = find_recipe(options.recipe)
     return recipe.harvest_config(options.out).model_copy(update={"num_tokens": options.tokens, "out": options.out / "shards"})
 

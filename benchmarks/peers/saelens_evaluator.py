@@ -28,7 +28,7 @@ class GivenTokens:
         self.reset_input_dataset()
 
     def reset_input_dataset(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self._next = 0
 
     def get_batch_tokens(self, batch_size: int) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Rows:
         self.held_out = others[others.norm(dim=1) <= MASSIVE * float(np.sqrt(np.median(sample))) / self.scale]
 
     def _read(self, path: str, start: int, stop: int) -> Tensor:
-        # Mapped anew each time: pages that stay mapped would count as the trainer's memory.
+        # Mapped again each time: pages that stay mapped would count as the trainer's memory.
         return torch.from_numpy(np.load(path, mmap_mode="r")[start:stop] / np.float32(self.scale))
 
     def training(self) -> Tensor:
@@ -137,7 +137,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak of this process's memory start anew (Linux)."""
+    """Reset the peak of this process's memory (Linux)."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -37,7 +37,7 @@ def training_group(shards: Path, out: Path, latent_shards: int = 1, replicas: in
         "shards": shards,
         "saes": SAES,
         "num_tokens": STEPS * BATCH,
-        "settings": TrainSettings(shards=latent_shards, replicas=replicas, **settings),
+        "settings": TrainSettings(latent_shards=latent_shards, replicas=replicas, **settings),
         "out": out,
     }
     return TrainConfig(**(fields | changes))

@@ -11,7 +11,7 @@
     ├── StorageError       a folder that cannot be written, or a disk without room
     └── MissingExtra       an optional package that is not installed
 
-Each message is one line: what we got, what we expected, how to mend it. The command line prints it and exits with 1.
+Each message is one line: what we got, what we expected, how to fix it. The command line prints it and exits with 1.
 """
 
 

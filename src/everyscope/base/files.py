@@ -1,6 +1,6 @@
 """Files that are either whole or absent: written under a temporary name, synced, then renamed.
 
-A temporary file ends in `.partial`; whoever owns a folder may delete such files, for no finished file has that name.
+A temporary file ends in `.partial`; the owner of a folder may delete such files, for no finished file has that name.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ KINDS = {
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaint about `path` into a StorageError that says how to mend it."""
+    """Turn the operating system's complaint about `path` into a StorageError that says how to fix it."""
     try:
         yield
     except OSError as error:
@@ -59,7 +59,7 @@ def make_folder(path: Path) -> Path:
     with storage_errors(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # the parents are there or made: this file system makes no folders, as /proc
+        except FileNotFoundError as error:  # the parents exist or were made: this file system makes no folders, as /proc
             raise PermissionError(errno.EACCES, "no folders can be made here") from error
     return path
 
@@ -93,7 +93,7 @@ def reserve(file: IO[bytes], num_bytes: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to hold `path` before we go on."""
+    """Sync `path` to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 @contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and Ctrl-C no longer end the process; the function yielded tells whether one has come.
+    """Within the block SIGTERM and Ctrl-C no longer end the process; the function yielded says whether one has come.
 
     A second Ctrl-C ends it at once. Where Ctrl-C was pressed, SystemExit leaves the block as KeyboardInterrupt. Only a main
     thread hears signals: in any other the function stays False and nothing changes.
@@ -34,7 +34,7 @@ def termination() -> Iterator[Callable[[], bool]]:
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     at_interrupt = signal.getsignal(signal.SIGINT)
-    if at_interrupt is signal.default_int_handler:  # not where whoever started us decides about Ctrl-C
+    if at_interrupt is signal.default_int_handler:  # not where our parent decides about Ctrl-C
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield asked.is_set

@@ -1,6 +1,6 @@
 """Tables that anybody may have made, read first in a process of its own.
 
-A checksum tells what an accident did, and says nothing of what a stranger wrote on purpose. Such a file may crash Arrow and the
+A checksum reveals accidents, and nothing of what a stranger wrote on purpose. Such a file may crash Arrow and the
 whole process with it, or unpack without end: then it ends that process alone, within limits of time and memory. What it reads to
 the end can be read again.
 
@@ -78,7 +78,7 @@ def _tried(paths: Sequence[Path]) -> tuple[list[str | None], str]:
     if ready != READY:
         raise EveryscopeError(
             f"{sys.executable}: a process that tries a suite's tables ended with {ended.returncode} before it began; "
-            "is there memory for it?"
+            "is there enough memory?"
         )
     if ended.returncode == -signal.SIGALRM:
         return [json.loads(line) for line in lines], "takes far longer to read than its size explains"

@@ -34,7 +34,7 @@ TOP_TOKENS = 3
 SCALARS = ("firings", "frequency", "mean_activation", "max_activation", "token_entropy", "token_predictability")
 LISTS = ("tokens", "neighbours", "examples.sequence", "examples.position")
 Advance = Callable[[int], None]
-"""Told how many more latents are in."""
+"""Called with the number of latents added."""
 
 
 def sae_files(suite: Path, record: SaeRecord) -> list[Path]:

@@ -1,7 +1,7 @@
 """What needs the language model: reading a text, steering it, circuits. Only the contract is here, and waiting for it: no torch.
 
-Whoever starts the pages may hand in a factory; it is called on the first request, in a thread of its own, for loading a model
-takes a while and everything else must go on answering.
+The pages may be started with a factory; it is called on the first request, in a thread of its own, for loading a model
+takes a while and all other pages must stay available.
 """
 
 import os
@@ -23,7 +23,7 @@ MAX_TEXT = 4000
 MAX_NEW_TOKENS = 200
 """Tokens that one continuation may have [tokens]."""
 MAX_ASKED = 4
-"""Requests that the model works on or that wait for it [requests]; a further one is told to come again."""
+"""Requests that the model works on or that wait for it [requests]; a further one is asked to try again."""
 MODEL_NICENESS = 10
 """Of the model's thread, 0 to 19: pages are short, and somebody waits for each."""
 MAX_SECONDS = 60.0
@@ -203,7 +203,7 @@ class LiveModel:
         self.state = "loading"
         try:
             self._model = model = factory()
-        finally:  # an error goes to whoever asked, and the next request tries again
+        finally:  # the error is raised for this request, and the next one tries again
             self.state = "failed" if self._model is None else "ready"
         return model
 

@@ -49,7 +49,7 @@ from everyscope.text.tokenizer import load_tokenizer, readable_ids, unreadable_t
 KEPT_SAES = 8
 """SAEs kept in memory [SAEs]."""
 TOP_LATENTS = 12
-"""Latents told per token, the strongest [latents]."""
+"""Latents shown per token, the strongest [latents]."""
 MAX_GRAPH_TOKENS = 512
 """Of a prompt whose graph a page asks for; the command takes longer ones [tokens]."""
 GRAPH_SECONDS = 40.0
@@ -62,7 +62,7 @@ class SuiteModel:
     """The model that a suite is of, and its SAEs as they are asked for."""
 
     def __init__(self, suite: Path, model: ModelConfig | None = None) -> None:
-        """Load the model that `suite` names, or another one; ModelError where it cannot be had."""
+        """Load the model that `suite` names, or another one; ModelError where it cannot be loaded."""
         self._suite = loaded = load_suite(suite)
         config = (model or model_of(suite, loaded.index.model)).model_copy(update={"device": "cpu", "device_map": None})
         self._entries = {entry.record.folder: entry for entry in loaded}

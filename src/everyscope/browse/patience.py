@@ -21,7 +21,7 @@ class Patient(H11Protocol):
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
-        """Go on waiting only where these bytes have not completed a head."""
+        """Keep waiting only while these bytes have not completed a head."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()

@@ -65,7 +65,7 @@ def listen(port: int | None) -> socket.socket:
     """A listening socket on 127.0.0.1: at `port`, or for None at ours and, where that is taken, at any that is free."""
     for wanted in (PORT, 0) if port is None else (port,):
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        # On Windows this option would share the port with whoever has it; elsewhere it only skips the wait after a close.
+        # On Windows this option would share the port with its present owner; elsewhere it only skips the wait after a close.
         if sys.platform != "win32":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         complain(one_line(error) if isinstance(error, ValidationError) else str(error))
         sys.exit(ERROR_EXIT)
-    except BrokenPipeError:  # whoever read has had enough, as `| head`
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it leaves
         sys.exit(ERROR_EXIT)
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ CHOICES = ("sites", "layers", "widths", "l0", "tokens", "passes", "text", "hours
 
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of these is there where torch may find a GPU: of NVIDIA's driver, AMD's, and of Windows' below Linux."""
+"""One of these exists where torch may find a GPU: of NVIDIA's driver, AMD's, and of Windows' below Linux."""
 
 
 def is_model(name: str) -> bool:

@@ -43,7 +43,7 @@ def by_settings(stages: Stages) -> dict[str, list[TrainConfig]]:
     found: dict[str, list[TrainConfig]] = {}
     for group in stages.groups:
         settings = group.settings
-        ranks = "" if settings.ranks == 1 else f", {settings.shards} shards x {settings.replicas} replicas"
+        ranks = "" if settings.ranks == 1 else f", {settings.latent_shards} shards x {settings.replicas} replicas"
         found.setdefault(f"{settings.device}{ranks}", []).append(group)
     return found
 

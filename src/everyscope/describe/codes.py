@@ -1,7 +1,7 @@
 """Where each latent fires and how strongly: collected in one pass of the model over all blocks, for as many SAEs as fit.
 
 Everything else is computed from these codes, so it is exact, and no number depends on how blocks were batched. They lie in
-files of some batches each, so that a killed run goes on behind the last one, and are deleted when they have been described.
+files of some batches each, so that a killed run resumes after the last one, and are deleted when they have been described.
 """
 
 import shutil
@@ -102,7 +102,7 @@ class CodesFolder:
         return self.path / f"portion_{number:05d}.safetensors"
 
     def open(self) -> None:
-        """Make the folder ours: what is there of other SAEs is deleted, what is there of ours is kept."""
+        """Make the folder ours: files of other SAEs are deleted, files of ours are kept."""
         if unfinished_group(self.path) != self.group:
             self.delete()
             make_folder(self.path)
@@ -145,7 +145,7 @@ def collect(
     folder: CodesFolder,
     passed: Callable[[int, bool], None],
 ) -> None:
-    """Write the portions that are missing; `passed` is told of tokens, and whether an earlier run had passed them."""
+    """Write the portions that are missing; `passed` is called with tokens, and whether an earlier run had passed them."""
     size = config.portion_blocks
     for number in range(folder.num_portions):
         blocks = range(number * size, min((number + 1) * size, len(sequences.input_ids)))

@@ -1,7 +1,7 @@
 """Describe every latent of every trained SAE of a model, for people to look at.
 
 One pass of the model over training and held-out blocks feeds all SAEs: their codes go to disk, and everything is computed from
-there, exactly. SAEs that are described are skipped, without loading the model; a killed description goes on behind the last
+there, exactly. SAEs that are described are skipped, without loading the model; a killed description resumes after the last
 whole portion of codes, or behind the last whole SAE, and ends with the same bytes.
 """
 
@@ -58,7 +58,7 @@ class DescribeResult:
     num_described: int
     """SAEs described in this run."""
     num_renewed: int
-    """SAEs of which only the surroundings were written anew."""
+    """SAEs of which only the surroundings were rewritten."""
     num_skipped: int
     """SAEs that were described already."""
 
@@ -159,7 +159,7 @@ def _groups(
     num_tokens: int,
     unfinished: tuple[str, ...],
 ) -> Iterator[tuple[DescribeTarget, ...]]:
-    """The SAEs that one pass of the model serves: first those of a killed run whose codes are there, then as many as fit."""
+    """The SAEs that one pass of the model serves: first those of a killed run that have codes on disk, then as many as fit."""
     known = {target.identity: target for target in targets}
     waiting = list(pending)
     if set(unfinished) <= set(known) and any(target.identity in unfinished for target in waiting):
@@ -258,7 +258,7 @@ def _surroundings(config: DescribeConfig, target: DescribeTarget, targets: Seque
 
 
 def _renew(config: DescribeConfig, target: DescribeTarget, targets: Sequence[DescribeTarget]) -> None:
-    """Write the surroundings of an SAE anew and keep what was measured of it."""
+    """Rewrite the surroundings of an SAE and keep what was measured of it."""
     measured, surroundings = measured_before(target.out), _surroundings(config, target, targets)
     facts = {**read_facts(target.out), "surroundings": target.surroundings}
     write_latents(target.out, target.width, facts, lambda first, last: {**measured(first, last), **surroundings(first, last)})

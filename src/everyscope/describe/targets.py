@@ -1,7 +1,7 @@
-"""The SAEs that are to be described, whom each is compared with, and how we know what of it is there already.
+"""The SAEs that are to be described, whom each is compared with, and which descriptions exist already.
 
 Two identities, for they cost differently: what is measured on text depends on this SAE, the model and the text alone; what
-surrounds it (its neighbours' decoders, its evaluation) changes whenever another SAE is trained, and is written anew in seconds.
+surrounds it (its neighbours' decoders, its evaluation) changes whenever another SAE is trained, and is rewritten in seconds.
 """
 
 import json
@@ -77,7 +77,7 @@ class DescribeTarget:
 
     @property
     def is_measured(self) -> bool:
-        """True where exactly these measurements are there."""
+        """True where exactly these measurements exist."""
         return read_facts(self.out).get("identity") == self.identity
 
     @property

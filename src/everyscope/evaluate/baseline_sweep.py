@@ -190,7 +190,7 @@ def _file(config: EvaluateConfig, name: str) -> Path:
 
 
 def _sources(config: EvaluateConfig, held_out: HeldOut, sites: list[Site], names: list[str]) -> dict[str, str]:
-    """What each part is made from, by name: a part on disk that was made from something else is made anew."""
+    """What each part is made from, by name: a part on disk that was made from something else is made again."""
     decides = config.model_dump(mode="json", include={"model", "batch_blocks", "seed"})
     decides |= {"text": held_out.identity, "version": BASELINE_VERSION, "head": config.baseline_blocks}
     calibrations = {site.folder: calibration_identity(config, site) for site in sites}

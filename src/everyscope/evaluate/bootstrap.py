@@ -1,4 +1,4 @@
-"""Intervals by drawing the documents anew: how far a number would move with other documents of the same kind.
+"""Intervals by resampling documents: how far a number would move with other documents of the same kind.
 
 Tokens of one document are not independent, so documents are drawn, with all that was summed in them, and each ratio is taken
 of the resampled sums. Percentiles of the resampled values make the interval, at levels widened for few documents: with n of

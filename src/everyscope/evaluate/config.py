@@ -70,7 +70,7 @@ class EvaluateConfig(Schema):
     """Blocks, from the first on, in which ablations and baselines are spliced, for their delta loss and the share of loss
     recovered; 0 leaves these out. None takes so many that they cost at most a third of what the SAEs do [blocks]."""
     resamples: int = Field(default=1000, ge=100)
-    """Times that the documents are drawn anew for the intervals [resamples]."""
+    """Bootstrap resamples of the documents behind each interval [resamples]."""
     interval_level: float = Field(default=0.95, gt=0, lt=1)
     """Share of intervals that hold the true value [1]."""
     seed: int = Field(default=0, ge=0)

@@ -43,7 +43,7 @@ class Cost:
 def keep_cost(scores: Path, key: str, cost: Cost) -> None:
     """Enter what a piece of work has cost into cost.json, once: work that `key` names and that is in it already changes nothing.
 
-    To be called before the work's own results are written: whoever is stopped in between does it again, and enters nothing twice.
+    To be called before the work's own results are written: if stopped in between, the work is redone and entered once.
     """
     entries = read_costs(scores)
     if key not in entries:

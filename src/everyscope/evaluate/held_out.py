@@ -112,7 +112,7 @@ def read_held_out(config: EvaluateConfig) -> HeldOut:
     """The `config.num_sequences` held-out blocks; TextError where there is no held-out text, or none that counts."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     blocks = list(islice(read_blocks(config.text, tokenizer, "held_out"), config.num_sequences * config.stride))
-    segments = segments_of(blocks, config.text, turns_of(tokenizer))  # of all: a turn goes on from block to block
+    segments = segments_of(blocks, config.text, turns_of(tokenizer))  # of all: a turn may cross the border of blocks
     blocks = blocks[:: config.stride]
     if not any(block.mask.any() for block in blocks):
         raise TextError(f"{config.text.origin}: its held-out documents hold no token that counts; give more text")

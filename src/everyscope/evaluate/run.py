@@ -2,7 +2,7 @@
 
 Two sweeps over the same blocks. The first makes one clean forward pass per batch, which feeds every SAE's sums, and one pass per
 SAE from its layer on. The second measures baselines at the L0s that were found, as far as they are not known yet. SAEs whose
-scores are there are skipped, without loading the model; a killed evaluation goes on where it was last saved.
+scores are there are skipped, without loading the model; a killed evaluation resumes where it was last saved.
 """
 
 import time

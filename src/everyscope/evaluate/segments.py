@@ -64,7 +64,7 @@ def turns_of(tokenizer: Any) -> Turns | None:
 def segments_of(blocks: Sequence[Block], config: TextConfig, turns: Turns | None) -> Int[np.ndarray, "blocks ctx"] | None:
     """0 where the user speaks and 1 where the model does, int8; None where no turn of the model is opened.
 
-    A turn goes on until another is opened, over the end of a block too unless blocks are framed by a prefix or suffix, and
+    A turn lasts until another is opened, across the end of a block too unless blocks are framed by a prefix or suffix, and
     ends with its document. Text before any marker, and markers themselves, are the user's: they are given to the model.
     """
     if turns is None or not blocks:

@@ -1,4 +1,4 @@
-"""The state of an evaluation between two batches, and the files that let it go on where it was killed.
+"""The state of an evaluation between two batches, and the files from which it resumes after a kill.
 
 A file holds float64 and int64 tensors bit by bit, so a resumed evaluation ends with the same bytes as an undisturbed one.
 """
@@ -95,7 +95,7 @@ class State:
         self._took = self._saved - began
 
     def restore(self, path: Path) -> None:
-        """Take up the sums saved in `path`, if they are there and hold every part of ours; else stay as we are, and say so."""
+        """Load the sums saved in `path`, if they exist and hold every part of ours; else keep our own and log why."""
         if not path.exists():
             return
         ours = _named(self.parts)
@@ -146,7 +146,7 @@ def save_part(path: Path, part: Any, source: str) -> None:
 
 
 def restore_part(path: Path, part: Any, source: str) -> bool:
-    """Fill `part` from the file, if it is there and was made from the same; whether it was."""
+    """Fill `part` from the file if it exists and was made from the same; True if so."""
     if not path.exists():
         return False
     try:

@@ -63,7 +63,7 @@ class EvaluateTarget:
 
     @property
     def is_scored(self) -> bool:
-        """True where the scores of exactly this evaluation are there; metrics.json is written last."""
+        """True where the scores of exactly this evaluation exist; metrics.json is written last."""
         path = self.scores / METRICS_FILE
         return path.exists() and (self.scores / LATENTS_FILE).exists() and read_metrics(path).get("evaluation") == self.identity
 

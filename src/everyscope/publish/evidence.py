@@ -33,7 +33,7 @@ class Evidence:
         return self.basis_of(self.index.measured.num_tokens, self.index.measured.data)
 
     def basis_of(self, num_tokens: int | None, data: str) -> str:
-        """The same for what was measured on other text, or on less of it; without tokens where nothing tells how many."""
+        """The same for what was measured on other text, or on less of it; without tokens where their number is unknown."""
         counted = "" if num_tokens is None else f"{human_count(num_tokens)} tokens · "
         return f"{counted}{data} · {self.index.measured.mask}"
 

@@ -16,7 +16,7 @@ from everyscope.suite.records import SaeRecord
 PREFIXES = {"baselines": "baseline_", "by_segment": "segment_"}
 """What columns of a nested object begin with; others begin with the object's name."""
 OPTIONAL = ("by_segment", "uniformity")
-"""Objects that may be null: their columns are there where any SAE has them."""
+"""Objects that may be null: they have columns if any SAE has them."""
 WITHOUT = ("by_position", "evaluation", IDENTITY, WEIGHTS)
 """Keys whose values are no numbers of the SAE as a whole."""
 

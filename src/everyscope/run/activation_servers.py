@@ -2,7 +2,7 @@
 
 For shards on storage that many readers share slowly: the server reads a chunk once, and every training group of the site takes it
 from its memory. It listens at its host's own address in the cluster, which it writes into a file of the run; a training group
-reads that file when it begins. A server that is lost is started anew, maybe elsewhere; a training group that misses it for too
+reads that file when it begins. A lost server is restarted, maybe elsewhere; a training group that misses it for too
 long is lost too, and finds the new one at its next attempt. What is trained does not depend on any of this.
 """
 

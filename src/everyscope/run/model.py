@@ -28,7 +28,7 @@ HUB_SECONDS = 5.0
 def shape_of(model: ModelConfig) -> ModelShape:
     """The sizes of a model, from its config.json alone: it is built without weights.
 
-    ModelError where the file cannot be had or the architecture has no known sites.
+    ModelError where the file cannot be found or the architecture has no known sites.
     """
     require_hub(model.name, model.revision)
     try:

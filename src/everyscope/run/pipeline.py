@@ -63,7 +63,7 @@ THIS_HOST = JobEngine(EngineConfig(), LocalRunner())
 
 @contextmanager
 def opened_engine(settings: EngineConfig, out: Path, watches: Sequence[Watch] = ()) -> Iterator[JobEngine]:
-    """The engine of `settings` for a run in `out`; `watches` are told what becomes of jobs that leave this process."""
+    """The engine of `settings` for a run in `out`; `watches` receive events of jobs in other processes."""
     with opened_runner(settings, out / JOBS_FOLDER, watches) as runner:
         yield JobEngine(settings, runner)
 
@@ -178,7 +178,7 @@ def run_titled(jobs: Sequence[Job], title: str, engine: JobEngine) -> None:
 
 
 def run_divided(jobs: Sequence[Job], title: str, unit: str, workers: int, engine: JobEngine) -> None:
-    """Run the jobs of a stage: those that tell of units side by side below one title, one that shows its own progress here."""
+    """Run the jobs of a stage: those that report units side by side below one title, one that shows its own progress here."""
     if any(job.units for job in jobs) or not jobs:
         heading(title)
         engine.runner.run(jobs, title.partition(" ")[0], unit, workers)

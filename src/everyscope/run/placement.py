@@ -118,8 +118,12 @@ def _remedy(group: TrainConfig, sae: SaeConfig, d_in: int, devices: Devices) -> 
 
 def _sharded(settings: TrainSettings, most: int) -> list[TrainSettings]:
     """The settings with their shards, twice as many, and so on up to `most`."""
-    counts = [settings.shards << power for power in range(max(1, most).bit_length())]
-    return [settings.model_copy(update={"shards": count}) for count in counts if count == settings.shards or count <= most]
+    counts = [settings.latent_shards << power for power in range(max(1, most).bit_length())]
+    return [
+        settings.model_copy(update={"latent_shards": count})
+        for count in counts
+        if count == settings.latent_shards or count <= most
+    ]
 
 
 def _split_over_devices(groups: list[TrainConfig], d_in_of: WidthOf, devices: Devices) -> list[TrainConfig]:
@@ -144,11 +148,11 @@ def _halves(group: TrainConfig, devices: Devices) -> list[TrainConfig]:
         for sae in sorted(group.saes, key=lambda sae: -sae.width):
             min(parts, key=lambda part: sum(one.width for one in part)).append(sae)
         return [group.model_copy(update={"saes": tuple(part)}) for part in parts]
-    shards = 2 * group.settings.shards
+    shards = 2 * group.settings.latent_shards
     most = min(devices.per_host, devices.count or devices.per_host)
     if shards * group.settings.replicas > most or max(sae.width for sae in group.saes) // shards < LEAST_SHARD:
         return [group]
-    return [group.model_copy(update={"settings": group.settings.model_copy(update={"shards": shards})})]
+    return [group.model_copy(update={"settings": group.settings.model_copy(update={"latent_shards": shards})})]
 
 
 def _on_gpu(group: TrainConfig) -> bool:

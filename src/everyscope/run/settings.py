@@ -1,4 +1,4 @@
-"""The parts of a recipe: what each stage is told beyond what follows from the others. Torch-free."""
+"""The parts of a recipe: the settings of each stage that do not follow from the others. Torch-free."""
 
 from typing import Literal
 
@@ -71,10 +71,10 @@ class SaeGroup(Schema):
     """Activation vectors that each SAE sees [tokens]."""
     saes_per_training_group: int | None = Field(default=None, ge=1)
     """SAEs of a site that train together, as many as fit a device; None: all, with other groups' of as many tokens [SAEs]."""
-    shards: int | None = Field(default=None, ge=1)
+    latent_shards: int | None = Field(default=None, ge=1)
     """Processes that share the latents of each of these SAEs; None takes that of `train` [processes]."""
     replicas: int | None = Field(default=None, ge=1)
-    """Times that each of these is there again, to share the rows of a batch; None takes that of `train` [processes]."""
+    """Copies of these processes, which share the rows of a batch; None takes that of `train` [processes]."""
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> "SaeGroup":
@@ -89,7 +89,7 @@ class SaeGroup(Schema):
 
     def train_settings(self, common: TrainSettings) -> TrainSettings:
         """How training groups of this group train, where others train as `common` says."""
-        own = {name: getattr(self, name) for name in ("shards", "replicas") if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in ("latent_shards", "replicas") if getattr(self, name) is not None}
         return TrainSettings.model_validate(common.model_dump() | own)
 
 

@@ -1,6 +1,6 @@
 """Into which jobs each stage of a recipe is divided, and what each takes of the machine that it runs on.
 
-A harvest is divided by buckets, which write the same files whoever writes them; training by groups of SAEs; an evaluation, if
+A harvest is divided by buckets, which are the same files wherever they are written; training by groups of SAEs; an evaluation, if
 asked, by sites, labels by SAEs. Comparisons are a job each, description one: its SAEs share passes of the model and look at one
 another.
 """
@@ -77,7 +77,7 @@ def model_resources(device: str, engine: EngineConfig, workers: int = 1) -> Reso
 
 
 def harvest_jobs(config: HarvestConfig, count: int, resources: Resources, name: str) -> list[Job]:
-    """One job for each of `count` partitions, or fewer where there are fewer buckets; none where all is there."""
+    """One job for each of `count` partitions, or fewer where there are fewer buckets; none where all are finished."""
     folder = HarvestFolder(config, {"model": model_identity(config.model)})
     folder.check_owner()
     folder.learn()
@@ -179,7 +179,7 @@ def score(config: EvaluateConfig) -> None:
 
 
 def score_share(config: EvaluateConfig, progress: Progress) -> None:
-    """One of several, which tells of its blocks."""
+    """One of several, which reports its blocks."""
     quiet_transformers()
     evaluate(config, _Told(progress))
 
@@ -236,7 +236,7 @@ def _fitting(device: str, num_parameters: int) -> int:
 
 
 def comparison_jobs(configs: Sequence[ComparisonConfig], workers: int, resources: Resources) -> list[Job]:
-    """One job a comparison; beside others it shows no progress of its own, and tells of its end."""
+    """One job a comparison; beside others it shows no progress of its own, and reports its end."""
     jobs = []
     for config in configs:
         work = COMPARISONS[type(config)]

@@ -224,7 +224,7 @@ class GpuBfloat16:
         return StepLosses(reconstruction, (num_active / batch).float(), pairs / batch, self._latents[number][1])
 
     def _are_apart(self, rows: int) -> bool:
-        """Whether SAEs step side by side: small ones do, but not those of several ranks, which must speak in one order."""
+        """Whether SAEs step side by side: small ones do, but not those of several ranks, which must communicate in one order."""
         return self.collective.mesh.ranks == 1 and all(steps_apart(rows, sae.width) for sae in self.saes)
 
     def _widest(self, sae: TrainableSae) -> int:

@@ -1,7 +1,7 @@
-"""At which share of pairs a dense step becomes the faster one, measured on the device at hand.
+"""At which share of pairs a dense step becomes the faster one, measured on this device.
 
 A step by pairs takes a time that grows with the number of pairs, a dense step does not. Both grow with the width where the share
-of pairs stays, so a narrow SAE of the same d_in tells of a wide one, in little memory.
+of pairs stays, so a narrow SAE of the same d_in predicts a wide one, in little memory.
 """
 
 import statistics

@@ -31,7 +31,7 @@ class Normalisation:
     def __call__(self, batch: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """The normalised rows of a raw float32 batch. Usual rows take the place of massive ones, so that sizes stay."""
         if batch.device.type == "cpu":
-            # By numpy: torch would wake threads that go on spinning, for some milliseconds, on cores that the step's own need.
+            # By numpy: torch would wake threads that spin on, for some milliseconds, on cores that the step's own need.
             rows = batch.numpy()
             if self.norm_limit < math.inf:
                 rows = self._usual_on_cpu(rows)

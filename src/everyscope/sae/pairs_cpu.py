@@ -70,7 +70,7 @@ class CpuPairs:
         return {"uses_pairs": self._uses_pairs}
 
     def refresh(self) -> None:
-        """Make anew what is derived from the parameters; call it where they were changed from outside."""
+        """Recompute what is derived from the parameters; call it after they were changed from outside."""
         for latents in self._latents:
             round_weights(latents)
 
@@ -364,7 +364,7 @@ def latents_of(sae: TrainableSae) -> LatentArrays:
 
 
 def round_weights(latents: LatentArrays) -> None:
-    """Make the screen's copy of W_enc anew, where others than the fused update have changed it."""
+    """Recompute the screen's copy of W_enc, where others than the fused update have changed it."""
     round_rows(latents.W_enc, 0, len(latents.W_enc), latents.w_rounded, latents.w_norms, latents.w_residuals)
 
 

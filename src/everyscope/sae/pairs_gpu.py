@@ -71,7 +71,7 @@ class GpuPairs:
         }
 
     def refresh(self) -> None:
-        """Make anew what is derived from the parameters; call it where they were changed from outside."""
+        """Recompute what is derived from the parameters; call it after they were changed from outside."""
         for screened in self._screened:
             screened.refresh()
 

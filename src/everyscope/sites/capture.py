@@ -88,7 +88,7 @@ def capturing(model: nn.Module | LanguageModel, sites: Site | str | Iterable[Sit
     """Yield a dict that every forward pass inside the block refills with the activations at `sites` [batch ctx d_in].
 
     For callers who need the logits too, or gradients: nothing is detached. Inside a `splice`, it gives what the splice
-    put there; around one, what was there before. Raises as `capture` does.
+    put there; around one, what stood there before. Raises as `capture` does.
     """
     adapter = adapter_of(bare(model))
     found: BySite[Tensor] = BySite()

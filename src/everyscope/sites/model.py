@@ -82,7 +82,7 @@ def load_language_model(config: ModelConfig | str, **fields: Any) -> LanguageMod
 
     `config` may be the name alone, with other fields of a ModelConfig by keyword: load_language_model("gpt2", device="cuda").
     Attention is eager: on some versions of transformers, sdpa silently drops Gemma 2's soft-cap. ModelError, in one line,
-    where the model or device is not to be had, the architecture is unknown, or the gate fails; MissingExtra where a device_map
+    where the model or device is not available, the architecture is unknown, or the gate fails; MissingExtra where a device_map
     needs accelerate.
     """
     config = _resolved(config, fields)
@@ -121,7 +121,7 @@ def _resolved(config: ModelConfig | str, fields: dict[str, Any]) -> ModelConfig:
 
 
 def spreading(config: ModelConfig) -> dict[str, Any]:
-    """What from_pretrained is told of the device map: nothing where there is none; MissingExtra where it needs accelerate."""
+    """Arguments of from_pretrained for the device map, empty without one; MissingExtra where it needs accelerate."""
     if config.device_map is None:
         return {}
     import_extra("accelerate", "large", f"model.device_map={config.device_map}")

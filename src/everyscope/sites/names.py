@@ -1,4 +1,4 @@
-"""The names of the places in a language model where SAEs sit. Torch-free: configs and recipes speak of sites too."""
+"""The names of the places in a language model where SAEs sit. Torch-free: configs and recipes name sites too."""
 
 import difflib
 import re

@@ -213,7 +213,7 @@ class _Mask:
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
-        """Make the mask anew in each forward pass of `model`: True but at BOS, EOS and padding."""
+        """Compute the mask in each forward pass of `model`: True but at BOS, EOS and padding."""
         special = special_ids(model)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import pyarrow
 
 NO_RULE, RARE = "none", "rare"
-"""Kinds in explanations.parquet that are no labels: no rule was found, or too few firings. What stands there are tokens."""
+"""Kinds in explanations.parquet that are no labels: no rule was found, or too few firings. They hold tokens."""
 UNLABELLED = (NO_RULE, RARE)
 
 _TOKEN_VALUES = pyarrow.list_(pyarrow.struct([("token", pyarrow.int32()), ("value", pyarrow.float32())]))

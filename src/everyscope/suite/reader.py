@@ -37,7 +37,7 @@ def load_sae(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", 
 
     Takes an SAE's folder in a suite or in a run; the folder, or the file of weights, of an SAE or transcoder of Gemma Scope 1 or
     2, SAELens, sparsify, dictionary_learning, Llama Scope, Qwen-Scope or circuit-tracer (docs/reference/formats.md); or
-    `org/repo/path/in/repo` on the Hugging Face hub. DataError where nothing readable is there, ConfigError for a kind of coder
+    `org/repo/path/in/repo` on the Hugging Face hub. DataError where nothing readable is found, ConfigError for a kind of coder
     without a folded form or a device or dtype that is none, ShapeMismatch and NonFinite for damaged tensors.
     """
     path = Path(path_or_hub_id)

@@ -25,7 +25,7 @@ NO_DOCUMENT = -1
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a split of a corpus: all that is needed to go on from there."""
+    """A place in a split of a corpus: all that is needed to resume there."""
 
     documents: int = 0
     """Documents of this split that have been used up [documents]."""

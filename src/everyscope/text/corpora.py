@@ -98,7 +98,7 @@ GIVEN = {
     "standard_library_instructions": standard_library_instructions,
     "arithmetic": arithmetic,
 }
-"""The corpora that are there on every machine."""
+"""The corpora that every machine has."""
 
 
 def local_files(config: TextConfig) -> Iterator[Document]:

@@ -75,7 +75,7 @@ class _Encoder:
         self.unreadable = unreadable_tokens()
         if self._roles is not None and not tokenizer.is_fast:
             raise TextError(
-                f"roles={self._roles}: tokenizer {tokenizer.name_or_path!r} does not tell which characters its tokens are of; "
+                f"roles={self._roles}: tokenizer {tokenizer.name_or_path!r} does not map its tokens to characters; "
                 "give a model with a tokenizer.json, or leave roles out"
             )
 

@@ -28,7 +28,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
 
 def _num_embeddings(model: str, revision: str | None) -> int | None:
-    """Ids that the model has embeddings for; None where only a tokenizer is there, or the model's form is unknown."""
+    """Ids that the model has embeddings for; None where there is only a tokenizer, or the model's form is unknown."""
     try:
         config = AutoConfig.from_pretrained(model_location(model), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):

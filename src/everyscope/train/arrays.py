@@ -196,7 +196,7 @@ def _fitted(
 
 
 class _Recorder:
-    """Keeps each step's losses on the device, and hands them to whoever asked."""
+    """Keeps each step's losses on the device, and hands them to the callback."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The finished SAE of several ranks: folded and written range by range of its latents, never whole in any memory.
 
-The ranks' last checkpoint is the source, so that whoever was killed on the way can begin again, and the bytes do not depend on
+The ranks' last checkpoint is the source, so that a killed assembly can begin again, and the bytes do not depend on
 how many ranks there were.
 """
 

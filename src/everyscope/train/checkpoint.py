@@ -1,4 +1,4 @@
-"""A training group's state on disk, from which training goes on to the same bits; on as many ranks as one likes.
+"""A training group's state on disk, from which training resumes to the same bits, on any number of ranks.
 
 One process writes one safetensors file, replaced whole. Several write a folder beside it: a file for each shard of the latents,
 and then a manifest that names them. What no manifest names was never finished, and the checkpoint before stands until then.
@@ -109,7 +109,7 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     """The one at `path`, by one process or by several: that of more steps, for a kill may leave both."""
     found = []
     if path.exists():
-        with opened_tensors(path, is_checked=False, remedy=REMEDY) as file:  # whoever takes its tensors compares it
+        with opened_tensors(path, is_checked=False, remedy=REMEDY) as file:  # compared where its tensors are read
             found.append(_checkpoint(file.metadata(), (path,), path))
     folder = folder_of_ranks(path)
     if (folder / MANIFEST).exists():
@@ -131,7 +131,7 @@ def _checkpoint(manifest: Mapping[str, Any], files: tuple[Path, ...], name: Path
 
 
 def save_checkpoint(path: Path, group: TrainingGroup, run_id: str, log_bytes: int) -> None:
-    """Write the training group's tensors and its place; `run_id` names the run that may go on from here.
+    """Write the training group's tensors and its place; `run_id` names the run that may resume from it.
 
     Of several ranks all call this; the first one's `log_bytes` counts, and only it says that the checkpoint is whole.
     """
@@ -216,7 +216,7 @@ def _save_shard(path: Path, group: TrainingGroup, run_id: str, log_bytes: int) -
             if old.name not in (*names, MANIFEST):
                 old.unlink()
         path.unlink(missing_ok=True)
-    group.collective.barrier()  # nobody goes on from, or writes beside, what is being taken away
+    group.collective.barrier()  # no rank resumes from, or writes beside, what is being removed
 
 
 def load_checkpoint(path: Path, group: TrainingGroup, run_id: str) -> TrainingPosition:

@@ -25,7 +25,7 @@ SINKS: tuple[SinkName, ...] = get_args(SinkName)
 """Where metrics can go besides metrics.jsonl; each is an optional package."""
 
 PLACES = ("shards", "target_shards", "source", "target_source", "order", "tls_roots", "out")
-"""Fields that tell where things are, and not what is trained."""
+"""Fields that say where things are, and not what is trained."""
 
 
 def products_of(device: str, engine: EngineName, precision: Precision, *, has_skip: bool = False) -> Products:
@@ -62,17 +62,19 @@ class TrainSettings(Schema):
     precision: Precision = "auto"
     """Of a step's products: auto takes bfloat16 where there are kernels for it, on CUDA with engine auto or pairs, else
     float32; on a CPU, bfloat16 for a transcoder's skip alone."""
-    shards: int = Field(default=1, ge=1)
+    latent_shards: int = Field(default=1, ge=1)
     """Processes that share the latents of every SAE, for SAEs wider than one device [processes]."""
     replicas: int = Field(default=1, ge=1)
-    """Times that each of these is there again, to share the rows of a batch [processes]."""
+    """Copies of these processes, which share the rows of a batch [processes]."""
 
     @model_validator(mode="after")
     def _check_ranks(self) -> "TrainSettings":
         if self.batch_rows % self.replicas:
             raise ValueError(f"batch_rows={self.batch_rows} does not divide by replicas={self.replicas}; choose a multiple")
         if self.ranks > 1 and self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"shards={self.shards}, replicas={self.replicas}: device={self.device} has one; choose cpu or cuda")
+            raise ValueError(
+                f"latent_shards={self.latent_shards}, replicas={self.replicas}: device={self.device} has one; choose cpu or cuda"
+            )
         return self
 
     @model_validator(mode="after")
@@ -91,7 +93,7 @@ class TrainSettings(Schema):
     @property
     def ranks(self) -> int:
         """Processes that train a training group together."""
-        return self.shards * self.replicas
+        return self.latent_shards * self.replicas
 
 
 class TrainConfig(Schema):
@@ -110,7 +112,7 @@ class TrainConfig(Schema):
     target_source: str | None = Field(default=None, exclude_if=lambda value: value is None)
     """The same of the target."""
     order: Literal["fixed", "any"] = "fixed"
-    """Of servers' chunks: fixed is the order of the shards, any takes what the servers have at hand and keeps a journal."""
+    """Of servers' chunks: fixed is the order of the shards, any takes what the servers have in memory and keeps a journal."""
     tls_roots: Path | None = None
     """Certificates to trust servers by, PEM."""
     saes: tuple[SaeConfig, ...] = Field(min_length=1)
@@ -139,8 +141,10 @@ class TrainConfig(Schema):
             )
         self._check_target()
         narrowest = min(config.width for config in self.saes)
-        if self.settings.shards > narrowest:
-            raise ValueError(f"settings.shards={self.settings.shards}: an SAE of width {narrowest} has not so many latents")
+        if self.settings.latent_shards > narrowest:
+            raise ValueError(
+                f"settings.latent_shards={self.settings.latent_shards}: an SAE of width {narrowest} has not so many latents"
+            )
         if self.num_tokens < self.settings.batch_rows:
             raise ValueError(f"num_tokens={self.num_tokens} is less than one batch of batch_rows={self.settings.batch_rows}")
         return self

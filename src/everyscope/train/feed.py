@@ -73,7 +73,7 @@ class Copier:
         self._next = 0
 
     def fetch(self, number: int) -> tuple[Sides, torch.cuda.Event]:
-        """A batch that is on its way to the device, and what tells that it is there."""
+        """A batch that is being copied to the device, and the event of its arrival."""
         at, self._next = self._next, (self._next + 1) % len(self._places)
         if before := self._copied[at]:
             before.synchronize()  # what is to be overwritten has left

@@ -1,7 +1,7 @@
 """Ranks on this host: one process each, watched together, and started again from the last checkpoint when one dies.
 
 An error that a rank reports would come again and ends them all. A rank that just dies, as a machine or an out-of-memory killer
-makes it, takes the others with it, for they wait for it; then all start anew.
+makes it, takes the others with it, for they wait for it; then all restart.
 """
 
 import multiprocessing
@@ -46,7 +46,7 @@ class RankInfo:
 
 
 Work = Callable[[Any, RankInfo, Callable[[int], None]], None]
-"""What a rank does: (config, seat, progress); progress is told the steps done in all. A module-level function."""
+"""What a rank does: (config, seat, progress); progress is called with the steps done in all. A module-level function."""
 
 
 def launch(
@@ -173,7 +173,7 @@ def _drain(pipes: list[Connection], reports: _RankReports) -> None:
 
 def _rank(work: Work, config: Any, rank_info: RankInfo, pipe: Connection, threads: int) -> None:
     """A rank's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; whoever started us decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; our parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
@@ -191,6 +191,6 @@ def _rank(work: Work, config: Any, rank_info: RankInfo, pipe: Connection, thread
 
 
 def _leave_with(sentinel: int) -> None:
-    """A rank must not outlive whoever started it: the next run would find two writers in one folder."""
+    """A rank must not outlive its parent: the next run would find two writers in one folder."""
     wait_for_any([sentinel])
     os._exit(1)

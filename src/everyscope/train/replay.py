@@ -28,7 +28,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """By CUDA graphs. Other threads may go on copying to the device meanwhile."""
+    """By CUDA graphs. Other threads may copy to the device meanwhile."""
 
     def record(self, function: Callable[..., Result], *arguments: Tensor) -> tuple[Callable[[], None], Result]:
         """Raises RuntimeError where something in `function` cannot be recorded."""

@@ -1,7 +1,7 @@
-"""Training a group of SAEs, from shards to folded SAEs; goes on from the last checkpoint and skips what is done.
+"""Training a group of SAEs, from shards to folded SAEs; resumes from the last checkpoint and skips finished SAEs.
 
-A training group whose settings ask for several processes is trained by that many on this host. On several hosts, whoever starts
-the processes calls `run_rank` in each.
+A training group whose settings ask for several processes is trained by that many on this host. On several hosts, each of
+the processes calls `run_rank`.
 """
 
 import math
@@ -50,9 +50,9 @@ Hook = Callable[[TrainingGroup, list[StepLosses]], None]
 
 
 TOLD_STEPS = 16
-"""Progress in rows is told of so many steps at once, so that telling costs less than the work [steps]."""
+"""Progress is reported after so many steps, so that reports cost less than the work [steps]."""
 STOP_STEPS = 8
-"""Ranks ask one another so often whether one was told to stop: to ask, they wait for their devices [steps]."""
+"""Interval at which ranks agree whether one was asked to stop, for which they wait for their devices [steps]."""
 
 
 def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: None) -> None:
@@ -108,7 +108,7 @@ def _as_rank(config: TrainConfig, rank_info: RankInfo, progress: Callable[[int],
         done += steps
         progress(done)
 
-    mesh = Mesh(config.settings.shards, config.settings.replicas, rank_info.rank)
+    mesh = Mesh(config.settings.latent_shards, config.settings.replicas, rank_info.rank)
     run_rank(config, ProcessGroup(mesh, file_store(rank_info.rendezvous, rank_info.ranks), device), hear, device)
 
 
@@ -270,7 +270,7 @@ def is_finished(config: TrainConfig) -> bool:
 
 @contextmanager
 def source_of(config: TrainConfig, rank: int = 0) -> Iterator[Source | Aligned]:
-    """The training group's activations; servers know it by training group, folder and rank, so that whoever resumes it takes its
+    """The training group's activations; servers know it by training group, folder and rank, so that a resumed run takes its
     place.
     """
     journal = config.out / f"group_{config.group_id}.journal" if config.order == "any" else None

@@ -32,7 +32,7 @@ class Spending:
             self.seconds[part] += time.perf_counter() - start
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time until each is there counted as rows."""
+        """The items, with the time until each arrives counted as rows."""
         iterator = iter(items)
         while True:
             with self.on("rows"):

@@ -183,7 +183,7 @@ class TrainingGroup:
         `read` gives one of the tensors of `names`, of which it takes the given range along the given axis.
         """
         for name, tensor in self.tensors().items():
-            if name in names or not name.startswith("engine."):  # another engine may go on, with a state of its own
+            if name in names or not name.startswith("engine."):  # another engine may resume, with a state of its own
                 tensor.copy_(read(name, *self.latents_of(name)))
         self._engine.refresh()
         self.num_steps_done = num_steps_done

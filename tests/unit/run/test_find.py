@@ -61,9 +61,9 @@ def test_each_site_and_budget_is_one_group_with_all_its_saes(tmp_path):
 def test_a_group_may_have_groups_of_its_own_on_several_devices(tmp_path):
     config = find_recipe("gemma_2_2b")
     *others, widest = config.groups
-    own = widest.model_copy(update={"saes_per_training_group": 4, "shards": 8})
+    own = widest.model_copy(update={"saes_per_training_group": 4, "latent_shards": 8})
     groups = config.model_copy(update={"groups": (*others, own)}).train_configs(tmp_path)
-    split = [group for group in groups if group.settings.shards == 8]
+    split = [group for group in groups if group.settings.latent_shards == 8]
     assert [len(group.saes) for group in split] == [4, 2] * 3
     assert {sae.width for group in split for sae in group.saes} == {2**20}
     usual = config.train_configs(tmp_path)

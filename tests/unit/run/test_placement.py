@@ -67,7 +67,7 @@ def test_no_group_that_could_be_divided_keeps_all_gpus_waiting(seed):
     cut = placed(groups, lambda one: 256, Devices(80 * GIB, 8, 32))
     total = sum(group_work(one, 256) * one.settings.ranks for one in cut)
     for one in cut:
-        narrow = one.saes[0].width // (2 * one.settings.shards) < 2**12
+        narrow = one.saes[0].width // (2 * one.settings.latent_shards) < 2**12
         assert group_work(one, 256) <= total / 32 or (len(one.saes) == 1 and (narrow or one.settings.ranks == 8))
 
 
@@ -104,7 +104,7 @@ def test_gemma_2_2b_on_eight_gpus_is_split_and_sharded_to_fit():
     assert all(bytes_of(one, stages.d_in(one)) <= H100.usable_bytes for one in stages.groups)
     widest = [one for one in stages.groups if one.saes[0].width == 2**20]
     assert {one.site.layer for one in widest} == {5, 12, 19}
-    assert {one.settings.shards for one in widest} == {2}
+    assert {one.settings.latent_shards for one in widest} == {2}
     changed = [one for one in stages.groups if one not in usual.groups]
     assert {one.site.layer for one in changed} == {5, 12, 19}  # layer 12 has the other wide ones too
 

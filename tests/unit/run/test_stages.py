@@ -52,7 +52,7 @@ def test_where_training_reads_from_servers_there_may_be_no_shards(tmp_path):
         ("--groups.0.widths 64 64", "groups: 2 SAEs named width_64_l0_12_seed_0"),
         ("--groups.0.num-tokens 5", "num_tokens=5 is less than one batch of batch_rows=256"),
         ("--groups.0.sparsity-coefficients 0.001", "both are given"),
-        ("--train.shards 4096", "settings.shards=4096: an SAE of width 512"),
+        ("--train.latent-shards 4096", "settings.latent_shards=4096: an SAE of width 512"),
         ("--train.replicas 3", "batch_rows=256 does not divide by replicas=3"),
         ("--groups.0.layers 4", "layers 0 to 3"),
         ("--preset.prefix-shares 0.0001 0.0002 1.0", "too narrow"),

@@ -145,7 +145,7 @@ def test_transcoders_take_a_second_side_of_each_batch_and_their_skips(precision)
 def test_shards_divide_what_stays_and_replicas_what_passes():
     sae = (SaeConfig(width=2**16, sparsity_coefficient=1.0),)
     one, halves, rows = (
-        group_bytes(sae, 512, TrainSettings(batch_rows=1024, **ranks)) for ranks in ({}, {"shards": 2}, {"replicas": 2})
+        group_bytes(sae, 512, TrainSettings(batch_rows=1024, **ranks)) for ranks in ({}, {"latent_shards": 2}, {"replicas": 2})
     )
     assert 0.5 * one <= halves <= 0.56 * one
     assert state_bytes(DevicePart(1, 512, 2**16)) < rows < one

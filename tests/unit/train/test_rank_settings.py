@@ -34,17 +34,17 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValidationError, match="does not divide by replicas=3"):
         group(tmp_path, replicas=3)
     with pytest.raises(ValidationError, match="an SAE of width 3 has not so many latents"):
-        group(tmp_path, shards=4)
+        group(tmp_path, latent_shards=4)
     with pytest.raises(ValidationError, match="choose cpu or cuda"):
-        group(tmp_path, shards=2, device="mps")
-    fields = group(tmp_path, shards=2).model_dump() | {"source": "flight://127.0.0.1:1/mlp_out/layer_0", "order": "any"}
+        group(tmp_path, latent_shards=2, device="mps")
+    fields = group(tmp_path, latent_shards=2).model_dump() | {"source": "flight://127.0.0.1:1/mlp_out/layer_0", "order": "any"}
     with pytest.raises(ValidationError, match="each would take other rows"):
         TrainConfig(**fields)
-    assert group(tmp_path, shards=3, replicas=2).settings.ranks == 6
+    assert group(tmp_path, latent_shards=3, replicas=2).settings.ranks == 6
 
 
 def test_how_many_train_is_no_part_of_what_is_trained(tmp_path):
-    assert group(tmp_path, shards=3, replicas=2).group_id == group(tmp_path).group_id
+    assert group(tmp_path, latent_shards=3, replicas=2).group_id == group(tmp_path).group_id
 
 
 def test_one_process_loads_no_launcher():

@@ -1,7 +1,7 @@
 """Where the buckets of a live harvest begin and end, found by reading the text once ahead, through the tokenizer alone.
 
-It is kept in `live.json`, with a checksum of every bucket's tokens: a server that starts anew goes on at once, and a changed text
-is noticed before other rows go by the old names. A file that is damaged, or of another harvest, is made anew.
+It is kept in `live.json`, with a checksum of every bucket's tokens: a server that restarts serves at once, and a changed text
+is noticed before other rows go by the old names. A file that is damaged, or of another harvest, is made again.
 """
 
 from contextlib import suppress

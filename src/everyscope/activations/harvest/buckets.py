@@ -87,7 +87,7 @@ def read_buckets(
     for block in blocks if place.rows < config.num_tokens else ():
         counted = int(block.mask.sum())
         if not has_room(HarvestPosition(place.bucket + 1, place.blocks + len(gathered) + 1, place.rows + rows + counted)):
-            while gathered and not gathered[-1].mask.any():  # what fills no row shall not tell where the room ended
+            while gathered and not gathered[-1].mask.any():  # what fills no row must not show where the room ended
                 gathered.pop()
             break
         gathered.append(block)

@@ -44,7 +44,7 @@ class HarvestConfig(Schema):
     """Memory for shuffling. Shards of a bucket that take more together are shuffled on disk by pieces, to the same bytes
     [bytes]."""
     repair: bool = False
-    """Read all that is there first, and write anew whatever differs from its checksum."""
+    """Verify all existing shards first and rewrite those that differ from their checksum."""
     out: Path
     """The folder that gets one folder per site, and `tokens`."""
 

@@ -1,6 +1,6 @@
 """What lies in the folder of a harvest, and what of it can be kept: the whole memory of an interrupted run.
 
-    harvest.json             the config that owns the folder, and where earlier harvests ended that it goes on from
+    harvest.json             the config that owns the folder, and where the harvests that it continues ended
     tokens/                  the blocks of token ids, written last in every bucket
     <site>/layer_<L>/        shards, statistics and manifest of one site
 
@@ -55,7 +55,7 @@ class HarvestFolder:
         self._earlier: dict[str, str] = {}
         self._is_growing = False
         self.unsealed: dict[str, str] = {}
-        """By folder name, the identities of those whose shards are being written anew."""
+        """By folder name, the identities of those whose shards are being rewritten."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -79,7 +79,7 @@ class HarvestFolder:
         return folder.relative_to(self.path).as_posix()
 
     def parents(self, folder: Path) -> dict[str, str]:
-        """What a manifest says of its parents; `earlier` is the identity that the folder had before the harvest went on."""
+        """What a manifest says of its parents; `earlier` is the identity that the folder had before the harvest was extended."""
         earlier = self._earlier.get(self.name(folder))
         text = {} if self.config.text.source in GIVEN else self._text  # the library's is that of the machine: harvest.json has it
         return self._parents | text | ({"earlier": earlier} if earlier else {})
@@ -125,7 +125,7 @@ class HarvestFolder:
         return held is not None and not self._is_growing and self._is_sealed(_sealed_config(held))
 
     def adds_nothing(self, end: HarvestPosition) -> bool:
-        """Whether a harvest that went on from a sealed folder has found nothing to put behind it."""
+        """Whether a harvest that extends a sealed folder has found nothing to add."""
         return self._is_growing and end.rows == self.stops[-1]
 
     def is_sealed(self, folder: Path) -> bool:
@@ -133,7 +133,7 @@ class HarvestFolder:
         return _is_sealed(folder, self.sealed_config)
 
     def unseal(self, folder: Path, bucket: int) -> None:
-        """Take away the manifest that names the shard of `bucket`, which is about to be written anew."""
+        """Remove the manifest that names the shard of `bucket`, which is about to be rewritten."""
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             if bucket < len(manifest.shards):
@@ -193,7 +193,7 @@ class HarvestFolder:
                     path.unlink()
 
     def num_bytes(self, widths: dict[Site, int]) -> int:
-        """Disk that is still needed, at most [bytes]: what the whole harvest takes less what is there already."""
+        """Disk that is still needed, at most [bytes]: the harvest's size less what is on disk already."""
         config = self.config
         buckets = -(-config.num_tokens // config.bucket_rows) + len(self.stops)
         blocks = 2 * config.num_tokens // (config.text.context - 1) + buckets  # twice, for BOS, EOS, prefixes and padding
@@ -224,7 +224,7 @@ class HarvestFolder:
 
     @cached_property
     def _text(self) -> dict[str, str]:
-        """The identity of the text, if it is there."""
+        """The identity of the text, if it is known."""
         identity = text_identity(self.config.text)
         return {} if identity is None else {"text": identity}
 

@@ -48,7 +48,7 @@ class ImportResult:
 
 
 def import_array(config: ImportConfig) -> ImportResult:
-    """Import what is not there yet; goes on where it was interrupted, at the border of a pass.
+    """Import what is missing; resumes at the border of the pass in which it was interrupted.
 
     DataError and ShapeMismatch where the source is no table of activations; ConfigError where `out` holds something else;
     StorageError where it cannot be written, or the disk is too small; NonFinite, naming sequence and position.

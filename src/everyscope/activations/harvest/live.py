@@ -34,7 +34,7 @@ class LiveHarvest:
         identity: str | None = None,
         open_handle: Callable[[HarvestConfig], ModelHandle] = open_handle,
     ) -> None:
-        """Read the text ahead, if no file in `config.out` tells where buckets end. Raises what `harvest.run` does before it runs.
+        """Read the text ahead, if no file in `config.out` says where buckets end. Raises what `harvest.run` does before it runs.
 
         `identity` is the model's; None takes its fingerprint. ConfigError for a partition: slices are the server's matter.
         """
@@ -100,10 +100,10 @@ class LiveHarvest:
         return self._handle.open()
 
     def _bucket(self, number: int) -> Bucket:
-        """The text of a bucket; going on from the one before is quick, jumping skips through the documents."""
+        """The text of a bucket; the next one is quick to read, a jump skips through the documents."""
         if number != self._next:
             self._coming = read_buckets(self.config, self._handle.tokenizer, self._places[number])
-        self._next = -1  # until we know that reading can go on from here
+        self._next = -1  # until we know that reading can continue here
         bucket = next(self._coming, None)
         if bucket is None or record_of(bucket) != self._bucket_index.buckets[number]:
             raise changed_text(self.config)

@@ -30,7 +30,7 @@ def gate(folder: Path) -> Iterator[None]:
     with storage_errors(folder):
         descriptor = _open(path)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        while not _is_at(descriptor, path):  # whoever held it deleted it
+        while not _is_at(descriptor, path):  # its holder deleted it
             os.close(descriptor)
             descriptor = _open(path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -47,7 +47,7 @@ def writing(
 ) -> Iterator[None]:
     """Write one partition; StorageError where another process writes it, or cuts the folder otherwise, or has another purpose.
 
-    `admit` is called at the gate, before anything is written, and told whether others are writing; `leave` at the gate, on the
+    `admit` is called at the gate, before anything is written, and learns whether others are writing; `leave` at the gate, on the
     way out, if nobody else is left.
     """
     with gate(folder):

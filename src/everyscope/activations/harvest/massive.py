@@ -1,4 +1,4 @@
-"""What a harvest tells of massive rows: few, large, and the first thing to know of a site's activations."""
+"""What a harvest reports of massive rows: few, large, and the first thing to know of a site's activations."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from everyscope.activations.shards.statistics import Statistics
 from everyscope.base.progress import say
 
 WORTH_TELLING = 0.01
-"""Share of the sum of squares from which on massive rows are told of [1]."""
+"""Share of the sum of squares from which on massive rows are reported [1]."""
 SHOWN = 3
 """Different tokens, and positions, that a line names at most."""
 

@@ -1,4 +1,4 @@
-"""Finding what differs from its checksum, and taking it away: a harvest then writes just that anew."""
+"""Finding and removing what differs from its checksum: a harvest then rewrites just that."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

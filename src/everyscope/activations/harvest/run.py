@@ -3,7 +3,7 @@
 Bucket by bucket; one goes to the disk while the model fills the next. A bucket's shards are committed one by one and its tokens
 last, so after a kill at any moment the same command finds the first bucket that lacks something, reads its text again, and
 writes just what it lacks, to the same bits.
-Several processes may each write a partition of the buckets; the folder is sealed by whoever finds that nothing is missing.
+Several processes may each write a partition of the buckets; the folder is sealed by the process that finds nothing missing.
 """
 
 import shutil
@@ -40,7 +40,7 @@ class HarvestResult:
     tokens: Path
     """Where the blocks of token ids lie."""
     num_rows: int
-    """Rows per site, once every partition is there [rows]."""
+    """Rows per site, once every partition is finished [rows]."""
     tokens_seen: int
     """Tokens that the model has read, those that became no row included [tokens]."""
     is_sealed: bool = True
@@ -50,7 +50,7 @@ class HarvestResult:
 
 
 def run(config: HarvestConfig, progress: Callable[[int], None] = lambda rows: None) -> HarvestResult:
-    """Harvest what is not there yet. Where all is there, nothing is loaded. `progress` hears of rows of the partition.
+    """Harvest what is missing. Where nothing is, no model is loaded. `progress` is called with rows of the partition.
 
     ConfigError where `out` holds another harvest, a site does not exist or the context is too long; ModelError; TextError;
     StorageError where the folder cannot be written, another process writes the same of it, or the disk or `max_bytes` is too

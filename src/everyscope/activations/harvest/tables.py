@@ -36,7 +36,7 @@ class ActivationTable:
     """Activations to import."""
 
     num_sequences: int
-    """Sequences, or rows where there is no more to tell of them [sequences]."""
+    """Sequences, or rows where sequences are unknown [sequences]."""
     positions: int
     """Positions of each sequence [tokens]."""
     d_in: int
@@ -139,7 +139,7 @@ def _stream(path: Path) -> Any:
 def _column(path: Path, batch: Any, name: str) -> np.ndarray:
     """The column of nested lists as a window on the mapped file, [sequences, positions, d_in]."""
     column, lengths = batch.column(name), []
-    if isinstance(column, pa.ExtensionArray):  # `datasets` has been imported, and told Arrow of its Array2D
+    if isinstance(column, pa.ExtensionArray):  # `datasets` has been imported and has registered its Array2D with Arrow
         column = column.storage
     while pa.types.is_nested(column.type) and hasattr(column, "flatten"):
         found = column.value_lengths().unique().to_pylist()

@@ -1,4 +1,4 @@
-"""The ring at work: threads, clocks and memory around its rules.
+"""The ring in operation: threads, clocks and memory around its rules.
 
 Requests wait here for their chunks. One thread drives the ring; others read. A chunk that is on its way to a trainer is held by
 the `InFlightChunk` that Arrow keeps alive until the last byte is handed to the network, or the call ends: when it dies the ring
@@ -112,7 +112,7 @@ class Buffer:
             self._ring.counters.refused(reason)
 
     def drain(self) -> None:
-        """Turn down everything new; what is under way goes on."""
+        """Refuse new requests; those under way continue."""
         with self._changed:
             self._is_draining = True
             self._changed.notify_all()
@@ -137,7 +137,7 @@ class Buffer:
                 if item is None:
                     return
                 sent.append(item)
-                while True:  # all that are there: one step serves them together
+                while True:  # all waiting requests: one step serves them together
                     item = self._sent.get_nowait()
                     if item is None:
                         return
@@ -164,7 +164,7 @@ class Buffer:
     def _load(self, key: ChunkKey) -> None:
         try:
             arrays = {member: (rows, checksum(rows)) for member, rows in self._origin.read(key).items()}
-        except Exception as error:  # whatever it is, those who wait must hear of it, and the server must go on
+        except Exception as error:  # whatever it is, the readers that wait must get it, and the server must keep running
             message = str(error) if isinstance(error, EveryscopeError) else f"{type(error).__name__}: {first_line(error)}"
             with self._changed:
                 for wait in self._ring.failed(key):

@@ -28,7 +28,7 @@ class ServeConfig(Schema):
     hold_seconds: float = Field(default=0.0, ge=0)
     """How long a trainer that has asked for nothing new may keep what it will want soon from being replaced; 0 for never [s]."""
     wait_seconds: float = Field(default=5.0, gt=0)
-    """A request whose chunk is not there by then is told to ask again [s]."""
+    """A request whose chunk is not ready by then gets the answer to ask again [s]."""
     read_threads: int = Field(default=1, ge=1, le=64)
     """Chunks read from disk at the same time."""
     offer_files: bool = True

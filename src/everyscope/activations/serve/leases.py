@@ -34,7 +34,7 @@ class ChunkKey(NamedTuple):
 
 @dataclass
 class Lease:
-    """One trainer at one site. In any order `seen` tells what it had; in fixed order `place` is the chunk it will want next."""
+    """One trainer at one site. In any order `seen` holds what it had; in fixed order `place` is the chunk it will want next."""
 
     id: str
     trainer: str

@@ -2,8 +2,8 @@
 
 A model gives all sites, and a whole shuffled bucket of rows, in one go; so a group is what a bucket completes, at all sites. The
 ring keeps what of it a trainer may still want (`hold_seconds`), and asks for the next bucket only when someone waits for it: the
-model runs as fast as trainers consume. A bucket that nobody holds any more, because a laggard comes late or an epoch begins
-anew, is made again, to the same bits. Beside the ring's buffer, memory holds the last bucket that was made, at all sites.
+model runs as fast as trainers consume. A bucket that was dropped and is asked for again, by a laggard or in the next
+epoch, is computed again, to the same bits. Beside the ring's buffer, memory holds the last bucket that was made, at all sites.
 """
 
 import threading
@@ -90,7 +90,7 @@ class LiveOrigin:
         return tuple(ChunkKey(site, chunk) for chunk in self._ending_in(self._ends_in(key.chunk)) for site in self.sites)
 
     def read(self, key: ChunkKey) -> Mapping[ChunkKey, np.ndarray]:
-        """Make the group's rows; the buckets before are made too where their last rows are needed and are not at hand."""
+        """Make the group's rows; the buckets before are made too where their last rows are needed and not in memory."""
         with self._lock:
             bucket = self._ends_in(key.chunk)
             chunks = self._ending_in(bucket)
@@ -130,7 +130,7 @@ class LiveOrigin:
         return range(max(first // rows, self._held.start), min(stop, self._held.stop))
 
     def _made(self, bucket: int) -> Mapping[str, np.ndarray]:
-        """The rows of a bucket. The last one made is at hand: for a chunk that goes on in the next, and for a site whose
+        """The rows of a bucket. The last one made is kept: for a chunk that continues in the next, and for a site whose
         first trainer comes a little later.
         """
         if self._last[0] != bucket:

@@ -54,7 +54,7 @@ class Origin(Protocol):
         """The rows of `group(key)`: arrays [rows, d_in] in the carrier type, which stay as they are.
 
         A chunk's rows are a function of its key, however often and in whatever order chunks are read. Jumping may be dear, so the
-        server goes forward where it has the choice. Any EveryscopeError is told to those who wait.
+        server goes forward where it has the choice. Any EveryscopeError is raised in the readers that wait.
         """
         ...
 

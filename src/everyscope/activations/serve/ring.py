@@ -5,7 +5,7 @@ and so the buffer fills ahead of the fastest of them, while nothing is read on s
 to a trainer. What is replaced is the oldest chunk that is not pinned, those first that no trainer will want soon.
 
 Why nobody starves: there are fewer leases than slots, and no lease pins more than its share of all slots but one. So a slot can
-always be had, and requests are looked at in the order in which they came. (A share shrinks when others come; what a stalled
+always be freed, and requests are served in the order in which they came. (A share shrinks when others come; what a stalled
 trainer has pinned beyond it ends with the deadlines of its calls.)
 
 `hold_seconds` lets laggards hold the others back: a chunk that a lease will want soon is not replaced until that lease has been
@@ -49,7 +49,7 @@ class _Wait:
 
 @dataclass(frozen=True)
 class Grant:
-    """A chunk for a request; it stays pinned until `Ring.sent` is told of it."""
+    """A chunk for a request; it stays pinned until `Ring.sent` is called with it."""
 
     wait: int
     key: ChunkKey
@@ -57,7 +57,7 @@ class Grant:
 
 @dataclass
 class Decision:
-    """What whoever drives the ring must do now."""
+    """What the ring's driver must do now."""
 
     grants: list[Grant] = field(default_factory=list)
     """Hand these over."""
@@ -209,7 +209,7 @@ class Ring:
 
     @property
     def num_held(self) -> int:
-        """Slots in use: chunks that are there or coming [chunks]."""
+        """Slots in use: chunks held or being read [chunks]."""
         return len(self._entries) + sum(len(keys) for keys in self._loading.values())
 
     def report(self) -> dict[str, int]:

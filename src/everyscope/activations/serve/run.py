@@ -48,7 +48,7 @@ def serve(config: ServeConfig, origin: Origin) -> None:
 
 
 class Serving:
-    """A server at work."""
+    """A running server."""
 
     def __init__(self, flight: ActivationServer, buffer: Buffer, location: str, log: Callable[..., None], drain: float) -> None:
         """Made by `serving`."""

@@ -1,7 +1,7 @@
 """Blocks from elsewhere, kept on this machine's disk: one file a block, by the checksum of its shard.
 
-Whoever reads a block checks it, so a file that was torn by a crash, or that somebody changed, is no danger: it is deleted and
-fetched anew. Several processes may share a folder. Nothing here must succeed: where the disk is full, blocks are not kept.
+Blocks are checked when read, so a file torn by a crash or changed by somebody is no danger: it is deleted and
+fetched again. Several processes may share a folder. Nothing here must succeed: where the disk is full, blocks are not kept.
 """
 
 import os

@@ -5,7 +5,7 @@
     statistics.json           figures over all shards
     manifest.json             written last, with its own identity: a folder that has it is whole
 
-The shards that a manifest names never change again. A harvest that goes on behind them replaces the manifest at one stroke, and
+The shards that a manifest names never change again. A harvest that extends them replaces the manifest atomically, and
 who has opened the old one reads on. No record holds a time or a host, so that the same harvest gives the same bytes wherever
 and however often it was interrupted.
 
@@ -60,7 +60,7 @@ class ShardRecord(Schema):
     xxh3: tuple[str, ...]
     """xxh3 of each block of 4 MiB of the file, in hexadecimal."""
     after: dict[str, int]
-    """The place in the text behind this shard, as its writer counts: all that is needed to go on."""
+    """The place in the text behind this shard, as its writer counts: all that is needed to resume."""
     statistics: SumsRecord | None
     """Sums over the rows; tokens have none."""
 
@@ -103,7 +103,7 @@ class Manifest(Schema):
     config: dict[str, Any]
     """The resolved config of the stage that wrote it."""
     parents: dict[str, str]
-    """Identities of what it was made from; `earlier` is the folder's own before a harvest went on behind it."""
+    """Identities of what it was made from; `earlier` is the folder's own before a harvest extended it."""
     statistics_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)
     """SHA-256 of statistics.json; None for tokens."""
 
@@ -128,7 +128,7 @@ def sidecar_path(shard: Path) -> Path:
 
 
 def parse_sidecar(data: bytes, entry: ShardEntry, manifest: Manifest, name: Path | str) -> ShardRecord:
-    """The sidecar that a manifest's entry tells of; DamagedData where these bytes are another."""
+    """The sidecar that a manifest's entry names; DamagedData where these bytes are another."""
     if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
         raise DamagedData(f"{name}: differs from its checksum in {MANIFEST}; {REMEDY}")
     record = _validated(ShardRecord, parse_json(data, name), name)

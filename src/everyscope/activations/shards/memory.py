@@ -35,7 +35,7 @@ class RecycledMemory:
         else:
             self._pieces = [(piece, window) for piece, window in self._pieces if window() is not None]
             piece = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Views of an array over an mmap hold that array itself, and not what is below it: so one reference tells of all.
+        # Views of an array over an mmap hold that array itself, and not what is below it: so one reference counts for all.
         window = np.frombuffer(piece, np.uint8, num_bytes)
         self._pieces.append((piece, weakref.ref(window)))
         return window

@@ -31,7 +31,7 @@ TAIL_BINS = 12
 NUM_LARGEST = 16
 """Rows of the largest norms whose places are kept [rows]."""
 COLUMNS = 3
-"""Numbers that tell of one bin, or of one row."""
+"""Numbers that describe one bin, or one row."""
 
 
 def bins_of(squared_norms: Float64[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:

@@ -50,7 +50,7 @@ class Folder(Protocol):
         ...
 
     def open(self, record: ShardRecord) -> OpenShard:
-        """The shard that a sidecar tells of; DamagedData where it is missing or is not that."""
+        """The shard that a sidecar describes; DamagedData where it is missing or is not that."""
         ...
 
 

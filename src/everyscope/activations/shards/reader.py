@@ -152,7 +152,7 @@ class ShardFiles:
         try:
             self._shard(shard)[0].fetch(block)
         except EveryscopeError:
-            return  # whoever reads the block meets the same error, and can tell it
+            return  # the block's reader meets the same error and can report it
 
 
 class Shards:
@@ -256,7 +256,7 @@ def open_shards(location: str | Path) -> Shards:
     """The shards of a site, by path or by address: s3://, gs://, http(s)://, memory:// and whatever else fsspec knows.
 
     DataError where the folder has not been finished; MissingExtra for an address whose package is not installed; StorageError,
-    after some patience, where it does not answer.
+    after a time limit, where it does not answer.
     """
     return Shards(shard_folder(location))
 

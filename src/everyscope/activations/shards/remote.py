@@ -29,7 +29,7 @@ def is_address(location: str) -> bool:
 
 
 def remote_folder(address: str) -> "RemoteFolder":
-    """The folder at `address`, with the user's cache and the usual patience. MissingExtra, ConfigError."""
+    """The folder at `address`, with the user's cache and the default time limits. MissingExtra, ConfigError."""
     return RemoteFolder(address, transport_of(address), BlockCache(default_cache_folder()), Patience())
 
 
@@ -47,15 +47,15 @@ class RemoteFolder:
         self._lock = threading.Lock()
 
     def is_near(self, file: str, block: int) -> bool:
-        """False: whoever fetches looks first into memory and cache."""
+        """False: a fetch looks first into memory and cache."""
         return False
 
     def read(self, file: str) -> bytes:
-        """All of a small file; DataError where there is none, StorageError where it cannot be had."""
+        """All of a small file; DataError where there is none, StorageError where it cannot be read."""
         return self._asked(file, 0, None)
 
     def open(self, record: ShardRecord) -> "RemoteShard":
-        """The shard that a sidecar tells of. Nothing is fetched before it is read."""
+        """The shard that a sidecar describes. Nothing is fetched before it is read."""
         return RemoteShard(self, record)
 
     def block(self, record: ShardRecord, index: int) -> UInt8[np.ndarray, " bytes"]:

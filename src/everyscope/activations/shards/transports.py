@@ -1,6 +1,6 @@
 """Ranges of bytes from elsewhere: http(s) by httpx2, everything else by fsspec; and the patience to ask again.
 
-A transport makes one attempt. It raises FileNotFoundError and PermissionError, which waiting does not mend, and OSError for
+A transport makes one attempt. It raises FileNotFoundError and PermissionError, which waiting does not cure, and OSError for
 whatever may go better the next time. Our own errors pass through: they say what is wrong with the server for good.
 """
 

@@ -1,11 +1,11 @@
 """Writing one shard: rows arrive in reading order and go to their shuffled places.
 
 The file stands under its own name, and its sidecar beside it, only after the `with` block has ended well; an error inside
-leaves neither. A kill leaves at most `*.partial`, or a shard without sidecar, which the next run writes anew.
+leaves neither. A kill leaves at most `*.partial`, or a shard without sidecar, which the next run rewrites.
 
 A shard that fits in memory is put together there, each row straight at its place, and written at the end: to write through a
 map costs a page fault for every 4 KiB. One that does not fit is mapped, and cut into segments, whose rows are appended in the
-order in which they come, so that the disk sees a few streams; when all are there, each segment in turn is put in order in
+order in which they come, so that the disk sees a few streams; when all have come, each segment in turn is put in order in
 memory and written back. The bytes are the same either way. Memory: the shard; or a segment, a copy of it, and 24 bytes a row,
 besides the map, which the system may write back whenever it likes.
 """

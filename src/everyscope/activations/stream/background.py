@@ -16,7 +16,7 @@ def in_background(function: Callable[Arguments, Result], *args: Arguments.args, 
     def work() -> None:
         try:
             future.set_result(function(*args, **kwargs))
-        except BaseException as error:  # it belongs to whoever asks for the result
+        except BaseException as error:  # raised where the result is read
             future.set_exception(error)
 
     threading.Thread(target=work, name=function.__name__, daemon=True).start()

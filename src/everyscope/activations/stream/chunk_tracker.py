@@ -30,7 +30,7 @@ class ChunkTracker:
     """One trainer's account of a site: taken chunks are in the journal, arrived ones wait to be taken."""
 
     def __init__(self, chunks: Chunks, taken: Sequence[int]) -> None:
-        """Go on behind the chunks `taken` so far, over all epochs."""
+        """Continue after the chunks `taken` so far, over all epochs."""
         self._chunks = chunks
         self.num_taken = len(taken)
         self._numbers = 0

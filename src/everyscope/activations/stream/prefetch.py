@@ -38,7 +38,7 @@ class Sequence(Protocol):
         ...
 
     def keep(self, first: int, last: int) -> None:
-        """Of what is at hand only `first` to `last`, and what was asked for behind them, is needed again soon."""
+        """Of what is held only `first` to `last`, and what was asked for behind them, is needed again soon."""
         ...
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class JournalledSequence:
         self, chunks: Chunks, journal: Journal, tracker: ChunkTracker, lock: threading.Lock, certain: Certain, any_of: Any,
         ahead: int, deadline: float, seed: int,
     ) -> None:  # fmt: skip
-        """`tracker` goes on where `journal` ends, under `lock`; silence of all servers for `deadline` is an error [s]."""
+        """`tracker` continues where `journal` ends, under `lock`; silence of all servers for `deadline` is an error [s]."""
         self._chunks, self._journal, self._tracker = chunks, journal, tracker
         self._certain, self._any_of, self._ahead = certain, any_of, ahead
         self._deadline, self._seed = deadline, seed
@@ -185,7 +185,7 @@ class JournalledSequence:
                     self._trouble = error
                     self._not_before[request.slice] = time.monotonic() + self._pauses[request.slice].next()
                 break
-            except Exception as error:  # in this thread nobody would see it: whoever waits for a chunk raises it
+            except Exception as error:  # unseen in this thread: the reader that waits for a chunk raises it
                 self._fatal = error
                 break
             else:

@@ -144,7 +144,7 @@ class SliceServers:
             try:
                 link.renew()
             except (Unreachable, NotYet, EveryscopeError):
-                continue  # whoever needs the server next meets the same error and can say what it was for
+                continue  # the next request to the server meets the same error and can say what it was for
 
     def close(self) -> None:
         """Give leases back and hang up."""

@@ -21,7 +21,7 @@ class Source(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """Distinct rows; batches beyond them begin anew [rows]."""
+        """Distinct rows; batches beyond them start over [rows]."""
         ...
 
     @property

@@ -1,5 +1,5 @@
 // Zooming a Pareto plot. The server drew it and says its axes in data-x and data-y: low, high, first pixel, last pixel, kind.
-// Points keep their size; lines are stretched with strokes of equal width; ticks are drawn anew.
+// Points keep their size; lines are stretched with strokes of equal width; ticks are redrawn.
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";

@@ -12,7 +12,7 @@ from everyscope.browse.views.sae import numbers
 SHOWN = 40
 """Matched latents listed [latents]."""
 THRESHOLDS = (0.9, 0.7, 0.5)
-"""Cosines above which the share of matched latents is told."""
+"""Cosines above which the share of matched latents is shown."""
 
 
 def compare_view(index: Index, links: Links, one: SaeFacts | None, other: SaeFacts | None) -> dict[str, Any]:

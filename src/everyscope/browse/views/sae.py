@@ -52,7 +52,7 @@ COLUMNS = (
     ("max_activation", "Max", "", "Highest activation seen"),
     ("mean_activation", "Mean", "", "Mean activation while it fires"),
     ("entropy", "Entropy", "", "Entropy of the tokens on which it fires [nats]"),
-    ("predictability", "Token", "", "How well the current token alone tells whether it fires, 0.5 is guessing"),
+    ("predictability", "Token", "", "How well the current token alone predicts whether it fires; 0.5 is chance"),
     ("nearest", "Nearest", "", "Highest cosine with another decoder row of this SAE"),
     ("detection", "Detection", "", "Balanced accuracy of the label in telling where it fires, 0.5 is guessing"),
     ("fuzzing", "Fuzzing", "", "Balanced accuracy of the label in telling marked tokens right from wrong, 0.5 is guessing"),

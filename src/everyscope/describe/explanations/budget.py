@@ -47,7 +47,7 @@ def questions_per_latent(endpoint: EndpointConfig) -> int:
 
 
 def quote(endpoint: EndpointConfig, num_saes: int, window_bytes: float, num_paid: int) -> Quote:
-    """The cost of labelling and judging in `num_saes` SAEs, less `num_paid` answers that are there already.
+    """The cost of labelling and judging in `num_saes` SAEs, less `num_paid` answers that were paid before.
 
     `window_bytes` is the mean length of a window [bytes].
     """

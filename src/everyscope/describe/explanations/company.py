@@ -1,7 +1,7 @@
 """What words have in common by the company they keep: classes of use, of meaning, and topics, found in the training text itself.
 
 A word's vector is made of the words beside it: positive pointwise mutual information with the commonest words, reduced by its
-principal directions. Words beside one another at once tell how a word is used, words some places off what a text is about. Groups
+principal directions. Adjacent words show how a word is used, words some places off what a text is about. Groups
 are by k-means on the sphere. All is decided by training text and seed; held-out text is looked up. A group is named by its
 commonest words (of use, of meaning) or by the words nearest its centre (topics).
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from everyscope.describe.explanations.units import NOWHERE, Units
 
 MIN_COUNT = 5
-"""Occurrences below which a word has no company to speak of [units]."""
+"""Occurrences below which a word's company is not counted [units]."""
 CONTEXTS, DIMENSIONS = 600, 64
 """Commonest units that company is counted with, and principal directions kept."""
 NEAR, FAR = 1, 8

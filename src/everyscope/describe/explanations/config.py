@@ -109,7 +109,7 @@ class ExplainConfig(Schema):
     bootstrap_draws: int = Field(default=200, gt=0)
     """Resamplings of the held-out documents behind each interval [1]."""
     syntax: Syntax | None = None
-    """The language whose syntax labels may speak of; None: python for the standard library, plain for any other text."""
+    """The language whose syntax labels may refer to; None: python for the standard library, plain for any other text."""
     endpoint: EndpointConfig | None = None
     """The language model that labels a sample of the latents; None: offline labels alone."""
     share: tuple[int, int] = (0, 1)

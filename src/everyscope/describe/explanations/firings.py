@@ -54,7 +54,7 @@ def firings_of_pairs(
 def collect_firings(
     model: Any, saes: Sequence[tuple[Site, Sae, float]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
 ) -> list[Firings]:
-    """The firings of each SAE over all counting tokens; `done` is told of blocks passed. The SAEs lie on the model's device.
+    """The firings of each SAE over all counting tokens; `done` is called with blocks passed. The SAEs lie on the model's device.
 
     On rows whose norm is above an SAE's limit it has no firings: it was not trained on them, and all its latents fire there.
     """

@@ -56,12 +56,12 @@ class Judged:
 
 
 class Judge:
-    """One language model at work on one SAE."""
+    """One language model that labels one SAE."""
 
     def __init__(
         self, ground: Ground, config: EndpointConfig, endpoint: Endpoint, replies: Replies, done: Callable[[int], None]
     ) -> None:
-        """`done` is told of answers."""
+        """`done` is called with answers."""
         self._ground, self._config, self._endpoint, self._replies, self._done = ground, config, endpoint, replies, done
         self._num_unparsed = self._num_asked = 0
 

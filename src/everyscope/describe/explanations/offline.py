@@ -75,7 +75,7 @@ class Labelled:
 
 
 def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) -> list[Labelled]:
-    """A label for each latent that fires on training or held-out text; `done` is told of latents passed."""
+    """A label for each latent that fires on training or held-out text; `done` is called with latents passed."""
     found = []
     for latent in range(firings.d_sae):
         tokens, activations = firings.of(latent)

@@ -81,7 +81,7 @@ def run(config: ExplainConfig) -> ExplainResult:
 
 
 def run_share(config: ExplainConfig, progress: Callable[[int], None]) -> None:
-    """One of the jobs that share an explanation without a language model; `progress` is told of latents."""
+    """One of the jobs that share an explanation without a language model; `progress` is called with latents."""
     quiet_transformers()
     pending = [target for target in find_targets(config) if not target.is_explained]
     if pending:
@@ -127,7 +127,7 @@ def _quote(ground: Ground, targets: Sequence[ExplainTarget]) -> Quote | None:
 def _explain(
     ground: Ground, targets: Sequence[ExplainTarget], endpoint: Endpoint | None, progress: Callable[[int], None] | None = None
 ) -> None:
-    """All SAEs, a group at a time; `progress` is told of latents in place of a bar."""
+    """All SAEs, a group at a time; `progress` is called with latents in place of a bar."""
     config = ground.config
     model = load_language_model(config.model).model
     device = torch.device(config.model.device)
@@ -146,13 +146,13 @@ def _explain(
 def explain_sae(
     ground: Ground, target: ExplainTarget, firings: Firings, endpoint: Endpoint | None, done: Callable[[int], None]
 ) -> None:
-    """Label and score the latents of one SAE and write its files; `done` is told of latents."""
+    """Label and score the latents of one SAE and write its files; `done` is called with latents."""
     offline = score_labels(ground, firings, learn_labels(ground, firings, done))
     facts: dict[str, Any] = {"identity": target.identity, **_facts(ground)}
     if target.endpoint is None:
         write_explanations(target.file, offline, facts)
         return
-    assert endpoint is not None, f"{target.name} is to be asked about, and nobody is there to ask"
+    assert endpoint is not None, f"{target.name} is to be labelled by an endpoint, and none is configured"
     replies = Replies(target.out)
     try:
         total = target.endpoint.num_latents * questions_per_latent(target.endpoint)

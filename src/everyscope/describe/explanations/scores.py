@@ -1,8 +1,8 @@
 """Balanced accuracy with an interval over documents.
 
 Detection: is the latent active in this window? Fuzzing: are the marked tokens of this active window the ones on which it fires?
-Balanced accuracy is the mean of the share of true cases that are called true and of false cases that are called false: whoever
-gives the same answer to all gets 0.5, however many of either there are.
+Balanced accuracy is the mean of the share of true cases that are called true and of false cases that are called false: the same
+answer to all gives 0.5, however many of either there are.
 """
 
 from dataclasses import dataclass

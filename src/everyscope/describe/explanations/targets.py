@@ -55,7 +55,7 @@ class ExplainTarget:
 
     @property
     def is_explained(self) -> bool:
-        """True where exactly these explanations are there."""
+        """True where exactly these explanations exist."""
         return explanation_facts(self.file).get("identity") == self.identity
 
 

@@ -112,12 +112,12 @@ class SubsetsConfig(VariantsConfig):
         names = [subset.name for subset in self.subsets]
         doubled = next((name for name in names if names.count(name) > 1), None)
         if doubled is not None:
-            raise ValueError(f"subsets: {doubled!r} is there twice; give each corpus a name of its own")
+            raise ValueError(f"subsets: {doubled!r} is named twice; give each corpus a name of its own")
         return self
 
 
 def built_in_subsets(text: TextConfig) -> tuple[Subset, ...]:
-    """Corpora that are there on every machine, in blocks as those of `text`."""
+    """Corpora that every machine has, in blocks as those of `text`."""
 
     def subset(name: str, source: TextSource, description: str) -> Subset:
         return Subset(
@@ -154,7 +154,7 @@ class PrecisionConfig(VariantsConfig):
 
 
 class ProbingConfig(ComparisonConfig):
-    """How well a few latents tell what a token is."""
+    """How well a few latents predict a token's class."""
 
     text: TextConfig | None = None
     """Where Python sources come from; None takes the evaluation's text."""

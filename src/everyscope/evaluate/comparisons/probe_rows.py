@@ -50,8 +50,7 @@ def read_rows(corpus: LabelledCorpus, config: ProbingConfig, tokenizer: Any, spl
     """
     if not tokenizer.is_fast:
         raise TextError(
-            f"tokenizer {tokenizer.name_or_path!r} does not tell which characters its tokens are of; "
-            "give a model with a tokenizer.json"
+            f"tokenizer {tokenizer.name_or_path!r} does not map its tokens to characters; give a model with a tokenizer.json"
         )
     text = config.packing
     blocks: list[np.ndarray] = []

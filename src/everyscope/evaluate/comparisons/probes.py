@@ -24,7 +24,7 @@ Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n features"]]
 
 @dataclass(frozen=True)
 class Task:
-    """One label to be told from everything else."""
+    """One label against everything else."""
 
     name: str
     train: Bool[Tensor, " train_rows"]
@@ -102,7 +102,7 @@ def verdicts(
 
 
 def balanced_accuracy(counts: Float[Tensor, "*sets counts"]) -> Float[Tensor, "*sets"]:
-    """Mean of the shares of rows with the label and of rows without it that are told right [1]; NaN where one has no row."""
+    """Balanced accuracy: mean of the shares of rows with and without the label classified correctly [1]; NaN where one has no row."""
     hit, miss, alarm, rest = counts.double().unbind(-1)
     return (hit / (hit + miss) + rest / (alarm + rest)) / 2
 

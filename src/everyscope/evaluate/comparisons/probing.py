@@ -1,4 +1,4 @@
-"""k-sparse probing: how well a few latents of the canonical SAEs tell what a token is, on documents that nothing was fitted to.
+"""k-sparse probing: how well a few latents of the canonical SAEs predict a token's class, on documents unseen in fitting.
 
 Beside every probe stand as many coordinates of the activation itself, all of them, and the class that is more common. The
 built-in labels are the classes of Python's own tokens; a .jsonl brings others.

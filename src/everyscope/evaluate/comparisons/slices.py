@@ -28,7 +28,7 @@ def read_slice(path: Path) -> dict[str, Any]:
 
 
 def left_out(path: Path, reason: str) -> Path:
-    """Say why a slice cannot be made of these SAEs, and take an earlier one away: a run goes on without it."""
+    """Say why a slice cannot be made of these SAEs, and remove an earlier one: the run continues without it."""
     say(f"  left out: {reason}")
     path.unlink(missing_ok=True)
     return path

@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def is_made(self) -> bool:
-        """True where the table is there and of these inputs."""
+        """True where the table exists and is of these inputs."""
         if not self.table.exists():
             return False
         try:
@@ -88,7 +88,7 @@ class FiringCounts:
 def run(config: SplittingConfig) -> Path:
     """Write slices/splitting.json and a table for each pair below slices/splitting/; return the path of the JSON.
 
-    Where no site has SAEs of two widths, it is left out. Pairs whose table is there are not computed again.
+    Where no site has SAEs of two widths, it is left out. Pairs that have a table are not computed again.
     """
     pairs, path = width_pairs(config), config.slices / SLICE
     if not pairs:

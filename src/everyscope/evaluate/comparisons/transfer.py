@@ -1,6 +1,6 @@
 """SAEs of a base model on its instruction-tuned sibling, beside SAEs that were trained on the sibling itself.
 
-The user's prompt and the model's answer are told apart: an instruction-tuned model is not trained to predict users, so on
+The user's prompt and the model's answer are measured apart: an instruction-tuned model is not trained to predict users, so on
 prompts a reconstruction from the base model's dictionary can even lower the loss (Gemma Scope, figures 19 and 20).
 """
 

@@ -61,7 +61,7 @@ def variant_config(base: EvaluateConfig, variant: Variant) -> EvaluateConfig:
 
 
 def row_of(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What slices tell of one SAE under one condition."""
+    """The slices' results for one SAE under one condition."""
     return {
         "site": name.rpartition("/")[0],
         "sae": name,

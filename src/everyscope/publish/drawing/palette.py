@@ -17,7 +17,7 @@ LAYERS = LinearSegmentedColormap.from_list("layers", ["#3f66c9", "#3aa6c9", "#cf
 MARKERS = ("o", "s", "^", "D", "v", "P")
 """Width markers, narrow to wide."""
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 1.6)), (0, (5, 2, 1, 2)))
-"""Line styles where a second thing beside colour must be told apart."""
+"""Line styles where colour alone does not distinguish the lines."""
 SITE_TITLES: dict[SiteKind, str] = {
     "attn_out": "Attention output",
     "mlp_out": "MLP output",

@@ -1,4 +1,4 @@
-"""How well a few latents tell what a token is."""
+"""How well a few latents predict a token's class."""
 
 from functools import partial
 from statistics import median

@@ -67,7 +67,7 @@ def cluster_plan_json(plan: ClusterPlan) -> dict[str, Any]:
             {
                 "site": placed.group.site.folder,
                 "widths": [sae.width for sae in placed.group.saes],
-                "shards": placed.group.settings.shards,
+                "shards": placed.group.settings.latent_shards,
                 "replicas": placed.group.settings.replicas,
                 "memory_bytes": placed.memory,
                 "step_seconds": asdict(placed.step),

@@ -117,7 +117,7 @@ class StoragePlan:
 
     @property
     def advice(self) -> Literal["disk", "live"]:
-        """Live where the shards do not fit, or where the disk is so slow that making rows anew is quicker; else disk."""
+        """Live where the shards do not fit, or where the disk is so slow that computing rows again is quicker; else disk."""
         is_slow = self.live_seconds < WORTH * self.disk_seconds
         return "live" if self.disk_bytes > self.free_bytes or is_slow else "disk"
 

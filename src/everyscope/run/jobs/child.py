@@ -1,4 +1,4 @@
-"""A worker process as whoever started it sees it: a stream of events that always ends with how the job ended."""
+"""A worker process as its parent sees it: a stream of events that always ends with how the job ended."""
 
 import json
 import os
@@ -25,7 +25,7 @@ class Child:
     """One attempt at a job. `tell` gets every event, from threads of this object; the last is one of ENDS."""
 
     def __init__(self, spec: Spec, tell: Callable[[Event], None], environment: dict[str, str] | None = None) -> None:
-        """Start the process; `environment` holds what it is told beyond the spec, as CUDA_VISIBLE_DEVICES."""
+        """Start the process; `environment` is set beside the spec, as CUDA_VISIBLE_DEVICES."""
         self._tell, self._lines, self._end = tell, deque[str](maxlen=LAST_LINES), threading.Lock()
         variables = os.environ | QUIET | spec.environment | (environment or {})
         try:

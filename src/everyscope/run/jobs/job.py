@@ -21,9 +21,9 @@ from everyscope.base.ids import content_id
 from everyscope.base.schema import Schema, one_line
 
 Progress = Callable[[int], None]
-"""Is told of units done."""
+"""Is called with units done."""
 Work = Callable[..., Any]
-"""A job's function: of its config or, where it can tell how far it is, of its config and a Progress."""
+"""A job's function: of its config or, where it can report progress, of its config and a Progress."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 """Set or not set alike in every job of a run, for sums depend on the number of threads. Ray sets the first by itself."""
@@ -50,14 +50,14 @@ class Job:
     """What people see, unique among jobs that run together."""
     resources: Resources = field(default_factory=Resources)
     units: int = 0
-    """Units that its Progress will be told of, in all; 0 where it tells none."""
+    """Units that it reports to its Progress in all; 0 where it reports none."""
     cost: float = 0.0
     """Predicted length, in any unit: longer ones begin first [1]."""
     is_service: bool = False
     """Whether it runs beside the others until they are done, and is then asked to stop."""
 
     def run(self, progress: Progress) -> None:
-        """Do the work here; `progress` is told of units, if the function tells them."""
+        """Do the work here; `progress` is called with units, if the function reports them."""
         call(self.work, self.config, progress)
 
 

@@ -48,7 +48,7 @@ class Processes(Executor):
             self._events.put((name, {"event": "stopped"}))
 
     def events(self, seconds: float) -> list[tuple[str, Event]]:
-        """What the processes have told; room that one of them leaves is taken at once."""
+        """The processes' reports; room that one of them leaves is taken at once."""
         found: list[tuple[str, Event]] = []
         try:
             found.append(self._events.get(timeout=seconds))

@@ -7,7 +7,7 @@ Commands come on standard input, events leave on standard output, a JSON object 
           {"event": "alive"}                        now and then, as long as the cluster knows this process's host
 
 A process of its own, because Ray ends the process that uses it when the cluster's head is away for a minute. Then standard output
-ends, and whoever started this may begin again. When standard input ends, every job is cancelled: it saves its state and leaves.
+ends, and the parent may begin again. When standard input ends, every job is cancelled: it saves its state and leaves.
 
 What goes to the cluster's hosts is the name of a function, in `everyscope.run.jobs.ray_task`, and a Spec as text; what comes
 back are lines of JSON.
@@ -58,7 +58,7 @@ class Bridge:
             self.listen()
 
     def listen(self) -> None:
-        """Hand on what the tasks have told, waiting for a moment."""
+        """Pass on the tasks' reports, waiting for a moment."""
         if not self._running:
             time.sleep(WAIT_SECONDS)
             return
@@ -90,7 +90,7 @@ class Bridge:
 
 
 def main() -> None:
-    """Serve whoever started this, until standard input ends."""
+    """Serve the parent process, until standard input ends."""
     address = sys.argv[1]
     ray = import_extra("ray", "ray", "Running jobs on a Ray cluster")
     own = {"_node_ip_address": LOOPBACK} if stays_here(address) else {}
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def _beat(ray: Any, tell: Any) -> None:
-    """Tell that all is well until the cluster no longer knows our host, as one does not that was started in place of another."""
+    """Report that all is well until the cluster no longer knows our host, as after a restart of the cluster."""
     own = ray.get_runtime_context().get_node_id()
     while any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
         tell({"event": "alive"})

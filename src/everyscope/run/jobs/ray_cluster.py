@@ -22,7 +22,7 @@ STAY_HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Without it Ray takes 127.0.0.1, given as a node's address, for a wish to be reached from everywhere."""
 COMMAND = [sys.executable, "-m", "ray.scripts.scripts"]
 REFUSED = "AuthenticationError"
-"""What Ray says to whoever has no token, or another one."""
+"""What Ray answers without a token, or with another one."""
 START_SECONDS, ASK_SECONDS = 90.0, 30.0
 POLL_SECONDS = 0.1
 STORE_BYTES = 100 << 20
@@ -30,7 +30,7 @@ STORE_BYTES = 100 << 20
 
 
 def require_token() -> None:
-    """MissingExtra where Ray is not installed; ConfigError, with the command that mends it, unless Ray is to ask for a token."""
+    """MissingExtra where Ray is not installed; ConfigError, with the command that fixes it, unless Ray is to ask for a token."""
     if importlib.util.find_spec("ray") is None:
         raise MissingExtra("ray", "ray", "Running jobs on a Ray cluster")
     mode = os.environ.get(MODE)
@@ -50,7 +50,7 @@ def require_token() -> None:
 
 
 def require_closed(address: str) -> None:
-    """ConfigError unless the cluster at `address` refuses whoever has no token."""
+    """ConfigError unless the cluster at `address` refuses clients without a token."""
     code, output = _ask(address, {MODE: "disabled"})
     if code == 0:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""A Ray cluster as a place for jobs, through a bridge process that may die with the cluster's head and is then built anew.
+"""A Ray cluster as a place for jobs, through a bridge process that may die with the cluster's head and is then rebuilt.
 
 What was under way when the head went is lost and tried again, without counting as an attempt: jobs on hosts whose head is gone
-end by themselves, and go on from their checkpoints.
+end by themselves, and resume from their checkpoints.
 """
 
 import json
@@ -65,7 +65,7 @@ class RayExecutor(Executor):
         self._send({"do": "cancel", "job": name})
 
     def events(self, seconds: float) -> list[tuple[str, Event]]:
-        """What came; after the loss of the head, once it is there again, that all that was under way is lost."""
+        """The events; after a loss of the head, once it has returned, that all jobs under way are lost."""
         found, self._lost = self._lost, []
         if not found and self._bridge is not None:
             for event in self._bridge.events(seconds):
@@ -91,7 +91,7 @@ class RayExecutor(Executor):
             self._bridge.send(command)
 
     def _connect_again(self) -> None:
-        """Build the bridge anew, unless jobs are being cancelled. EveryscopeError where the cluster stays away."""
+        """Rebuild the bridge, unless jobs are being cancelled. EveryscopeError where the cluster stays away."""
         if self._bridge is not None:
             self._bridge.close()
             self._bridge = None
@@ -106,7 +106,7 @@ class RayExecutor(Executor):
         return self._config.address if self._cluster is None else self._cluster.address
 
     def _connect(self) -> Nodes:
-        """A bridge to the cluster, and its hosts, as soon as it answers within the config's patience."""
+        """A bridge to the cluster, and its hosts, as soon as it answers, within the config's time limit."""
         end = time.monotonic() + self._config.patience_seconds
         is_checked = False
         while True:

@@ -59,7 +59,7 @@ class ExecutorRunner(Runner):
     """Jobs in processes of their own at some place, tried again when they are lost."""
 
     def __init__(self, place: Executor, tries: int, folder: Path | None, watches: Sequence[Watch] = ()) -> None:
-        """`folder` gets events.jsonl; `watches` are told every event too."""
+        """`folder` gets events.jsonl; `watches` receive every event too."""
         self._executor, self._tries = place, tries
         self._watches = [*watches, *([written(folder / EVENTS_FILE)] if folder else [])]
 

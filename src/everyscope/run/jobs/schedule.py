@@ -1,6 +1,6 @@
 """Jobs on their way through a place that runs them: submitted, watched, tried again after a pause, cancelled together.
 
-What a place is, it says itself; nothing is kept here that is not on disk too, so whoever is killed in the middle types the same
+What a place is, it says itself; nothing is kept here that is not on disk too, so after a kill one types the same
 command again. A job is given up after so many attempts in a row that brought it no further, and then all others are cancelled.
 """
 
@@ -23,7 +23,7 @@ POLL_SECONDS = 1.0
 CANCEL_SECONDS = 3 * GRACE_SECONDS
 """How long the ends of cancelled jobs are waited for: twice over places kill them before that [s]."""
 Watch = Callable[[Event], None]
-"""Is told what becomes of jobs: an event with its time, and `job`, the name of one."""
+"""Receives what becomes of jobs: an event with its time, and `job`, the name of one."""
 
 
 class Executor(ABC):

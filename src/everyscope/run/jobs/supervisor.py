@@ -1,4 +1,4 @@
-"""A program that does not outlive whoever started it: `python -m everyscope.run.jobs.supervisor FOLDER PROGRAM [ARGUMENT ...]`.
+"""A program that does not outlive its parent: `python -m everyscope.run.jobs.supervisor FOLDER PROGRAM [ARGUMENT ...]`.
 
 When standard input ends, or SIGTERM comes, the program is sent SIGTERM, and FOLDER, where it keeps its scratch files, is deleted
 once it has left. It is known by its process id alone: nothing is ever ended by its name.

@@ -21,7 +21,7 @@ from everyscope.run.jobs.job import Job
 from everyscope.run.jobs.schedule import Watch
 
 MOST_ROWS = 24
-"""Jobs shown at once, those at work before those that wait [rows]."""
+"""Jobs shown at once, running ones before waiting ones [rows]."""
 LOUD = {"retry", "failed"}
 """Events that are said even where there is no table."""
 
@@ -72,7 +72,7 @@ class Board(AbstractContextManager["Board"]):
             self._log(is_last=what == "done" and set(self._state.values()) == {"done"})
 
     def table(self) -> Table:
-        """The jobs, those at work first."""
+        """The jobs, running ones first."""
         table = Table(title=self._summary(), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for heading in ("job", "state", "host", "done", ""):
             table.add_column(heading, no_wrap=True, overflow="ellipsis")

@@ -1,14 +1,14 @@
 """One job in a process of its own: `python -m everyscope.run.jobs.worker`, a Spec on standard input, events on standard output.
 
-An event is a JSON object on a line, and the last one tells how it ended:
+An event is a JSON object on a line, and the last one says how it ended:
 
     {"event": "started", "host": ..., "pid": ...}
     {"event": "units", "done": 1234}                    so far, those of earlier attempts included
     {"event": "done"} | {"event": "failed", "kind": "ConfigError", "given": [...], "is_final": true}
                       | {"event": "busy"} | {"event": "stopped"}
 
-Whatever the job prints goes to standard error. When standard input ends, whoever started this process is gone, and it leaves at
-once: a job must not go on writing beside the attempt that takes its place.
+Whatever the job prints goes to standard error. When standard input ends, the parent of this process is gone, and it exits at
+once: a job must not keep writing beside the attempt that replaces it.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ LOCK_PAUSE = 0.1
 
 
 class Report:
-    """Events to whoever started this process."""
+    """Events to the parent process."""
 
     def __init__(self, stream: TextIO) -> None:
         """Events go to `stream`, a line each."""
@@ -55,14 +55,14 @@ class Report:
             self._stream.flush()
 
     def units(self, count: int) -> None:
-        """Count `count` more units, and tell of them now and then."""
+        """Count `count` more units, and report them now and then."""
         self._done += count
         if time.monotonic() - self._last_report >= TELL_SECONDS:
             self._last_report = time.monotonic()
             self.tell("units", done=self._done)
 
     def last_units(self) -> None:
-        """Tell what has not been told of yet."""
+        """Report what has not been reported yet."""
         if self._done:
             self.tell("units", done=self._done)
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def run(spec: Spec, report: Report) -> None:
-    """Do the work of a spec and tell how it ended; SystemExit where it was asked to stop."""
+    """Do the work of a spec and report how it ended; SystemExit where it was asked to stop."""
     report.tell("started", host=socket.gethostname(), pid=os.getpid())
     try:
         if spec.version != (here := version("everyscope")):

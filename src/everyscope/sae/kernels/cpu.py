@@ -113,7 +113,7 @@ class Candidates(NamedTuple):
     level: np.ndarray
     """Of the tile's rows; int32 [tile]"""
     hits: np.ndarray
-    """1 where a latent is a candidate of the row at hand; int8 [d_sae, and zeros up to a multiple of 8]"""
+    """1 where a latent is a candidate of the current row; int8 [d_sae, and zeros up to a multiple of 8]"""
     eight_hits: np.ndarray
     """The same memory, eight at a time; int64"""
 

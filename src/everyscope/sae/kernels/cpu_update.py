@@ -20,7 +20,7 @@ class Adam(NamedTuple):
     """1 / (1 - beta2 ** steps)"""
     epsilon: np.float32
     least_share: np.float32
-    """Of the gradient at hand, what its root of mean squares counts as at least, but for thresholds: 1 / largest_step, or 0"""
+    """Of the current gradient, what its root of mean squares counts as at least, but for thresholds: 1 / largest_step, or 0"""
     rate: np.float32
     threshold_rate: np.float32
     direction_rate: np.float32

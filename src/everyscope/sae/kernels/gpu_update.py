@@ -27,7 +27,7 @@ class AdamStep(NamedTuple):
     beta2: float
     epsilon: float
     least_share: float
-    """Of the gradient at hand, what its root of mean squares counts as at least, but for thresholds: 1 / largest_step, or 0."""
+    """Of the current gradient, what its root of mean squares counts as at least, but for thresholds: 1 / largest_step, or 0."""
     rate: float
     threshold_rate: float
     direction_rate: float

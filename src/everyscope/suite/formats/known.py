@@ -72,7 +72,7 @@ FORMATS = (
 )
 """In the order in which a folder that fits several is read."""
 EXPECTED = "expected " + ", ".join(map(str, FORMATS))
-"""What could be there, in words."""
+"""The known formats, in words."""
 
 
 def format_of(weights: Path) -> Format | None:
