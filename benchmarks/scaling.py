@@ -297,7 +297,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
     console.print(f"{device()['processor']}, {os.cpu_count()} cores; {options.out / 'results.json'}")
     if not all(line["agrees"] for line in results.get("sums", [])):
-        sys.exit("bytes that ranks summed are not those of the formulas: mend everyscope.train.step_time")
+        sys.exit("bytes that ranks summed are not those of the formulas: correct everyscope.train.step_time")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def ensure(path: Path, build: Callable[[Path], None]) -> None:
 
 
 def remove_stale(paths: list[Path]) -> None:
-    """Delete a suite's databases that are none of `paths`. Whoever still reads one keeps it until they close it."""
+    """Delete a suite's databases that are none of `paths`. A process that still reads one keeps it until it closes it."""
     folder, kept = paths[0].parent, {path.stem for path in paths}
     for other in folder.glob("*"):
         if other.name.partition(".")[0] not in kept:
@@ -69,7 +69,7 @@ def remove_stale(paths: list[Path]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one database, waiting for whoever has it."""
+    """Hold the lock of one database, waiting for its present holder."""
     make_folder(path.parent)
     try:
         lock = path.with_suffix(".lock").open("w")

@@ -97,7 +97,7 @@ class LatentFile:
     path: Path
     file: pyarrow.parquet.ParquetFile
     schema: pyarrow.Schema
-    """The columns that are there, in the types of COLUMNS."""
+    """The columns that the file has, in the types of COLUMNS."""
     lock: threading.Lock
     """Arrow's readers of Parquet serve one thread at a time."""
 

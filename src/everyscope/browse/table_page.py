@@ -105,7 +105,7 @@ class TablePage:
 
 
 def sorted_by(sae: SaeFacts, request: TableRequest) -> str:
-    """The column by which the table is sorted: asked for, or how well label or token tell where a latent fires, or how often."""
+    """The column to sort by: as asked for, else how well label or token predict where a latent fires, or its frequency."""
     return request.sort or ("detection" if sae.num_labels else "predictability" if sae.is_described else "frequency")
 
 
@@ -135,7 +135,7 @@ def latent_page(index: Index, sae: SaeFacts, request: TableRequest) -> TablePage
         total = sae.num_alive
     else:
         ((total,),) = index.rows(sae.number, f"SELECT count(*) FROM latents WHERE {where}", values)
-    # Descending, SQLite has NULL last and an index gives the order; ascending it must be told so.
+    # Descending, SQLite has NULL last and an index gives the order; ascending it must be asked for.
     sort = sorted_by(sae, request)
     order = f"{sort} DESC" if request.is_descending else f"{sort} IS NULL, {sort}"
     limits = [PAGE, PAGE * (request.page - 1)]

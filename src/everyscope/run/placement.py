@@ -63,7 +63,7 @@ def group_work(group: TrainConfig, d_in: int) -> float:
     if not _on_gpu(group):
         return float(group.num_tokens) * d_in * sum(sae.width for sae in group.saes) / settings.ranks
     loads = [
-        Load.of(d_in, sae.width, sae.target_l0 or UNAIMED_L0, settings.batch_rows, settings.shards, settings.replicas)
+        Load.of(d_in, sae.width, sae.target_l0 or UNAIMED_L0, settings.batch_rows, settings.latent_shards, settings.replicas)
         for sae in group.saes
     ]
     return group.steps * sum(compute_time(load, H100, group.products).total for load in loads)

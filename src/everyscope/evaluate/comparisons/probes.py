@@ -102,7 +102,7 @@ def verdicts(
 
 
 def balanced_accuracy(counts: Float[Tensor, "*sets counts"]) -> Float[Tensor, "*sets"]:
-    """Balanced accuracy: mean of the shares of rows with and without the label classified correctly [1]; NaN where one has no row."""
+    """Balanced accuracy: the mean of the shares of both classes classified correctly [1]; NaN where one has no row."""
     hit, miss, alarm, rest = counts.double().unbind(-1)
     return (hit / (hit + miss) + rest / (alarm + rest)) / 2
 
