@@ -126,7 +126,9 @@ def batch_bytes(rows: int, d_in: int, num_sides: int = 1) -> int:
 def parts_of(saes: Sequence[SaeConfig], d_in: int, settings: TrainSettings) -> list[DevicePart]:
     """Each SAE's part on one device."""
     return [
-        DevicePart.of(d_in, sae.width, settings.batch_rows, settings.shards, settings.replicas, len(sae.prefixes), sae.skip)
+        DevicePart.of(
+            d_in, sae.width, settings.batch_rows, settings.latent_shards, settings.replicas, len(sae.prefixes), sae.skip
+        )
         for sae in saes
     ]
 

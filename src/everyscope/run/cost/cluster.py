@@ -62,15 +62,15 @@ class Placed:
         total, latents, gradients = StepTime(), 0, 0
         for sae in self.group.saes:
             load = Load.of(
-                self.d_in, sae.width, sae.target_l0 or self.l0, settings.batch_rows, settings.shards, settings.replicas,
+                self.d_in, sae.width, sae.target_l0 or self.l0, settings.batch_rows, settings.latent_shards, settings.replicas,
                 len(sae.prefixes), sae.skip,
             )  # fmt: skip
             total += compute_time(load, self.device, products)
-            sums = summed_bytes(load, settings.shards, settings.replicas, load.step_kind(products))
+            sums = summed_bytes(load, settings.latent_shards, settings.replicas, load.step_kind(products))
             latents, gradients = latents + sums[0], gradients + sums[1]
         rate = self.device.interconnect_bandwidth * self.device.link_share  # a group lies on one host
         return total + StepTime(
-            latents=all_reduce_seconds(latents, settings.shards, rate),
+            latents=all_reduce_seconds(latents, settings.latent_shards, rate),
             gradients=all_reduce_seconds(gradients, settings.replicas, rate),
         )
 
@@ -109,7 +109,7 @@ class HarvestPlan:
 
     @property
     def seconds(self) -> float:
-        """The longest of the three, for they go on side by side [s]."""
+        """The longest of the three, for they overlap [s]."""
         return max(self.compute_seconds, self.write_seconds, self.copy_seconds)
 
 
@@ -277,7 +277,7 @@ def curve(config: RunConfig, gpu: str, counts: Sequence[int] = CURVE, **rates: f
                 "shares": plan.shares,
                 "needed_disk_bytes_per_second": plan.needed_disk_rate,
                 "groups": len(plan.placed),
-                "most_shards": max(placed.group.settings.shards for placed in plan.placed),
+                "most_shards": max(placed.group.settings.latent_shards for placed in plan.placed),
             }
         )
     return lines
