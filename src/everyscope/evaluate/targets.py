@@ -11,7 +11,7 @@ from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.layouts import FoundSae, saes_of_release, saes_of_training
 from everyscope.sae.folded import Sae
 from everyscope.sites.names import Site
-from everyscope.suite.formats.known import EXPECTED
+from everyscope.suite.formats.known import EXPECTED, refuse_several_layers
 from everyscope.suite.layout import LATENTS_FILE, METRICS_FILE
 from everyscope.suite.reader import load_sae
 from everyscope.suite.scores import read_metrics
@@ -75,10 +75,13 @@ class EvaluateTarget:
 def load_targets(config: EvaluateConfig) -> list[EvaluateTarget]:
     """The SAEs below `config.trained` that the config asks for, by site and name.
 
-    DataError where there is none, or where one that is asked for is missing; ConfigError where a path does not tell the site.
+    DataError where there is none, or where one that is asked for is missing; ConfigError where a path does not tell the site, or
+    where all there is are coders of several layers at once.
     """
     found = [*saes_of_training(config.trained)] or [*saes_of_release(config.trained, config.site_kind)]
     if not found:
+        for folder in (config.trained, *(path for path in sorted(config.trained.rglob("*")) if path.is_dir())):
+            refuse_several_layers(folder)
         raise DataError(
             f"{config.trained}: holds no finished SAE; run `everyscope train` first, or give the folder of a suite, a release or "
             f"an SAE: {EXPECTED}"

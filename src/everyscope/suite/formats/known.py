@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from everyscope.base.errors import DataError
+from everyscope.base.errors import ConfigError, DataError
 from everyscope.sae import saelens as saelens_files
 from everyscope.sae.folded import Sae
 from everyscope.sae.metadata import SaeMetadata
@@ -71,6 +71,8 @@ FORMATS = (
     Format("circuit-tracer", circuit_tracer.FILES, circuit_tracer.CONFIG_FILE, circuit_tracer.read, circuit_tracer.known),
 )
 """In the order in which a folder that fits several is read."""
+OF_SEVERAL_LAYERS = (("params_layer_*.safetensors", "config.json"), ("W_enc_*.safetensors", "config.yaml"))
+"""Files of crosscoders and cross-layer transcoders, of Gemma Scope 2 and of circuit-tracer, with what lies beside them."""
 EXPECTED = "expected " + ", ".join(map(str, FORMATS))
 """The known formats, in words."""
 
@@ -96,8 +98,22 @@ def coders_below(root: Path) -> Iterator[tuple[Format, Path]]:
         yield from coders_in(folder)
 
 
+def refuse_several_layers(folder: Path) -> None:
+    """ConfigError for the folder of a coder that reads or writes several layers at once."""
+    for files, config in OF_SEVERAL_LAYERS:
+        if (folder / config).is_file() and any(folder.glob(files)):
+            raise ConfigError(
+                f"{folder}: is a crosscoder or cross-layer transcoder ({files.replace('*', '<n>')} with {config}); SAEs and "
+                "transcoders of one layer can be read"
+            )
+
+
 def read_coder(path: Path) -> Sae:
-    """The coder in a file of weights, or in the folder of one; DataError where there is none, or a set of several."""
+    """The coder in a file of weights, or in the folder of one; DataError where there is none, or a set of several.
+
+    ConfigError for one of several layers at once.
+    """
+    refuse_several_layers(path if path.is_dir() else path.parent)
     if path.is_file():
         if path.suffix == ".npz":  # under whatever name
             return gemma_scope.read(path)

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from invented_coders import TRANSCODER, assert_equal_coders, assert_refused, coder
 
-from everyscope.base.errors import DataError
+from everyscope.base.errors import ConfigError, DataError
+from everyscope.evaluate.config import EvaluateConfig
+from everyscope.evaluate.targets import load_targets
+from everyscope.sites.config import ModelConfig
 from everyscope.sites.names import Site
 from everyscope.suite.formats import (
     circuit_tracer,
@@ -18,6 +21,8 @@ from everyscope.suite.formats import (
 )
 from everyscope.suite.formats.hooks import NOWHERE, module_name, module_place, place
 from everyscope.suite.formats.known import FORMATS, coders_below, coders_in, format_of, read_coder
+from everyscope.suite.reader import load_sae
+from everyscope.text.config import TextConfig
 
 
 def write_all(root: Path) -> None:
@@ -83,3 +88,19 @@ def test_names_of_places():
     assert module_place("model.layers.{5,9,12,15}.output") == NOWHERE
     for kind in ("resid_post", "attn_out", "mlp_out", "mlp_in"):
         assert module_place(module_name(Site(kind, 7)))[0] == Site(kind, 7)
+
+
+@pytest.mark.parametrize(
+    ("weights", "config"), [("params_layer_0.safetensors", "config.json"), ("W_enc_0.safetensors", "config.yaml")]
+)
+def test_coders_of_several_layers_are_refused_by_name(tmp_path: Path, weights: str, config: str):
+    folder = tmp_path / "clt/width_262k_l0_big"
+    folder.mkdir(parents=True)
+    (folder / config).write_text("{}")
+    (folder / weights).write_bytes(b"")
+    for path in (folder, folder / weights):
+        with pytest.raises(ConfigError, match="is a crosscoder or cross-layer transcoder"):
+            load_sae(path)
+    wanted = EvaluateConfig(model=ModelConfig(name="tiny"), text=TextConfig(), trained=tmp_path, out=tmp_path / "scores")
+    with pytest.raises(ConfigError, match="is a crosscoder or cross-layer transcoder"):
+        load_targets(wanted)
