@@ -3,20 +3,21 @@
 Blocks are not packed here as elsewhere: a label belongs to characters of one document, and tokens are found by their offsets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from everyscope.base.errors import TextError
 from everyscope.evaluate.comparisons.config import ProbingConfig
 from everyscope.evaluate.comparisons.labels import NO_LABEL, LabelledCorpus, Labels, token_labels
+from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, places_of
 from everyscope.text.config import Split, TextConfig
 from everyscope.text.documents import Document
 from everyscope.text.markers import markers_of
@@ -102,10 +103,29 @@ def _places(num_tokens: int, text: TextConfig, most: int) -> list[slice]:
     return [slice(int(start), min(int(start) + size, num_tokens)) for start in starts]
 
 
+@dataclass(frozen=True)
+class NormLimits:
+    """Norms above which the rows of a site are massive, as its evaluation found them; infinite where none is."""
+
+    read: float
+    written: float
+    """The same of an SAE's site, which writes the place that it reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteActivations:
+    """What coders at one site read on some rows."""
+
+    x: Float[Tensor, "n d_in"]
+    """float32, on the CPU."""
+    is_usual: Bool[Tensor, " n"]
+    """Rows that are massive in neither what is read nor what is written."""
+
+
 def activations_at(
-    model: nn.Module, tokenizer: Any, sites: tuple[Site, ...], rows: ProbeRows, batch_blocks: int
-) -> Iterator[dict[Site, Float[Tensor, "n d_in"]]]:
-    """The activations at `sites` of all rows in order, some blocks at a time, float32 on the CPU. Every block begins with BOS."""
+    model: nn.Module, tokenizer: Any, sites: Mapping[Site, NormLimits], rows: ProbeRows, batch_blocks: int
+) -> Iterator[dict[Site, SiteActivations]]:
+    """The activations at `sites` of all rows in order, some blocks at a time. Every block begins with BOS."""
     markers = markers_of(tokenizer)
     for start in range(0, len(rows.blocks), batch_blocks):
         batch = rows.blocks[start : start + batch_blocks]
@@ -115,5 +135,9 @@ def activations_at(
         for place, ids in enumerate(batch):
             input_ids[place, 1 : 1 + len(ids)] = torch.from_numpy(ids)
             is_row[place, 1 : 1 + len(ids)] = True
-        found = capture(model, sites, input_ids)
-        yield {site: activations.cpu()[is_row].float() for site, activations in found.items()}
+        found = {site: x.cpu()[is_row] for site, x in capture(model, places_of(sites), input_ids).items()}
+        yield {site: _at(found[site.inputs[0]], found[site.outputs[0]], limits) for site, limits in sites.items()}
+
+
+def _at(read: Float[Tensor, "n d_in"], written: Float[Tensor, "n d_out"], limits: NormLimits) -> SiteActivations:
+    return SiteActivations(read.float(), ~(is_massive(read, limits.read) | is_massive(written, limits.written)))

@@ -31,6 +31,12 @@ class Task:
     """Which training rows have the label."""
     test: Bool[Tensor, " test_rows"]
 
+    def is_common(self, drawn: Bool[Tensor, "seeds train_rows"], least: int) -> bool:
+        """Whether `least` rows have the label, and as many have not, in the test and in every seed's draw."""
+        counts = [self.test.sum(), (~self.test).sum()]
+        counts += [count for rows in drawn for count in ((self.train & rows).sum(), (~self.train & rows).sum())]
+        return int(torch.stack(counts).min()) >= least
+
 
 def draw_rows(document: Int[np.ndarray, " rows"], num_seeds: int) -> Bool[Tensor, "seeds rows"]:
     """For each seed the rows of a random half of the documents, rounded up."""
@@ -50,14 +56,8 @@ def tasks_of(
     min_positives: int,
 ) -> list[Task]:
     """The labels that enough rows have, and enough have not, in the test and in every seed's draw; by number of the label."""
-    found = []
-    for number, name in enumerate(names):
-        task = Task(name, torch.from_numpy(train == number), torch.from_numpy(test == number))
-        counts = [int(task.test.sum()), int((~task.test).sum())]
-        counts += [int(count) for rows in drawn for count in ((task.train & rows).sum(), (~task.train & rows).sum())]
-        if min(counts) >= min_positives:
-            found.append(task)
-    return found
+    tasks = [Task(name, torch.from_numpy(train == number), torch.from_numpy(test == number)) for number, name in enumerate(names)]
+    return [task for task in tasks if task.is_common(drawn, min_positives)]
 
 
 def _encoded(

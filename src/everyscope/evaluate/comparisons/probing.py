@@ -1,16 +1,19 @@
 """k-sparse probing: how well a few latents of the canonical SAEs predict a token's class, on documents unseen in fitting.
 
 Beside every probe stand as many coordinates of the activation itself, all of them, and the class that is more common. The
-built-in labels are the classes of Python's own tokens; a .jsonl brings others.
+built-in labels are the classes of Python's own tokens; a .jsonl brings others. Tokens that are massive at a site are left out
+there, in training and in the test, as in its evaluation.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from everyscope.base.errors import DataError
@@ -21,7 +24,7 @@ from everyscope.evaluate.bootstrap import bootstrap_interval
 from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import ProbingConfig
 from everyscope.evaluate.comparisons.labels import LabelledCorpus, labelled_python, read_labelled
-from everyscope.evaluate.comparisons.probe_rows import ProbeRows, activations_at, read_rows
+from everyscope.evaluate.comparisons.probe_rows import NormLimits, ProbeRows, SiteActivations, activations_at, read_rows
 from everyscope.evaluate.comparisons.probes import (
     Encode,
     Task,
@@ -41,7 +44,7 @@ from everyscope.sites.names import Site
 from everyscope.text.tokenizer import load_tokenizer
 
 SLICE, FOLDER = "probing.json", "probing"
-VERSION = 1
+VERSION = 2
 MAJORITY_ACCURACY = 0.5
 """Balanced accuracy of always saying the same [1]."""
 
@@ -54,7 +57,15 @@ class Probed:
     tasks: Sequence[Task]
     drawn: Bool[Tensor, "seeds train_rows"]
     """Each seed's training rows."""
-    test: ProbeRows
+    document: Int[np.ndarray, " test_rows"]
+    """The number of each test row's document."""
+
+    def of_usual(self, train: Bool[Tensor, " train_rows"], test: Bool[Tensor, " test_rows"]) -> "Probed":
+        """The same without massive rows, and without the tasks that are too rare among the others."""
+        drawn = self.drawn[:, train]
+        tasks = [Task(task.name, task.train[train], task.test[test]) for task in self.tasks]
+        common = [task for task in tasks if task.is_common(drawn, self.config.min_positives)]
+        return replace(self, tasks=common, drawn=drawn, document=self.document[test.numpy()])
 
 
 def run(config: ProbingConfig) -> Path:
@@ -106,41 +117,54 @@ def _probe_all(config: ProbingConfig, pending: Sequence[Scored], common: str) ->
             f"none of {', '.join(corpus.names)} has {config.min_positives} tokens in every draw of training documents and in the "
             "held-out ones; give more text, raise train_tokens and test_tokens, or lower min_positives"
         )
-    probed, model = Probed(config, tasks, drawn, test), load_language_model(evaluate.model).model
+    probed, model = Probed(config, tasks, drawn, test.document), load_language_model(evaluate.model).model
     sites = sorted({one.site for one in pending})
     with meter("probing", len(pending) + len(sites), "dictionaries") as progress:
         for start in range(0, len(sites), config.sites_at_once):
-            group = tuple(sites[start : start + config.sites_at_once])
+            group = {
+                site: _limits(next(one for one in pending if one.site == site))
+                for site in sites[start : start + config.sites_at_once]
+            }
             inside, outside = (_gathered(model, tokenizer, group, rows, evaluate.batch_blocks) for rows in (train, test))
             for site in group:
                 saes = [one for one in pending if one.site == site]
                 _probe_site(probed, saes, inside.pop(site), outside.pop(site), common, progress)
 
 
+def _limits(one: Scored) -> NormLimits:
+    """What the evaluation found massive at an SAE's site."""
+    massive = one.metrics["massive"]
+    written = _limit(massive["norm_limit"])
+    return NormLimits(_limit(massive.get("input_norm_limit")) if one.site.inputs != one.site.outputs else written, written)
+
+
+def _limit(found: float | None) -> float:
+    return math.inf if found is None else found
+
+
 def _gathered(
-    model: Any, tokenizer: Any, sites: tuple[Site, ...], rows: ProbeRows, batch_blocks: int
-) -> dict[Site, Float[Tensor, "n d_in"]]:
+    model: Any, tokenizer: Any, sites: Mapping[Site, NormLimits], rows: ProbeRows, batch_blocks: int
+) -> dict[Site, SiteActivations]:
     """All rows' activations at some sites."""
     parts = list(activations_at(model, tokenizer, sites, rows, batch_blocks))
-    return {site: torch.cat([part[site] for part in parts]) for site in sites}
+    return {
+        site: SiteActivations(torch.cat([part[site].x for part in parts]), torch.cat([part[site].is_usual for part in parts]))
+        for site in sites
+    }
 
 
 def _probe_site(
-    probed: Probed,
-    saes: Sequence[Scored],
-    train: Float[Tensor, "n d_in"],
-    test: Float[Tensor, "m d_in"],
-    common: str,
-    progress: Meter,
+    probed: Probed, saes: Sequence[Scored], train: SiteActivations, test: SiteActivations, common: str, progress: Meter
 ) -> None:
-    """Probe the SAEs of one site, beside the activation's own coordinates."""
+    """Probe the SAEs of one site on its usual rows, beside the activation's own coordinates."""
     config, device = probed.config, torch.device(probed.config.evaluate.model.device)
-    neurons, dense = sparse_scores(probed, lambda x: x, train.shape[1], train, test), dense_scores(probed, train, test)
+    probed, inside, outside = probed.of_usual(train.is_usual, test.is_usual), train.x[train.is_usual], test.x[test.is_usual]
+    neurons, dense = sparse_scores(probed, lambda x: x, inside.shape[1], inside, outside), dense_scores(probed, inside, outside)
     progress.advance()
     for one in saes:
         sae = one.target.sae().to(device)
         rows = []
-        for (task, k), score in sparse_scores(probed, _encoder(sae, device), sae.d_sae, train, test).items():
+        for (task, k), score in sparse_scores(probed, _encoder(sae, device), sae.d_sae, inside, outside).items():
             beside = {"neurons": neurons[task, k]["accuracy"], "dense": dense[task], "majority": MAJORITY_ACCURACY}
             rows.append({"task": task, "site": one.site.folder, "sae": one.name, "k": k} | score | {"baseline": beside})
         write_slice(_kept(config, one), _inputs(common, one), {"rows": rows})
@@ -160,6 +184,8 @@ def sparse_scores(
     Verdicts of all seeds count together; k larger than the number of features takes all of them.
     """
     config, ks = probed.config, sorted(probed.config.ks)
+    if not probed.tasks:
+        return {}
     chosen = choose(encode, num_features, train, probed.tasks, probed.drawn, ks[-1])
     used, place = chosen.unique(return_inverse=True)
     inside, outside = columns(encode, num_features, train, used), columns(encode, num_features, test, used)
@@ -172,7 +198,7 @@ def sparse_scores(
                     outside[place[seed, number, :k]].T,
                     task,
                     drawn,
-                    probed.test.document,
+                    probed.document,
                     config.ridge,
                 )
                 for seed, drawn in enumerate(probed.drawn)
@@ -192,6 +218,6 @@ def dense_scores(probed: Probed, train: Float[Tensor, "n d_in"], test: Float[Ten
     """By task: the balanced accuracy of a probe on all coordinates."""
     found = {}
     for task in probed.tasks:
-        tables = [probe(train, test, task, drawn, probed.test.document, probed.config.ridge) for drawn in probed.drawn]
+        tables = [probe(train, test, task, drawn, probed.document, probed.config.ridge) for drawn in probed.drawn]
         found[task.name] = float(balanced_accuracy(torch.stack(tables).sum((0, 1))))
     return found

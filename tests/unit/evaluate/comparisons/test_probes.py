@@ -7,7 +7,6 @@ from torch.testing import assert_close
 
 from everyscope.evaluate.comparisons import probes
 from everyscope.evaluate.comparisons.config import ProbingConfig
-from everyscope.evaluate.comparisons.probe_rows import ProbeRows
 from everyscope.evaluate.comparisons.probes import Task, balanced_accuracy, choose, columns, draw_rows, f1, tasks_of, verdicts
 from everyscope.evaluate.comparisons.probing import Probed, dense_scores, sparse_scores
 
@@ -25,8 +24,7 @@ def features(seed: int) -> torch.Tensor:
 
 def probed(tasks: list[Task], ks: tuple[int, ...]) -> Probed:
     config = ProbingConfig.model_construct(ks=ks, num_seeds=3, ridge=1e-3, resamples=200, level=0.95)
-    rows = ProbeRows((), np.zeros(ROWS), DOCUMENT)
-    return Probed(config, tasks, draw_rows(DOCUMENT, 3), rows)
+    return Probed(config, tasks, draw_rows(DOCUMENT, 3), DOCUMENT)
 
 
 def identity(x: torch.Tensor) -> torch.Tensor:

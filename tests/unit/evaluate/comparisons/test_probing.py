@@ -1,6 +1,7 @@
 """Probing over a whole little suite: labels of one's own, rows that fit the model's own reading, and a second run for nothing."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,17 @@ import torch
 from small_scope import CONTEXT, tree_bytes
 
 from everyscope.base.errors import DataError, TextError
+from everyscope.base.files import write_sealed
 from everyscope.evaluate.comparisons import probing
 from everyscope.evaluate.comparisons.config import ProbingConfig
 from everyscope.evaluate.comparisons.labels import NO_LABEL, labelled_python, read_labelled
-from everyscope.evaluate.comparisons.probe_rows import activations_at, read_rows
+from everyscope.evaluate.comparisons.probe_rows import NormLimits, activations_at, read_rows
+from everyscope.evaluate.comparisons.probes import draw_rows, tasks_of
 from everyscope.evaluate.config import EvaluateConfig
+from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
 from everyscope.sites.model import load_language_model
+from everyscope.suite.scores import read_metrics
 from everyscope.text.config import TextConfig
 from everyscope.text.tokenizer import load_tokenizer
 
@@ -51,12 +56,49 @@ def test_rows_are_tokens_behind_bos_and_activations_are_the_models_own(suite: Ev
     assert whole
     assert {int(rows.labels[place]) for place in whole} == {0}
     model, site = load_language_model(suite.model).model, next(iter(probing.canonical_saes(probing.read_scored(suite), 6)))[0]
-    got = torch.cat([batch[site] for batch in activations_at(model, tokenizer, (site,), rows, 4)])
-    start = 0
+    limits = NormLimits(math.inf, math.inf)
+    got = torch.cat([batch[site].x for batch in activations_at(model, tokenizer, {site: limits}, rows, 4)])
+    start, limit = 0, float(got.norm(dim=1).median())
     for ids in rows.blocks[:5]:
         alone = capture(model, [site], torch.tensor([[tokenizer.bos_token_id, *ids]]))[site][0, 1:]
         torch.testing.assert_close(got[start : start + len(ids)], alone, rtol=1e-4, atol=1e-4)
         start += len(ids)
+    usual = [batch[site].is_usual for batch in activations_at(model, tokenizer, {site: NormLimits(limit, limit)}, rows, 4)]
+    assert torch.equal(torch.cat(usual), ~is_massive(got, limit))
+
+
+def test_massive_rows_are_in_no_probe(scratch: EvaluateConfig, labels: Path):
+    """Half of all rows are massive at one site; there, the scores are those of probes that never saw them."""
+    canonical = probing.canonical_saes(probing.read_scored(scratch), 6).values()
+    one = next(one for one in canonical if one.site.kind == "resid_post")  # behind a norm, all rows are equally long
+    config, model, tokenizer = (
+        settings(scratch, labels),
+        load_language_model(scratch.model).model,
+        load_tokenizer(scratch.model.name),
+    )
+    corpus = read_labelled(labels)
+    train, test = (read_rows(corpus, config, tokenizer, split, count) for split, count in (("train", 400), ("held_out", 300)))
+    everything = NormLimits(math.inf, math.inf)
+    inside, outside = (
+        torch.cat([batch[one.site].x for batch in activations_at(model, tokenizer, {one.site: everything}, rows, 4)])
+        for rows in (train, test)
+    )
+    limit = float(inside.norm(dim=1).median())
+    metrics = one.target.scores / "metrics.json"
+    found = read_metrics(metrics)
+    write_sealed(metrics, found | {"massive": found["massive"] | {"norm_limit": limit}})
+    rows = [row for row in json.loads(probing.run(config).read_text())["rows"] if row["sae"] == one.name]
+    kept_inside, kept_outside = ~is_massive(inside, limit), ~is_massive(outside, limit)
+    drawn = draw_rows(train.document, config.num_seeds)[:, kept_inside]
+    labelled = train.labels[kept_inside.numpy()], test.labels[kept_outside.numpy()]
+    tasks = tasks_of(corpus.names, *labelled, drawn, config.min_positives)
+    probed = probing.Probed(config, tasks, drawn, test.document[kept_outside.numpy()])
+    sae = one.target.sae()
+    want = probing.sparse_scores(probed, sae.encode, sae.d_sae, inside[kept_inside], outside[kept_outside])
+    assert len(want) == len(rows) > 0
+    for row in rows:
+        assert row["accuracy"] == pytest.approx(want[row["task"], row["k"]]["accuracy"], rel=1e-12)
+        assert row["latents"] == want[row["task"], row["k"]]["latents"]
 
 
 def test_splits_never_share_a_document(suite: EvaluateConfig, labels: Path):
