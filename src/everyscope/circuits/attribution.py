@@ -1,6 +1,6 @@
 """Attribution: from a model, its transcoders and a prompt to a graph."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from everyscope.circuits.choosing import coders_of
 from everyscope.circuits.config import AttributionConfig, Latent, Target
 from everyscope.circuits.frozen import FrozenModel
 from everyscope.circuits.gradient import GradientTracer
-from everyscope.circuits.graph import ERROR, LATENT, LOGIT, TOKEN, CoderFacts, Graph, GraphFacts
+from everyscope.circuits.graph import ERROR, LATENT, LOGIT, TOKEN, CoderFacts, Graph, GraphFacts, level_of
 from everyscope.circuits.influence import Edges, Pruned
 from everyscope.circuits.replacement import LocalReplacement
 from everyscope.circuits.selection import Kept, Say, select
@@ -23,12 +23,14 @@ from everyscope.circuits.targets import LogitTargets, logit_targets, require_act
 from everyscope.sae.folded import Sae
 from everyscope.sites.inputs import Inputs, read_inputs, tokenizer_of
 from everyscope.sites.model import LanguageModel, bare
+from everyscope.sites.names import SITE_KINDS, Site, SiteKind
 from everyscope.sites.registry import adapter_of
 from everyscope.sites.splice import special_ids
 from everyscope.suite.reader import Suite, SuiteEntry
 
 Coders = Suite | Mapping[Any, Sae | SuiteEntry] | Iterable[Sae | SuiteEntry]
-"""Transcoders, at most one for each layer, or SAEs of the residual stream: a suite's, or any others."""
+"""Transcoders, at most one for each layer, or SAEs, at most one for each attn_out, mlp_out and resid_post: a suite's, or any
+others."""
 
 
 def attribute(
@@ -46,26 +48,29 @@ def attribute(
     Attention patterns and norms' sizes are held as they are on this prompt; each MLP is its transcoder plus the error that it
     makes here, so that the graph is of the model itself. Latents of special tokens (BOS) do not count: there all that an MLP
     adds is error. `inputs` are one text, or the ids of one; BOS comes first as in training. `target` is a `TargetTokens`,
-    `Contrast` or `Latent`; None takes the likeliest next tokens. SAEs of the residual stream in place of transcoders give an
-    approximate graph, by activation times gradient. ConfigError where there is no transcoder, or two of one layer.
+    `Contrast` or `Latent`; None takes the likeliest next tokens. SAEs in place of transcoders give an approximate graph, by
+    activation times gradient from site to site. ConfigError where there is no coder, or two of one site.
     """
     config = config or AttributionConfig()
     language_model, model = model, bare(model)
     input_ids, _ = read_inputs(language_model, inputs, tokenizer=tokenizer)
     tokenizer = tokenizer or known_tokenizer(language_model)
-    names, coders = by_layer(transcoders)
+    names, coders = by_site(transcoders)
     frozen = FrozenModel(model, adapter_of(model), input_ids)
     is_exact = all(coder.is_transcoder for coder in coders.values())
     counted = counted_tokens(model, input_ids[0])
-    tracer = (LocalReplacement if is_exact else GradientTracer)(frozen, coders, counted)
+    of_layer = {site.layer: coder for site, coder in coders.items()}
+    tracer = LocalReplacement(frozen, of_layer, counted) if is_exact else GradientTracer(frozen, coders, counted)
     targets = logit_targets(frozen, target, config, tokenizer)
-    columns = columns_of(tracer, targets, names)
+    columns = columns_of(tracer, targets, list(coders))
+    kinds: list[SiteKind] = [site.kind for site in coders]
     if isinstance(target, Latent):
         is_it = (columns["kind"] == LATENT) & (columns["layer"] == target.layer)
         is_it &= (columns["position"] == target.position) & (columns["index"] == target.latent)
-        columns["start"][require_active(torch.from_numpy(np.flatnonzero(is_it)), target)] = 1.0
+        is_it &= np.array([target.kind in (None, kind) for kind in kinds])[columns["coder"]]
+        columns["start"][require_active(np.flatnonzero(is_it).tolist(), target)] = 1.0
     directions = [tracer.direction(vector) for vector in targets.vectors]
-    kept = select(tracer, directions, columns["start"], columns["layer"], config, say)
+    kept = select(tracer, directions, columns["start"], level_of(columns["layer"], columns["coder"], kinds), config, say)
     texts = tuple(text_of(token, tokenizer) for token in input_ids[0].tolist())
     facts = GraphFacts(
         prompt=inputs
@@ -76,7 +81,9 @@ def attribute(
         model=str(getattr(language_model, "name", None) or getattr(model, "name_or_path", "") or type(model).__name__),
         num_layers=frozen.num_layers,
         method="replacement" if is_exact else "gradient",
-        coders=tuple(CoderFacts(layer=layer, name=names[layer], width=coder.d_sae) for layer, coder in sorted(coders.items())),
+        coders=tuple(
+            CoderFacts(layer=site.layer, kind=site.kind, name=names[site], width=coder.d_sae) for site, coder in coders.items()
+        ),
         targets=targets.facts,
         num_active=tracer.num_latents,
         logit_error=float((frozen.capped(tracer.logits) - frozen.logits).abs().max()),
@@ -86,31 +93,30 @@ def attribute(
     return assembled(facts, columns, kept)
 
 
-def by_layer(transcoders: Coders) -> tuple[dict[int, str], dict[int, Sae]]:
-    """Names and coders by layer: transcoders, or else SAEs.
+def by_site(transcoders: Coders) -> tuple[dict[Site, str], dict[Site, Sae]]:
+    """Names and coders by site, in the order in which the model computes them: transcoders, or else SAEs.
 
-    ConfigError for two of one layer, for both kinds together, for what does not say its layer, or where there is none at all.
+    ConfigError for two of one site, for both kinds together, for what does not say its site, or where there is none at all.
     """
     if isinstance(transcoders, Suite):
         transcoders = coders_of(transcoders)
     given = list(transcoders.values()) if isinstance(transcoders, Mapping) else list(transcoders)
-    names, found = dict[int, str](), dict[int, Sae]()
+    names, found = dict[Site, str](), dict[Site, Sae]()
     for one in given:
         coder = one.sae() if isinstance(one, SuiteEntry) else one
         writes = coder.metadata.target if coder.is_transcoder else coder.metadata.site
         if writes is None:
             raise ConfigError(f"{coder!r} does not say where it sits; give it metadata with its site, and a transcoder's target")
-        if writes.layer in found:
-            raise ConfigError(
-                f"two coders of layer {writes.layer}, {names[writes.layer]} and {coder!r}; choose one for each layer"
-            )
-        names[writes.layer] = one.record.folder if isinstance(one, SuiteEntry) else repr(coder)
-        found[writes.layer] = coder
+        site = Site("transcoder", writes.layer) if coder.is_transcoder else writes
+        if site in found:
+            raise ConfigError(f"two coders at {site}, {names[site]} and {coder!r}; choose one")
+        names[site] = one.record.folder if isinstance(one, SuiteEntry) else repr(coder)
+        found[site] = coder
     if not found:
         raise ConfigError("no transcoders given; give one for each layer, or a suite that has some")
     if len({coder.is_transcoder for coder in found.values()}) > 1:
         raise ConfigError("transcoders and SAEs together: give transcoders alone, for an exact graph, or SAEs alone")
-    return names, found
+    return names, {site: found[site] for site in sorted(found, key=lambda site: (site.layer, SITE_KINDS.index(site.kind)))}
 
 
 def known_tokenizer(model: Any) -> Any:
@@ -124,20 +130,20 @@ def counted_tokens(model: nn.Module, input_ids: Int[Tensor, " ctx"]) -> Bool[Ten
 
 
 def columns_of(
-    replacement: LocalReplacement | GradientTracer, targets: LogitTargets, names: Mapping[int, str]
+    replacement: LocalReplacement | GradientTracer, targets: LogitTargets, coders: Sequence[Site]
 ) -> dict[str, np.ndarray]:
-    """What all sources and then all targets are."""
-    context, layers = replacement.frozen.context, replacement.frozen.num_layers
+    """What all sources and then all targets are. `coders` are the sites of coders, which `coder` numbers."""
+    context, layers, sites = replacement.frozen.context, replacement.frozen.num_layers, replacement.sites
     counts = [len(found.latent) for found in replacement.layers]
-    places, number = np.arange(context), {layer: place for place, layer in enumerate(sorted(names))}
-    coder_of = np.array([number.get(layer, -1) for layer in range(layers)])
+    places, number = np.arange(context), {site: place for place, site in enumerate(coders)}
+    coder_of, layer_of = np.array([number.get(site, -1) for site in sites]), np.array([site.layer for site in sites])
     parts = {
-        "kind": [np.full(sum(counts), LATENT), np.full(layers * context, ERROR), np.full(context, TOKEN)],
-        "layer": [np.repeat(np.arange(layers), counts), np.repeat(np.arange(layers), context), np.full(context, -1)],
-        "position": [_joined([found.position for found in replacement.layers]), np.tile(places, layers), places],
+        "kind": [np.full(sum(counts), LATENT), np.full(len(sites) * context, ERROR), np.full(context, TOKEN)],
+        "layer": [np.repeat(layer_of, counts), np.repeat(layer_of, context), np.full(context, -1)],
+        "position": [_joined([found.position for found in replacement.layers]), np.tile(places, len(sites)), places],
         "index": [
             _joined([found.latent for found in replacement.layers]),
-            np.full(layers * context, -1),
+            np.full(len(sites) * context, -1),
             replacement.frozen.input_ids[0].cpu().numpy(),
         ],
         "coder": [np.repeat(coder_of, counts), np.repeat(coder_of, context), np.full(context, -1)],

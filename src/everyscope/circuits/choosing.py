@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.tables import read_table
 from everyscope.circuits.graph import LATENT, Graph
-from everyscope.sites.names import TRANSCODER_READS
+from everyscope.sites.names import SUBLAYERS, TRANSCODER_READS, Site, SiteKind
 from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import EXPLANATIONS_FILE
 
@@ -17,22 +17,36 @@ if TYPE_CHECKING:
     from everyscope.suite.reader import Suite, SuiteEntry
 
 COLUMNS = ("latent", "label", "kind")
+Through = Literal["transcoders", "saes"]
+"""Whose latents are nodes."""
+KINDS: tuple[tuple[Through, tuple[SiteKind, ...]], ...] = (
+    *(("transcoders", (kind,)) for kind in TRANSCODER_READS),
+    ("saes", SUBLAYERS),
+)
+"""Kinds of sites whose coders make one graph, in the order in which a suite is searched for them."""
 
 
-def coders_of(suite: "Suite", *, width: int | None = None, l0: float | None = None) -> "list[SuiteEntry]":
-    """One transcoder for each layer that has any, of what MLPs read, else of the residual stream; else one SAE of that stream.
+def coders_of(
+    suite: "Suite", through: Through | None = None, *, width: int | None = None, l0: float | None = None
+) -> "list[SuiteEntry]":
+    """One transcoder for each layer that has any, of what MLPs read, else of the residual stream; where none has, or `through`
+    says so, one SAE for each attn_out, mlp_out and resid_post that has any.
 
-    Of `width` (None: the widest), with the L0 nearest to `l0` (None: the canonical one). ConfigError where the suite has neither.
+    Of `width` (None: the widest), with the L0 nearest to `l0` (None: the canonical one). ConfigError where the suite has none.
     """
-    for kind in (*TRANSCODER_READS, "resid_post"):
-        by_layer: dict[int, list[SuiteEntry]] = {}
+    for name, kinds in KINDS:
+        by_site: dict[Site, list[SuiteEntry]] = {}
         for entry in suite:
-            if entry.site.kind == kind and width in (None, entry.width):
-                by_layer.setdefault(entry.site.layer, []).append(entry)
-        if by_layer:
-            return [_chosen(entries, l0) for _, entries in sorted(by_layer.items())]
+            if through in (None, name) and entry.site.kind in kinds and width in (None, entry.width):
+                by_site.setdefault(entry.site, []).append(entry)
+        if by_site:
+            return [_chosen(entries, l0) for _, entries in sorted(by_site.items())]
     of_width = "" if width is None else f" of width {width}"
-    raise ConfigError(f"{suite.root}: has no transcoders{of_width}, nor SAEs at resid_post; train some with --sites transcoder")
+    wanted = {None: f"transcoders{of_width}, nor SAEs", "transcoders": f"transcoders{of_width}", "saes": f"SAEs{of_width}"}[
+        through
+    ]
+    places = "" if through == "transcoders" else f" at {', '.join(SUBLAYERS)}"
+    raise ConfigError(f"{suite.root}: has no {wanted}{places}; train some with --sites transcoder")
 
 
 def _chosen(entries: "list[SuiteEntry]", l0: float | None) -> "SuiteEntry":
@@ -66,13 +80,14 @@ def _labels(path: Path, wanted: set[int]) -> Iterable[tuple[int, str]]:
 
 
 def named(graph: Graph, node: int, labels: dict[tuple[int, int], str]) -> str:
-    """A node in words, as in `L3 #417 "open brackets"`."""
+    """A node in words, as in `L3 #417 "open brackets"`; of several SAEs in a layer with the site: `L3 mlp_out #417`."""
     kind, layer, position, index = (int(getattr(graph, name)[node]) for name in ("kind", "layer", "position", "index"))
     at = f" @ {position} {graph.facts.tokens[position]!r}"
+    where = f"L{layer} {graph.facts.coders[int(graph.coder[node])].kind}" if graph.is_stacked else f"L{layer}"
     if kind == LATENT:
         label = labels.get((int(graph.coder[node]), index))
-        return f"L{layer} #{index}{'' if label is None else f' “{label}”'}{at}"
+        return f"{where} #{index}{'' if label is None else f' “{label}”'}{at}"
     if graph.start[node] > 0:
         target = graph.facts.targets[int(np.flatnonzero(graph.start > 0).searchsorted(node))]
         return f"output {target.text!r} ({target.probability:.1%})"
-    return f"error L{layer}{at}" if index == -1 else f"token{at}"
+    return f"error {where}{at}" if index == -1 else f"token{at}"

@@ -1,7 +1,7 @@
 """Graphs as circuit-tracer's JSON (schema version 1), which its viewer and Neuronpedia's open. Torch-free.
 
 One thing differs on purpose: circuit-tracer names the error of layer L at position P `0_L_P`, which is also the name of latent L
-of layer 0 there; we write `error_L_P`, and read both.
+of layer 0 there; we write `error_L_P`, and read both. Where a layer has several SAEs, each counts as a layer.
 """
 
 import math
@@ -55,7 +55,7 @@ def to_json(graph: Graph, slug: str, labels: Labels, scan: str, node_share: floa
 
 def node_id(graph: Graph, node: int) -> str:
     """What a node is called in such a file; pages call it the same."""
-    layer, index, position = (int(getattr(graph, name)[node]) for name in ("layer", "index", "position"))
+    layer, index, position = (int(getattr(graph, name)[node]) for name in ("row", "index", "position"))
     match int(graph.kind[node]):
         case 0:
             return f"{layer}_{index}_{position}"
@@ -68,7 +68,7 @@ def node_id(graph: Graph, node: int) -> str:
 
 
 def _node(graph: Graph, node: int, node_id: str, share: float, labels: Labels) -> dict[str, Any]:
-    kind, layer, index, position = (int(getattr(graph, name)[node]) for name in ("kind", "layer", "index", "position"))
+    kind, layer, index, position = (int(getattr(graph, name)[node]) for name in ("kind", "row", "index", "position"))
     shown = {LATENT: str(layer), ERROR: str(layer), TOKEN: "E", LOGIT: str(layer + 1)}[kind]
     js = {
         LATENT: f"{layer}_{index}-0",

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from everyscope.base.errors import ConfigError
 from everyscope.base.schema import Schema
+from everyscope.sites.names import SUBLAYERS, SiteKind
 
 MAX_DIGITS = 12
 
@@ -53,14 +54,19 @@ class Latent:
     layer: int
     position: int
     latent: int
+    kind: SiteKind | None = None
+    """Kind of its site, which only graphs of several SAEs in one layer need."""
 
     @classmethod
     def parse(cls, text: str) -> "Latent":
-        """Of layer.position.latent, as in 2.7.311; ConfigError for anything else."""
-        parts = text.split(".")
-        if len(parts) != 3 or not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
-            raise ConfigError(f"latent {text[:60]}: expected layer.position.latent, as in 2.7.311")
-        return cls(*map(int, parts))
+        """Of layer.position.latent, as in 2.7.311 or mlp_out.2.7.311; ConfigError for anything else."""
+        *kind, layer, position, latent = ["", "", *text.split(".")]
+        kind = [part for part in kind if part]
+        numbers = (layer, position, latent)
+        is_number = all(part.isdecimal() and len(part) <= MAX_DIGITS for part in numbers)
+        if not is_number or len(kind) > 1 or not set(kind) <= {*SUBLAYERS}:
+            raise ConfigError(f"latent {text[:60]}: expected layer.position.latent, as in 2.7.311 or mlp_out.2.7.311")
+        return cls(*map(int, numbers), kind=next((one for one in SUBLAYERS if one in kind), None))
 
 
 Target = TargetTokens | Contrast | Latent | None

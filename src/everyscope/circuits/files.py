@@ -98,7 +98,7 @@ def require_sound(graph: Graph, name: Path | str) -> None:
             "latents are out of range": bool(
                 ((graph.index >= 0) & (graph.index < of_coder) & (graph.coder >= 0))[is_latent].all()
             ),
-            "nodes occur twice": len(np.unique(np.stack(columns[:4]), axis=1).T) == count,
+            "nodes occur twice": len(np.unique(np.stack(columns[: len(WHOLE)]), axis=1).T) == count,
             "edges do not lead upwards": (graph.level[edges.source] < graph.level[edges.target]).all(),
         }
     wrong = next((rule for rule, holds in rules.items() if not holds), None)

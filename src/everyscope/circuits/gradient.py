@@ -1,12 +1,15 @@
 """Graphs through SAEs, where a suite has no transcoders: activation times gradient, an approximation.
 
 The model runs as it is, with each SAE's site cut: what lies behind it starts from a copy, so that gradients end at the nearest
-sites and edges are direct. Nodes are the SAEs' active latents, their errors, the tokens and the targets. An edge is what the
-source writes times the gradient of the target's value there: exact to first order only, for attention, norms and MLPs bend on
-the way. So edges do not add up to a node's value; `violation` says by how much they miss it.
+sites and edges are direct. With SAEs at every attn_out, mlp_out and resid_post (the sites of sparse feature circuits, Marks et
+al. 2024), what a layer's stream receives is that of the layer before and what attention and MLP add, all as latents and errors.
+Nodes are the SAEs' active latents, their errors, the tokens and the targets. An edge is what the source writes times the
+gradient of the target's value there: exact to first order only, for attention, norms and MLPs bend on the way. So edges do not
+add up to a node's value; `violation` says by how much they miss it.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,23 +21,29 @@ from everyscope.circuits.replacement import Direction, LayerLatents, Rows, Sourc
 from everyscope.sae.folded import Sae
 from everyscope.sites.hooks import visiting
 from everyscope.sites.logits import final_norm
-from everyscope.sites.names import Site
+from everyscope.sites.names import SUBLAYERS, Site
 from everyscope.sites.registry import HookPoint
 
 
 class GradientTracer(Sources):
-    """A model with SAEs on its residual stream, at most one behind each layer."""
+    """A model with SAEs, at most one at each attn_out, mlp_out and resid_post."""
 
-    def __init__(self, frozen: FrozenModel, saes: Mapping[int, Sae], counted: Bool[Tensor, " ctx"]) -> None:
-        """Make the pass. ConfigError where an SAE is not of the residual stream behind its layer."""
-        for layer, sae in saes.items():
-            if sae.is_transcoder or sae.metadata.site != Site("resid_post", layer) or sae.d_in != frozen.adapter.d_model:
-                raise ConfigError(f"{sae!r}: gradients are traced through SAEs of the residual stream (resid_post) of one model")
+    def __init__(self, frozen: FrozenModel, saes: Mapping[Site, Sae], counted: Bool[Tensor, " ctx"]) -> None:
+        """Make the pass; `saes` come in the order in which the model computes their sites.
+
+        ConfigError for an SAE of another place or model.
+        """
+        for site, sae in saes.items():
+            if sae.is_transcoder or site.kind not in SUBLAYERS or site.layer >= frozen.num_layers:
+                raise ConfigError(f"{sae!r}: gradients are traced through SAEs of {', '.join(SUBLAYERS)} of one model")
+            if sae.d_in != (width := frozen.adapter.width(site)):
+                raise ConfigError(f"{sae!r} is not of this model, whose {site} is {width} wide")
         self.frozen, self.counted = frozen, counted.to(frozen.embed.device)
-        self.coders = {layer: sae.with_tensors().to(frozen.embed) for layer, sae in saes.items()}
+        self.coders = {site: sae.with_tensors().to(frozen.embed) for site, sae in saes.items()}
+        self.sites = list(self.coders)
         self.layers: list[LayerLatents] = []
-        self.errors: list[Float[Tensor, "ctx d_model"]] = []
-        self._cuts: dict[int, Tensor] = {}
+        self.errors: list[Float[Tensor, "ctx d_site"]] = []
+        self._cuts: list[Tensor] = []
         self._embed, self._last = self._pass()
 
     @property
@@ -60,36 +69,28 @@ class GradientTracer(Sources):
             found["embed"] = x.detach().clone().requires_grad_()
             return found["embed"]
 
-        def cut(layer: int, x: Tensor) -> Tensor:
-            self._reads[layer] = x
-            self._cuts[layer] = x.detach().clone().requires_grad_()
-            return self._cuts[layer]
+        def cut(site: Site, x: Tensor) -> Tensor:
+            reads[site], cuts[site] = x, x.detach().clone().requires_grad_()
+            return cuts[site]
 
         def keep(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             found["last"] = output[0, -1]
 
-        self._reads: dict[int, Tensor] = {}
-        places = [(adapter.hook_point(Site("resid_post", layer)), lambda x, layer=layer: cut(layer, x)) for layer in self.coders]
+        reads, cuts = dict[Site, Tensor](), dict[Site, Tensor]()
+        places = [(adapter.hook_point(site), lambda x, site=site: cut(site, x)) for site in self.sites]
         with torch.enable_grad(), visiting([(HookPoint(adapter.block(0), "input"), enter), *places]):
             hook = final_norm(self.frozen.model, adapter).register_forward_hook(keep)
             try:
                 self.frozen.model(input_ids=self.frozen.input_ids, use_cache=False)
             finally:
                 hook.remove()
-            for layer in range(self.frozen.num_layers):
-                self._read(layer)
+            for site, sae in self.coders.items():
+                self._read(sae, reads[site][0])
+        self._cuts = [cuts[site] for site in self.sites]
         return found["embed"], found["last"]
 
-    def _read(self, layer: int) -> None:
-        """The latents of one layer and what they leave; nothing where it has no SAE."""
-        sae = self.coders.get(layer)
-        if sae is None:
-            none = torch.zeros(0, dtype=torch.int64, device=self.frozen.embed.device)
-            empty = self.frozen.embed.new_zeros(0)
-            self.layers.append(LayerLatents(none, none, empty, empty, empty))
-            self.errors.append(torch.zeros_like(self.frozen.embed[0]))
-            return
-        read = self._reads[layer][0]
+    def _read(self, sae: Sae, read: Float[Tensor, "ctx d_site"]) -> None:
+        """The latents of one site and what they leave."""
         f = sae.encode(read) * self.counted[:, None]
         position, latent = f.nonzero(as_tuple=True)
         chosen = f[position, latent]
@@ -104,23 +105,23 @@ class GradientTracer(Sources):
         values = [pre, *(self._last @ direction.vector[:, None] for direction in directions)]
         outputs = torch.cat(values)
         weight = outputs.new_zeros(len(outputs), self.num_sources)
-        cuts = [*self._cuts, -1]
-        inputs = [*self._cuts.values(), self._embed]
+        inputs = [*self._cuts, self._embed]
         each = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
         found = torch.autograd.grad(outputs, inputs, each, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        for layer, g in zip(cuts, found, strict=True):
+        for place, g in enumerate(found):
             if g is not None:
-                self._send(layer, g[:, 0], weight)
+                self._send(place, g[:, 0], weight)
         return Rows(weight.detach(), outputs.detach(), torch.zeros_like(outputs.detach()))
 
-    def _send(self, layer: int, g: Float[Tensor, "rows ctx d_model"], weight: Float[Tensor, "rows sources"]) -> None:
-        """Into `weight`: what a site's latents and errors send, or for layer -1 the tokens."""
-        context, with_latents = self.frozen.context, self.num_latents
-        if layer == -1:
-            weight[:, self.num_sources - context :] = torch.einsum("rtd,td->rt", g, self.frozen.embed[0])
+    def _send(self, place: int, g: Float[Tensor, "rows ctx d_site"], weight: Float[Tensor, "rows sources"]) -> None:
+        """Into `weight`: what the latents and errors of a site send, or behind the last site the tokens."""
+        context, first = self.frozen.context, self.num_latents + place * self.frozen.context
+        if place == len(self.sites):
+            weight[:, first : first + context] = torch.einsum("rtd,td->rt", g, self.frozen.embed[0])
             return
-        first = with_latents + layer * context
-        weight[:, first : first + context] = torch.einsum("rtd,td->rt", g, self.errors[layer])
-        at = self.layers[layer]
-        written = self.coders[layer].W_dec[at.latent] * at.activation[:, None]
-        weight[:, self.starts[layer] : self.starts[layer + 1]] = torch.einsum("rnd,nd->rn", g[:, at.position], written)
+        weight[:, first : first + context] = torch.einsum("rtd,td->rt", g, self.errors[place])
+        at, start = self.layers[place], self.starts[place]
+        written = self.coders[self.sites[place]].W_dec[at.latent] * at.activation[:, None]
+        ends = torch.bincount(at.position, minlength=context).cumsum(0).tolist()
+        for position, (begin, end) in enumerate(pairwise([0, *ends])):
+            weight[:, start + begin : start + end] = g[:, position] @ written[begin:end].T

@@ -5,6 +5,7 @@ to the target's value before its threshold. A target's edges, what nodes outside
 (`bias`) add up to that value (`pre`), but for `violation`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from everyscope.base.schema import Schema
 from everyscope.circuits.influence import Edges, Pruned, Scores, influence, prune, scores
+from everyscope.sites.names import SUBLAYERS, SiteKind
 
 LATENT, ERROR, TOKEN, LOGIT = range(4)
 KINDS = ("latent", "error", "token", "logit")
@@ -23,7 +25,8 @@ KINDS = ("latent", "error", "token", "logit")
 LARGEST_VIOLATION = 1e-3
 """A graph that breaks its own sums by more than this is not to be trusted [1]."""
 Method = Literal["replacement", "gradient"]
-"""replacement: exact, through transcoders. gradient: activation times gradient through SAEs, a first-order approximation."""
+"""replacement: exact, through transcoders. gradient: activation times gradient through SAEs of all sites, a first-order
+approximation."""
 
 
 class TargetFacts(Schema):
@@ -43,7 +46,9 @@ class CoderFacts(Schema):
     """One transcoder or SAE of the graph."""
 
     layer: int
-    """Where its latents are drawn."""
+    """Of the model, from 0."""
+    kind: SiteKind = "transcoder"
+    """Of its site in this layer."""
     name: str
     """Its folder in the suite, or what it is."""
     width: int
@@ -138,10 +143,26 @@ class Graph:
         """Over all nodes whose inputs were computed [1]."""
         return float(self.violation.max(initial=0.0))
 
-    @property
+    @cached_property
     def level(self) -> Int[ndarray, " nodes"]:
-        """Edges lead from lower to higher levels."""
-        return self.layer
+        """Edges lead from lower to higher levels: see `level_of`."""
+        return level_of(self.layer, self.coder, [coder.kind for coder in self.facts.coders])
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether a layer has several SAEs, one above the other."""
+        return len({coder.layer for coder in self.facts.coders}) < len(self.facts.coders)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of nodes between the tokens and the targets: one for each layer, or if it is stacked one for each sublayer."""
+        return self.facts.num_layers * (len(SUBLAYERS) if self.is_stacked else 1)
+
+    @cached_property
+    def row(self) -> Int[ndarray, " nodes"]:
+        """Where nodes are drawn: -1 for tokens, from 0 on for latents and errors, `num_rows` for targets."""
+        places = np.where(self.is_stacked, self.level, self.layer)
+        return np.where(self.kind == LOGIT, self.num_rows, np.where(self.kind == TOKEN, -1, places))
 
     @property
     def is_fixed(self) -> Bool[ndarray, " nodes"]:
@@ -180,6 +201,15 @@ class Graph:
         columns = {name: getattr(self, name)[kept.nodes] for name in COLUMNS}
         columns |= {"rest": rest[kept.nodes], "rest_size": rest_size[kept.nodes]}
         return replace(self, **columns, edges=Edges(number[edges.source], number[edges.target], edges.weight))
+
+
+def level_of(layer: Int[ndarray, " n"], coder: Int[ndarray, " n"], kinds: Sequence[SiteKind]) -> Int[ndarray, " n"]:
+    """What is computed later has a higher level: by layer, and in one of them attn_out, mlp_out, the stream behind the block.
+
+    `coder` is the place of each node's coder in `kinds`, -1 where it has none.
+    """
+    rank = [SUBLAYERS.index(kind) if kind in SUBLAYERS else len(SUBLAYERS) - 1 for kind in kinds]
+    return len(SUBLAYERS) * layer + np.array([*rank, len(SUBLAYERS) - 1])[coder]
 
 
 COLUMNS = (

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from everyscope.base.errors import ConfigError
-from everyscope.circuits.attribution import Coders, by_layer
+from everyscope.circuits.attribution import Coders, by_site
 from everyscope.circuits.config import Latent
 from everyscope.circuits.frozen import FrozenModel, attending
 from everyscope.circuits.graph import LATENT, LOGIT, Graph
@@ -118,7 +118,8 @@ class Intervention:
             raise ConfigError(f"the graph is of {graph.facts.model} with {graph.facts.num_layers} layers; give its own model")
         self.frozen = FrozenModel(self.model, self.adapter, torch.tensor([graph.facts.token_ids]))
         self.coders: dict[int, Sae] = {
-            layer: fitting(coder, self.adapter, layer).to(self.frozen.embed) for layer, coder in by_layer(transcoders)[1].items()
+            site.layer: fitting(coder, self.adapter, site.layer).to(self.frozen.embed)
+            for site, coder in by_site(transcoders)[1].items()
         }
         rows = self.frozen.unembedding.to(self.frozen.embed)
         mean = rows.mean(0)

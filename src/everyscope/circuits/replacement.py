@@ -69,25 +69,28 @@ class Rows:
 
 
 class Sources:
-    """What sends: the active latents by layer, position and number; then the errors by layer and position; then the tokens."""
+    """What sends: the active latents by site, position and number; then the errors by site and position; then the tokens."""
 
     frozen: FrozenModel
+    sites: list[Site]
+    """Where latents and errors sit, in the order in which the model computes them."""
     layers: list[LayerLatents]
+    """The latents of each site."""
 
     @cached_property
     def starts(self) -> list[int]:
-        """Of each layer the number of its first latent, and last the number of all."""
+        """Of each site the number of its first latent, and last the number of all."""
         return [0, *accumulate(len(layer.latent) for layer in self.layers)]
 
     @property
     def num_latents(self) -> int:
-        """Active latents of all layers."""
+        """Active latents of all sites."""
         return self.starts[-1]
 
     @property
     def num_sources(self) -> int:
         """Latents, errors and tokens."""
-        return self.num_latents + (self.frozen.num_layers + 1) * self.frozen.context
+        return self.num_latents + (len(self.sites) + 1) * self.frozen.context
 
 
 class LocalReplacement(Sources):
@@ -100,6 +103,7 @@ class LocalReplacement(Sources):
         """
         self.frozen, self.counted = frozen, counted.to(frozen.embed.device)
         self.coders = {layer: fitting(coder, frozen.adapter, layer).to(frozen.embed) for layer, coder in coders.items()}
+        self.sites = [Site("transcoder", layer) for layer in range(frozen.num_layers)]
         self.reads = [reading(frozen.adapter, self.coders.get(layer), layer) for layer in range(frozen.num_layers)]
         self.layers: list[LayerLatents] = []
         self.errors: list[Float[Tensor, "ctx d_model"]] = []

@@ -1,10 +1,10 @@
 """Targets of a graph: the directions behind the final norm that logits read, and how much each counts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -76,11 +76,16 @@ def text_of(token: int, tokenizer: Any) -> str:
     return f"#{token}" if tokenizer is None else tokenizer.decode([token])
 
 
-def require_active(numbers: Float[Tensor, " some"], target: Latent) -> int:
-    """The number of a target latent; ConfigError where it is not active there."""
-    if not len(numbers):
+def require_active(nodes: Sequence[int], target: Latent) -> int:
+    """The one node of a target latent; ConfigError where it is not active there, or several SAEs have one of this number."""
+    if len(nodes) > 1:
+        example = f"mlp_out.{target.layer}.{target.position}.{target.latent}"
+        raise ConfigError(
+            f"latent {target.latent} of layer {target.layer}: {len(nodes)} SAEs have it; name its site, as in {example}"
+        )
+    if not nodes:
         raise ConfigError(
             f"latent {target.latent} of layer {target.layer} is not active at position {target.position}; "
             "choose an active one: the graph of the whole prompt lists them"
         )
-    return int(torch.as_tensor(numbers)[0])
+    return nodes[0]

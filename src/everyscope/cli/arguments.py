@@ -180,6 +180,7 @@ def add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", nargs="+", metavar="TOKEN", help="next tokens to explain (default: the likeliest, up to 95 %% or 10)")
     add("--against", metavar="TOKEN", help="explain the logit of one --target minus that of this token")
     add("--latent", metavar="L.P.I", help="explain latent I of layer L at position P (BOS is 0) in place of tokens")
+    add("--through", choices=["transcoders", "saes"], help="whose latents are nodes (default: transcoders, if there are any)")
     add("--width", type=int, help="latents of the transcoders (default: the widest)")
     add("--l0", type=float, help="L0 of the transcoders, the nearest are taken (default: the canonical ones)")
     add("--max-latents", type=int, help="latents whose inputs are computed, most influential first (default: 2048)")

@@ -55,7 +55,7 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
 
     quiet_transformers()
     loaded = load_suite(suite)
-    coders = coders_of(loaded, width=options.width, l0=options.l0)
+    coders = coders_of(loaded, options.through, width=options.width, l0=options.l0)
     known = model_of(suite, loaded.index.model) if options.model is None else ModelConfig(name=options.model)
     model = load_language_model(known)
     graph = attribute(model, coders, options.prompt, target=target, config=AttributionConfig(**chosen))

@@ -128,7 +128,7 @@ def test_layers_without_transcoder_are_errors(gemma2, prompt):
     ("coders", "target", "words"),
     [
         ([], None, "no transcoders given"),
-        ([CODERS[0], CODERS[0]], None, "two coders of layer 0"),
+        ([CODERS[0], CODERS[0]], None, "two coders at transcoder layer 0"),
         (CODERS, TargetTokens((70,)), "tokens 0 to 63"),
         (CODERS, TargetTokens((5, 5)), "each once"),
         (CODERS, Contrast(5, 5), "with itself"),

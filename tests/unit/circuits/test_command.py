@@ -64,6 +64,7 @@ def test_json_for_programs(suite, capsys, tmp_path):
         ([PROMPT, "--max-latents", "0"], "expected 1 or more"),
         ([PROMPT, "--node-share", "1.5"], "at most 1"),
         ([PROMPT, "--width", "128"], "has no transcoders of width 128, nor SAEs"),
+        ([PROMPT, "--through", "saes"], "has no SAEs at attn_out, mlp_out, resid_post"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(suite, capsys, arguments, words):
