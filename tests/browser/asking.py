@@ -97,12 +97,12 @@ class FakeLive:
     def ablate(self, graph: Graph, request: AblationRequest) -> list[Ablation]:
         """Every target falls by the number of latents, and half of that is predicted; two latents change."""
         self.ablated.append(request)
-        nodes = (graph.kind == LATENT).nonzero()[0].tolist()
+        nodes = sorted((graph.kind == LATENT).nonzero()[0].tolist(), key=lambda node: -graph.influence[node])
         return [
             Ablation(
                 tuple((-1.0 * len(some), -0.5 * len(some)) for _ in graph.facts.targets),
                 ((b"<b>value</b>", 0.75, 0.5), (b" name", 0.125, 0.25)),
-                ((nodes[0], -1.5, -1.0), (nodes[-1], 0.5, -0.25)),
+                ((nodes[0], -1.5, -1.0), (nodes[12], 0.5, -0.25), (nodes[-1], 0.25, 0.0)),
             )
             for some in request.variants
         ]

@@ -12,7 +12,6 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everyscope.base.errors import EveryscopeError
+from everyscope.browse.circuit_file import circuit_file
 from everyscope.browse.guard import FORM_SECONDS, Forbidden, read_form, require_own
 from everyscope.browse.light import Light
 from everyscope.browse.links import Links, Served
@@ -37,8 +37,15 @@ from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.search import SearchRequest, jump
 from everyscope.browse.table_page import TableRequest
-from everyscope.browse.views.asked_circuit import ablation_json, ablation_request, circuit_request, drawn, new_circuit_view
-from everyscope.browse.views.circuit import circuit_data, circuit_foreign, circuit_view, circuits_view
+from everyscope.browse.views.asked_circuit import (
+    ablation_json,
+    ablation_request,
+    circuit_request,
+    drawn,
+    foreign_request,
+    new_circuit_view,
+)
+from everyscope.browse.views.circuit import card_of, circuit_data, circuit_foreign, circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
 from everyscope.browse.views.live import steer_view, text_view
@@ -46,6 +53,7 @@ from everyscope.browse.views.sae import sae_view
 from everyscope.browse.views.search import search_view
 from everyscope.browse.views.suite import comparisons_view, suite_view
 from everyscope.circuits.files import read_graph
+from everyscope.circuits.graph import Graph
 
 HEADERS = {
     "content-security-policy": (
@@ -138,6 +146,8 @@ class Browser:
             "/circuit/new": self._new_circuit,
             "/circuit/{name}.json": self._circuit_data,
             "/circuit/{name}/circuit-tracer.json": self._circuit_foreign,
+            "/circuit/{name}/page.html": self._circuit_file,
+            "/circuit/{name}/card/{coder:latent}/{latent:latent}": self._circuit_card,
             "/circuit/{name}": self._circuit,
             f"{SAE_PATH}/": self._sae,
             f"{SAE_PATH}/{{latent:latent}}.json": self._raw,
@@ -240,27 +250,39 @@ class Browser:
         return RedirectResponse(self._links.circuit(name), 303)
 
     def _ablate(self, request: Request, index: Index, asking: Asking, query: Query) -> Response:
-        graph = read_graph(self._graph(request)[1])
+        graph = self._graph(request)[1]
         asked = ablation_request(graph, query)
         return JSONResponse(ablation_json(graph, asked, asking.ablate(graph, asked)))
 
-    def _graph(self, request: Request) -> tuple[str, Path]:
-        """The name and file of a graph; names are looked up, so that no address becomes a path."""
+    def _graph(self, request: Request) -> tuple[str, Graph]:
+        """The name of a graph, and the graph; names are looked up, so that no address becomes a path."""
         name, known = request.path_params["name"], self._preparation.graphs
         if name not in known:
             raise NoSuchPage(f"this suite has no graph {name[:200]!r}; `everyscope circuit` makes some")
-        return name, known[name]
+        return name, read_graph(known[name])
 
     def _circuit(self, request: Request, index: Index) -> Response:
         return self._page("circuit", index, **circuit_view(self._links, *self._graph(request)))
 
     def _circuit_data(self, request: Request, index: Index) -> Response:
-        return JSONResponse(circuit_data(index, self._links, *self._graph(request)))
+        can_ablate = self._live.state != "absent"
+        return JSONResponse(circuit_data(index, self._links, *self._graph(request), can_ablate=can_ablate))
+
+    def _circuit_card(self, request: Request, index: Index) -> Response:
+        coders, place = self._graph(request)[1].facts.coders, request.path_params["coder"]
+        sae = index.find(coders[place].name) if place < len(coders) else None
+        card = card_of(index, sae, request.path_params["latent"])
+        return JSONResponse(card) if card else JSONResponse({"error": "no such latent"}, 404)
+
+    def _circuit_file(self, request: Request, index: Index) -> Response:
+        name, graph = self._graph(request)
+        return HTMLResponse(circuit_file(index, name, graph), headers=_download(f"{name}.html"))
 
     def _circuit_foreign(self, request: Request, index: Index) -> Response:
-        name, path = self._graph(request)
-        headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}.json"}
-        return JSONResponse(circuit_foreign(index, name, path), headers=headers)
+        query = {key: request.query_params.getlist(key) for key in request.query_params}
+        name, graph = self._graph(request)
+        found = circuit_foreign(index, name, *foreign_request(graph, query))
+        return JSONResponse(found, headers=_download(f"{name}.json"))
 
     def _asked_page(self, name: str, view: LiveView) -> Callable[[Request], Awaitable[Response]]:
         """A page that may ask the language model."""
@@ -338,3 +360,8 @@ class Browser:
         """A fault of ours: the page says so, the terminal has the traceback."""
         message = "a fault of everyscope, not of yours; the terminal where it was started says more"
         return self._page("error", self._preparation.index, 500, title="Something broke", message=message)
+
+
+def _download(name: str) -> dict[str, str]:
+    """The header that saves an answer as a file of this name."""
+    return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}

@@ -6,12 +6,14 @@ the language model says so on its page.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from everyscope.base.errors import ConfigError
+from everyscope.base.errors import ConfigError, DataError
 from everyscope.base.files import PARTIAL, make_folder, storage_errors
-from everyscope.base.progress import meter
+from everyscope.base.progress import meter, say
+from everyscope.browse.circuit_file import inlined
 from everyscope.browse.config import ExportConfig
 from everyscope.browse.links import Exported, compare_file, latent_file, sae_file
 from everyscope.browse.live import LiveModel
@@ -19,11 +21,13 @@ from everyscope.browse.pages import environment, render, static_files
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.table_page import PAGE, TableRequest
+from everyscope.browse.views.circuit import circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
 from everyscope.browse.views.live import steer_view, text_view
 from everyscope.browse.views.sae import sae_view
 from everyscope.browse.views.suite import comparisons_view, suite_view
+from everyscope.circuits.files import read_graph
 
 MARK = ".everyscope-export"
 """A file that an export carries: only a folder that has it is ever replaced."""
@@ -43,12 +47,13 @@ def run(config: ExportConfig) -> ExportResult:
     """Write all pages of a suite; ConfigError where `out` holds something else, errors of reading the suite as for browsing."""
     if config.out.exists() and not ((config.out / MARK).exists() or (config.out.is_dir() and not any(config.out.iterdir()))):
         raise ConfigError(f"{config.out}: holds something that is no export; choose another folder with --out")
-    index = Preparation(config.suite, config.cache).run()
+    preparation = Preparation(config.suite, config.cache)
+    index = preparation.run()
     partial = config.out.with_name(config.out.name + PARTIAL)
     with storage_errors(config.out):
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(partial)
-        num_pages = _Export(index, partial, config.max_latents).write()
+        num_pages = _Export(index, partial, config.max_latents, _graphs(preparation.graphs)).write()
         (partial / MARK).write_text("Replaced by the next export into this folder.\n", encoding="utf-8")
         if config.out.exists():
             shutil.rmtree(config.out)
@@ -56,11 +61,24 @@ def run(config: ExportConfig) -> ExportResult:
     return ExportResult(config.out / "index.html", num_pages)
 
 
+def _graphs(paths: Mapping[str, Path]) -> dict[str, Path]:
+    """Those that can be read; the others are told."""
+    found = {}
+    for name, path in paths.items():
+        try:
+            read_graph(path)
+        except DataError as error:
+            say(f"left out: {error}")
+        else:
+            found[name] = path
+    return found
+
+
 class _Export:
     """Writes every page below one folder; files need not be whole one by one, for the folder is."""
 
-    def __init__(self, index: Index, out: Path, max_latents: int | None) -> None:
-        self._index, self._out = index, out
+    def __init__(self, index: Index, out: Path, max_latents: int | None, graphs: Mapping[str, Path]) -> None:
+        self._index, self._out, self._graphs = index, out, graphs
         self._templates, self._live = environment(), LiveModel(None).asking()
         readable = [sae for sae in index.saes if sae.problem is None]
         self._widths = {sae.folder: min(sae.width, max_latents or sae.width) for sae in readable}
@@ -85,7 +103,7 @@ class _Export:
         return self._count
 
     def _links(self, depth: int) -> Exported:
-        return Exported(depth, self._widths, self._pages, self._pairs)
+        return Exported(depth, self._widths, self._pages, self._pairs, self._graphs)
 
     def _page(self, path: str, name: str, links: Exported, view: dict[str, object]) -> None:
         file = self._out / path
@@ -101,6 +119,12 @@ class _Export:
         self._page("text.html", "text", links, text_view(index, links, self._live, {}))
         self._page("steer.html", "steer", links, steer_view(index, links, self._live, {}))
         deeper = self._links(1)
+        if self._graphs:
+            self._page("circuits.html", "circuits", links, circuits_view(self._graphs, links))
+        for name, path in self._graphs.items():
+            graph = read_graph(path)
+            view = circuit_view(deeper, name, graph, inlined(index, deeper, name, graph))
+            self._page(f"circuit/{name}.html", "circuit", deeper, view)
         for (one, other), name in self._pairs.items():
             view = compare_view(index, deeper, index.find(one), index.find(other))
             self._page(compare_file(name), "compare", deeper, view)

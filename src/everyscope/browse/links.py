@@ -1,6 +1,6 @@
 """Addresses of pages: those of the server, and those of an export, relative and only where a page was written."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import quote, urlencode
@@ -53,7 +53,9 @@ class Links(Protocol):
         ...
 
     def circuit(self, name: str, form: str = "") -> str | None:
-        """One of them: its page, or its data as `.json` or `/circuit-tracer.json`."""
+        """One of them: its page, or with `form` its data as `.json` or `/circuit-tracer.json`, and what else belongs to it; `new`
+        is the form that makes one.
+        """
         ...
 
 
@@ -121,6 +123,8 @@ class Exported:
     """By SAE, how many pages its table has [pages]."""
     pairs: Mapping[tuple[str, str], str]
     """By pair of SAEs that are compared, the name of that page."""
+    graphs: Collection[str] = ()
+    """Names of the attribution graphs."""
 
     def _at(self, path: str) -> str:
         return "../" * self.depth + path
@@ -168,11 +172,26 @@ class Exported:
         """See Links."""
         return self._at("comparisons.html")
 
-    def circuits(self) -> None:
-        """See Links; graphs are drawn by the server alone."""
-
-    def circuit(self, name: str, form: str = "") -> None:
+    def circuits(self) -> str | None:
         """See Links."""
+        return self._at("circuits.html") if self.graphs else None
+
+    def circuit(self, name: str, form: str = "") -> str | None:
+        """See Links; everything of a graph is inside its page."""
+        return self._at(f"circuit/{quote(name, safe='')}.html") if name in self.graphs and not form else None
+
+
+class Nowhere:
+    """No addresses at all: of a page that is one file."""
+
+    def asset(self, name: str) -> str:
+        """See Links; nobody asks, for the file holds what it needs."""
+        raise AssertionError(f"{name}: a page in one file has no files beside it")
+
+    def _none(self, *names: object, **more: object) -> None:
+        """See Links."""
+
+    suite = sae = latent = raw = search = live = compare = comparisons = circuits = circuit = _none
 
 
 def sae_file(folder: str, page: int) -> str:

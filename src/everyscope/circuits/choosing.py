@@ -58,15 +58,21 @@ def _chosen(entries: "list[SuiteEntry]", l0: float | None) -> "SuiteEntry":
 
 
 def labels_of(suite: Path, graph: Graph) -> dict[tuple[int, int], str]:
-    """What a graph's latents are called in the suite, by coder and latent; those without a label are left out."""
+    """What a graph's latents are called, by coder and latent: in the suite, or else in the graph; the others are left out."""
     is_latent = graph.kind == LATENT
-    found: dict[tuple[int, int], str] = {}
+    found = own_labels(graph)
     for number, coder in enumerate(graph.facts.coders):
         path = suite / coder.name / EXPLANATIONS_FILE
         if path.is_file():
             wanted = set(graph.index[is_latent & (graph.coder == number)].tolist())
             found |= {(number, latent): label for latent, label in _labels(path, wanted)}
     return found
+
+
+def own_labels(graph: Graph) -> dict[tuple[int, int], str]:
+    """What an imported graph itself calls its latents, by coder and latent."""
+    keys = zip(graph.coder[graph.kind == LATENT].tolist(), graph.index[graph.kind == LATENT].tolist(), strict=True)
+    return {key: label for key in keys if (label := graph.facts.labels.get(f"{key[0]}_{key[1]}"))}
 
 
 def _labels(path: Path, wanted: set[int]) -> Iterable[tuple[int, str]]:

@@ -34,6 +34,7 @@ def unpaired(number: int) -> tuple[int, int]:
 
 def to_json(graph: Graph, slug: str, labels: Labels, scan: str, node_share: float | None = None) -> dict[str, Any]:
     """The graph, as it is, in circuit-tracer's form; prune it first. `scan` names the set of transcoders."""
+    pins, groups = list(graph.facts.pins), [list(group) for group in graph.facts.groups]
     ids = [node_id(graph, node) for node in range(len(graph))]
     share = cumulative(graph.influence)
     edges = zip(graph.edges.source.tolist(), graph.edges.target.tolist(), graph.edges.weight.tolist(), strict=True)
@@ -47,7 +48,7 @@ def to_json(graph: Graph, slug: str, labels: Labels, scan: str, node_share: floa
             "node_threshold": node_share,
             "schema_version": 1,
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {"pinnedIds": pins, "supernodes": groups, "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": [_node(graph, node, ids[node], float(share[node]), labels) for node in range(len(graph))],
         "links": [{"source": ids[source], "target": ids[target], "weight": weight} for source, target, weight in edges],
     }
@@ -99,27 +100,28 @@ def _node(graph: Graph, node: int, node_id: str, share: float, labels: Labels) -
     return found
 
 
-def from_json(value: Any, name: str) -> tuple[Graph, dict[tuple[int, int], str]]:
-    """The graph and the labels of circuit-tracer's JSON; DataError, which calls it `name`, for anything else.
+def from_json(value: Any, name: str) -> Graph:
+    """The graph of circuit-tracer's JSON, its labels, pins and groups among its facts; DataError, which calls it `name`, for
+    anything else.
 
     Such a file holds no biases and not what was pruned: of each node `rest`, `bias` and `violation` are 0.
     """
     try:
-        graph, labels = _read(value)
+        graph = _read(value)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         what = f"{type(error).__name__} {error}"
         raise DataError(f"{name}: is no graph of circuit-tracer's schema 1 ({what[:120]}); export it again") from error
     require_sound(graph, name)
-    return graph, labels
+    return graph
 
 
-def _read(value: Any) -> tuple[Graph, dict[tuple[int, int], str]]:
+def _read(value: Any) -> Graph:
     kinds = {text: kind for kind, text in TYPES.items()}
     nodes = sorted(value["nodes"], key=lambda node: kinds[node["feature_type"]])
     tokens = [str(token) for token in value["metadata"]["prompt_tokens"]]
     num_layers = max(int(node["layer"]) for node in nodes if kinds[node["feature_type"]] == LOGIT) - 1
     columns: dict[str, list[float]] = {name: [] for name in ("kind", "layer", "position", "index", "activation", "start")}
-    labels, ids, token_ids = dict[tuple[int, int], str](), dict[str, int](), [0] * len(tokens)
+    labels, ids, token_ids = dict[str, str](), dict[str, int](), [0] * len(tokens)
     for place, node in enumerate(nodes):
         ids.setdefault(node["node_id"], place)  # of an error and a latent with one name the latent has it
         kind, position = kinds[node["feature_type"]], int(node["ctx_idx"])
@@ -129,7 +131,7 @@ def _read(value: Any) -> tuple[Graph, dict[tuple[int, int], str]]:
         columns["activation"].append(float(node.get("activation") or 0.0))
         columns["start"].append(float(node["token_prob"]) if kind == LOGIT else 0.0)
         if kind == LATENT and node.get("clerp"):
-            labels[layer, index] = str(node["clerp"])
+            labels[f"{layer}_{index}"] = str(node["clerp"])
         if kind == TOKEN:
             token_ids[position] = index
     links = [(ids[link["source"]], ids[link["target"]], float(link["weight"])) for link in value["links"]]
@@ -143,19 +145,36 @@ def _read(value: Any) -> tuple[Graph, dict[tuple[int, int], str]]:
         token_ids=tuple(token_ids),
         model=str(value["metadata"]["scan"]),
         num_layers=num_layers,
-        method="replacement",
+        method="imported",
         coders=tuple(CoderFacts(layer=layer, name=f"layer {layer}", width=widths[layer]) for layer in range(num_layers)),
         targets=tuple(_target(node) for node in nodes if kinds[node["feature_type"]] == LOGIT),
         num_active=int((arrays["kind"] == LATENT).sum()),
         logit_error=0.0,
         title=str(value["metadata"]["slug"]),
+        labels=labels,
+        **_pinned(value.get("qParams") or {}, {str(one["node_id"]): _own_id(one) for one in nodes}),
     )
     nothing = np.zeros(len(nodes))
     coder = np.where(np.isin(arrays["kind"], (LATENT, ERROR)), arrays["layer"], -1)
     source, target, weight = (np.array(ends) for ends in zip(*links, strict=True)) if links else (np.zeros(0),) * 3
     blank = dict.fromkeys(("pre", "bias", "rest", "rest_size", "violation"), nothing)
     edges = Edges(source.astype(np.int64), target.astype(np.int64), weight.astype(np.float64))
-    return Graph(facts, **arrays, coder=coder, **blank, edges=edges), labels
+    return Graph(facts, **arrays, coder=coder, **blank, edges=edges)
+
+
+def _own_id(node: dict[str, Any]) -> str:
+    """Their name of a node, but for errors."""
+    is_error = node["feature_type"] == TYPES[ERROR]
+    return f"error_{int(node['layer'])}_{int(node['ctx_idx'])}" if is_error else str(node["node_id"])
+
+
+def _pinned(params: dict[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    """What its viewer had pinned and grouped, of nodes that are there."""
+    groups = [
+        (str(name), *(known[str(one)] for one in some if str(one) in known)) for name, *some in params.get("supernodes") or []
+    ]
+    pins = tuple(known[str(one)] for one in params.get("pinnedIds") or [] if str(one) in known)
+    return {"pins": pins, "groups": tuple(group for group in groups if len(group) > 1)}
 
 
 def _place(node: dict[str, Any], kind: int, num_layers: int) -> tuple[int, int]:

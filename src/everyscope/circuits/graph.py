@@ -24,9 +24,9 @@ KINDS = ("latent", "error", "token", "logit")
 """Names of the four kinds of nodes, by number."""
 LARGEST_VIOLATION = 1e-3
 """A graph that breaks its own sums by more than this is not to be trusted [1]."""
-Method = Literal["replacement", "gradient"]
+Method = Literal["replacement", "gradient", "imported"]
 """replacement: exact, through transcoders. gradient: activation times gradient through SAEs of all sites, a first-order
-approximation."""
+approximation. imported: from circuit-tracer's JSON, which holds neither biases nor what was pruned, so no sum can be checked."""
 
 
 class TargetFacts(Schema):
@@ -90,6 +90,12 @@ class GraphFacts(Schema):
     """Of everyscope."""
     settings: dict[str, float | int | str | None] = Field(default_factory=dict)
     """What it was made with."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """What an imported graph calls latents, by `coder_latent`, as in 3_417 of the fourth coder."""
+    pins: tuple[str, ...] = ()
+    """Nodes that are pinned when the page opens, by the names that circuit-tracer gives nodes."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Groups of them: a name, then nodes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +141,25 @@ class Graph:
     def words(self) -> str:
         """Its scores and its exactness in a few words."""
         found = f"replacement {self.facts.replacement:.2f}, completeness {self.facts.completeness:.2f}"
-        gap = "largest violation" if self.facts.method == "replacement" else "approximate: largest gap"
-        return f"{found}, {gap} {self.largest_violation:.1e}"
+        match self.facts.method:
+            case "replacement":
+                return f"{found}, largest violation {self.largest_violation:.1e}"
+            case "gradient":
+                gap = f"half of the nodes miss their value by more than {self.typical_gap:.0%} of what they receive"
+                return f"{found}, approximate: {gap}"
+            case "imported":
+                return "imported: holds no biases, so that its sums cannot be checked"
 
     @property
     def largest_violation(self) -> float:
         """Over all nodes whose inputs were computed [1]."""
         return float(self.violation.max(initial=0.0))
+
+    @property
+    def typical_gap(self) -> float:
+        """The median over all nodes whose inputs were computed: of an approximation, how far its edges are from values [1]."""
+        computed = self.violation[(self.pre != 0) & (self.kind != ERROR)]
+        return float(np.median(computed)) if len(computed) else 0.0
 
     @cached_property
     def level(self) -> Int[ndarray, " nodes"]:
@@ -187,9 +205,12 @@ class Graph:
         share = carried / np.maximum(carried + self.rest_size, np.finfo(np.float64).tiny)
         return float((share * weight).sum() / max(weight.sum(), np.finfo(np.float64).tiny))
 
-    def pruned(self, node_share: float = 0.8, edge_share: float = 0.98) -> "Graph":
-        """The graph of the nodes and edges that carry most of the influence [1]; what falls goes to `rest`."""
-        return self.part(prune(self.edges, self.level, self.start, self.is_fixed, self.kind == LATENT, node_share, edge_share))
+    def pruned(self, node_share: float = 0.8, edge_share: float = 0.98, kept: Bool[ndarray, " nodes"] | None = None) -> "Graph":
+        """The graph of the nodes and edges that carry most of the influence [1], and of nodes that are `kept`; what falls goes to
+        `rest`.
+        """
+        stays = self.is_fixed if kept is None else self.is_fixed | kept
+        return self.part(prune(self.edges, self.level, self.start, stays, self.kind == LATENT, node_share, edge_share))
 
     def part(self, kept: Pruned) -> "Graph":
         """The graph of some nodes and edges; what the others sent to these goes to `rest`."""

@@ -190,6 +190,8 @@ def add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the language model, a folder or hub id, where the suite's name does not find it")
     add("--out", type=Path, help="the graph's file (default: circuits/<prompt> in the suite)")
     add("--circuit-tracer", type=Path, metavar="FILE", help="also write the pruned graph as circuit-tracer's JSON")
+    add("--export", type=Path, metavar="FILE", help="also write the graph's page as one HTML file, which opens without a server")
+    add("--import", type=Path, metavar="FILE", dest="import_file", help="circuit-tracer's JSON, or a graph's file, for a PROMPT")
     add("--json", action="store_true", help="print results as JSON")
 
 

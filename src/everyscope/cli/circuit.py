@@ -1,4 +1,4 @@
-"""`everyscope circuit`: a graph of a prompt, its file, and what to read first in it."""
+"""`everyscope circuit`: a graph of a prompt or of another program's file, and what to read first in it."""
 
 import argparse
 import json
@@ -11,15 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from everyscope.base.errors import ConfigError
-from everyscope.base.files import write_json
+from everyscope.base.files import read_object, whole_file, write_json
 from everyscope.base.progress import printable
 from everyscope.circuits.choosing import labels_of, named
-from everyscope.circuits.circuit_tracer import to_json
+from everyscope.circuits.circuit_tracer import from_json, to_json
 from everyscope.circuits.config import AttributionConfig, Contrast, Latent, Target, TargetTokens
-from everyscope.circuits.files import ENDING, FOLDER, slug_of
+from everyscope.circuits.files import ENDING, FOLDER, read_graph, slug_of
 from everyscope.circuits.graph import LARGEST_VIOLATION, LATENT, LOGIT, Graph
 from everyscope.circuits.paths import strongest_paths
 from everyscope.suite.layout import suite_folder
+from everyscope.suite.records import read_index
 
 if TYPE_CHECKING:
     from everyscope.circuits.validation import Validation
@@ -32,8 +33,29 @@ Tested = dict[str, "Validation"]
 
 
 def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
-    """Compute, write, and show."""
+    """Compute or import, write, and show."""
     suite = suite_folder(options.path)
+    for name, value in (("--node-share", options.node_share), ("--edge-share", options.edge_share)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name} {value}: expected more than 0, at most 1")
+    graph, slug, tested = imported(options) if options.import_file is not None else computed(options, suite)
+    from everyscope.circuits.writing import write_graph
+
+    path: Path = options.out or suite / FOLDER / f"{slug}{ENDING}"
+    write_graph(path, graph)
+    labels, pruned = labels_of(suite, graph), graph.pruned(options.node_share, options.edge_share)
+    if options.circuit_tracer is not None:
+        write_json(options.circuit_tracer, to_json(pruned, slug, labels, read_index(suite).title, options.node_share))
+    if options.export is not None:
+        export_page(options.export, suite, slug, graph)
+    if options.json:
+        print(json.dumps(as_json(path, graph, pruned, labels, tested), indent=2))
+    else:
+        show(Console(), path, graph, pruned, labels, tested, options.export)
+
+
+def computed(options: argparse.Namespace, suite: Path) -> tuple[Graph, str, Tested]:
+    """The graph of a prompt, the name of its file, and what removing latents showed."""
     if not options.prompt:
         raise ConfigError(
             f'everyscope circuit {options.path} needs a PROMPT: the text whose next token is explained, in "quotes"'
@@ -42,13 +64,9 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
     chosen = {} if options.max_latents is None else {"max_latents": options.max_latents}
     if options.max_latents is not None and options.max_latents < 1:
         raise ConfigError(f"--max-latents {options.max_latents}: expected 1 or more")
-    for name, value in (("--node-share", options.node_share), ("--edge-share", options.edge_share)):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name} {value}: expected more than 0, at most 1")
     from everyscope.circuits.attribution import attribute
     from everyscope.circuits.choosing import coders_of
     from everyscope.circuits.validation import validate
-    from everyscope.circuits.writing import write_graph
     from everyscope.sites.config import ModelConfig
     from everyscope.sites.model import load_language_model, quiet_transformers
     from everyscope.suite.reader import load_suite, model_of
@@ -59,21 +77,36 @@ def circuit_command(options: argparse.Namespace, fields: list[str]) -> None:
     known = model_of(suite, loaded.index.model) if options.model is None else ModelConfig(name=options.model)
     model = load_language_model(known)
     graph = attribute(model, coders, options.prompt, target=target, config=AttributionConfig(**chosen))
-    slug = slug_of(options.prompt, "" if target is None else repr(target))
-    path: Path = options.out or suite / FOLDER / f"{slug}{ENDING}"
-    write_graph(path, graph)
-    labels, pruned = labels_of(suite, graph), graph.pruned(options.node_share, options.edge_share)
-    if options.circuit_tracer is not None:
-        write_json(options.circuit_tracer, to_json(pruned, slug, labels, loaded.index.title, options.node_share))
     tested: Tested = {}
     if options.validate:
         for name, is_held in (("free", False), ("held", True)):
             held = {"freezes_attention": is_held, "freezes_norms": is_held}
             tested[name] = validate(model, coders, graph, num_latents=options.validate, **held)
-    if options.json:
-        print(json.dumps(as_json(path, graph, pruned, labels, tested), indent=2))
-    else:
-        show(Console(), path, graph, pruned, labels, tested)
+    more = "" if target is None else repr(target)
+    return graph, slug_of(options.prompt, more if options.through is None else f"{more} {options.through}"), tested
+
+
+def imported(options: argparse.Namespace) -> tuple[Graph, str, Tested]:
+    """The graph of circuit-tracer's JSON, or of a file written before, and the name of its file."""
+    given = {"--target": options.target, "--latent": options.latent, "--validate": options.validate, "PROMPT": options.prompt}
+    both = next((name for name, value in given.items() if value), None)
+    if both is not None:
+        raise ConfigError(f"--import and {both}: a graph that is imported is not computed; leave one out")
+    path: Path = options.import_file
+    if path.name.endswith(ENDING):
+        return read_graph(path), path.name.removesuffix(ENDING), {}
+    graph = from_json(read_object(path), str(path))
+    return graph, slug_of(graph.facts.prompt, path.stem), {}
+
+
+def export_page(out: Path, suite: Path, slug: str, graph: Graph) -> None:
+    """Write the graph's page as one file; indexes the suite for labels and examples if nobody has."""
+    from everyscope.browse.circuit_file import circuit_file
+    from everyscope.browse.preparation import Preparation
+
+    page = circuit_file(Preparation(suite, None).run(), slug, graph)
+    with whole_file(out) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 def target_of(options: argparse.Namespace) -> Target:
@@ -136,7 +169,9 @@ def strongest_latents(graph: Graph) -> list[int]:
     return nodes[np.argsort(-graph.influence[nodes], kind="stable")][:SHOWN].tolist()
 
 
-def show(console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Tested") -> None:
+def show(
+    console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labels, tested: "Tested", page: Path | None = None
+) -> None:
     """What is printed, for people."""
 
     def safe(words: str) -> str:
@@ -162,5 +197,7 @@ def show(console: Console, path: Path, graph: Graph, pruned: Graph, labels: Labe
         steps = " → ".join(named(pruned, node, labels) for node in one.nodes)
         console.print(safe(f"{one.share:6.1%} {'+' if one.sign > 0 else '−'}  {steps}"), highlight=False, soft_wrap=True)
     console.print(f"\nGraph   {path}", highlight=False, soft_wrap=True)
+    if page is not None:
+        console.print(f"Page    {page}", highlight=False, soft_wrap=True)
     if path.parent.name == FOLDER and (pruned.kind == LOGIT).any():
         console.print(f"Next    everyscope browse {path.parent.parent}", highlight=False, soft_wrap=True)

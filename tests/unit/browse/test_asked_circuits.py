@@ -22,7 +22,8 @@ from everyscope.circuits.writing import write_graph
 SHAPE = Shape(kinds=("transcoder",), layers=2, widths=(64,), l0s=(5.2,), context=32)
 CODERS = [(f"transcoder/layer_{layer}/width_64/average_l0_5", 64) for layer in range(2)]
 GRAPH = invented_graph(CODERS)
-LATENTS = [node_id(GRAPH, int(node)) for node in (GRAPH.kind == LATENT).nonzero()[0]]
+BY_INFLUENCE = sorted((GRAPH.kind == LATENT).nonzero()[0].tolist(), key=lambda node: -GRAPH.influence[node])
+LATENTS = [node_id(GRAPH, node) for node in BY_INFLUENCE]
 FOREIGN = {"sec-fetch-site": "cross-site"}
 
 
@@ -127,8 +128,8 @@ def test_ablation_is_measured_beside_predicted(post, live):
     both, one = json.loads(answer.text)
     assert both["targets"] == [[-2.0, -1.0]] * 2
     assert both["tokens"][0] == ["<b>value</b>", 0.75, 0.5]
-    assert [row[0] for row in both["latents"]] == [LATENTS[-1]]  # an edited latent is no downstream one
-    assert [row[0] for row in one["latents"]] == [LATENTS[0], LATENTS[-1]]
+    assert [row[0] for row in both["latents"]] == [LATENTS[12], LATENTS[-1]]  # an edited latent is no downstream one
+    assert [row[0] for row in one["latents"]] == [LATENTS[0], LATENTS[12], LATENTS[-1]]
     (asked,) = live.ablated
     assert (asked.factor, asked.freezes_attention, asked.freezes_norms) == (0.5, True, False)
     layer, index, position = map(int, LATENTS[7].split("_"))

@@ -1,5 +1,6 @@
 """The pages of graphs over HTTP: what they hold, and what damaged or missing graphs say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from starlette.testclient import TestClient
 
 from everyscope.browse.app import Browser
 from everyscope.browse.preparation import Preparation
-from everyscope.circuits.circuit_tracer import from_json
+from everyscope.circuits.circuit_tracer import from_json, node_id, to_json
 from everyscope.circuits.files import ENDING, FOLDER
 from everyscope.circuits.graph import LATENT
 from everyscope.circuits.writing import write_graph
@@ -75,12 +76,65 @@ def test_data_for_the_script(client):
             assert sent + node["rest"] + node["bias"] == pytest.approx(node["pre"], abs=1e-5)
 
 
+def test_cards_say_what_a_latent_does(client):
+    graph = invented_graph(CODERS)
+    node = int((graph.kind == LATENT).nonzero()[0][0])
+    card = client.get(f"/circuit/good/card/{graph.coder[node]}/{graph.index[node]}").json()
+    assert set(card) == {"fires", "raises", "lowers", "examples"}
+    assert card["raises"]
+    assert any(level > 0 for example in card["examples"] for _, level in example)
+    for address in ("/circuit/good/card/7/0", "/circuit/good/card/0/999", "/circuit/foreign/card/0/0"):
+        assert client.get(address).status_code == 404
+
+
+def test_what_is_pinned_stays_in_circuit_tracers_form_however_little_it_matters(client):
+    graph = invented_graph(CODERS)
+    latents = (graph.kind == LATENT).nonzero()[0]
+    least = node_id(graph, int(latents[graph.influence[latents].argmin()]))
+    plain = client.get("/circuit/good/circuit-tracer.json?nodes=50&edges=80").json()
+    assert least not in [node["node_id"] for node in plain["nodes"]]
+    query = {"nodes": 50, "edges": 80, "pins": f"{least},nothing", "group": f"one%3Atwo:{least}"}
+    found = client.get("/circuit/good/circuit-tracer.json", params=query).json()
+    assert least in [node["node_id"] for node in found["nodes"]]
+    assert from_json(found, "").facts.pins == (least,)
+    assert from_json(found, "").facts.groups == (("one:two", least),)
+    for wrong in ("nodes=0", "nodes=x", "edges=101"):
+        assert client.get(f"/circuit/good/circuit-tracer.json?{wrong}").status_code == 422
+
+
+def test_a_page_as_one_file_asks_nobody_and_ends_no_script_early(client):
+    answer = client.get("/circuit/good/page.html")
+    assert "attachment" in answer.headers["content-disposition"]
+    assert not re.findall(r'(?:src|href)="(?!#)', answer.text)
+    assert SCRIPT not in answer.text
+    data = json.loads(re.search(r'<script type="application/json" id="graph-data">(.*?)</script>', answer.text, re.DOTALL)[1])
+    assert data["tokens"][1] == SCRIPT
+    assert {f"{node['coder']}_{node['index']}" for node in data["nodes"] if node["kind"] == "latent"} == set(data["cards"])
+    assert data["ablate"] is None
+
+
+def test_an_imported_graph_opens_with_its_labels_pins_and_groups_and_claims_no_sums(client, suite):
+    graph = invented_graph([("elsewhere/layer_0", 64), ("elsewhere/layer_1", 64)])
+    pins = [node_id(graph, int(node)) for node in (graph.kind == LATENT).nonzero()[0][:3]]
+    written = to_json(graph, "slug", {(int(graph.coder[0]), int(graph.index[0])): "<b>a label</b>"}, "scan")
+    written["qParams"] |= {"pinnedIds": [*pins, "nothing"], "supernodes": [["pair", *pins[:2]], ["empty", "nothing"]]}
+    write_graph(suite / FOLDER / f"imported{ENDING}", from_json(written, "graph.json"))
+    data = client.get("/circuit/imported.json").json()
+    assert data["pins"] == pins
+    assert data["groups"] == [["pair", *pins[:2]]]
+    assert next(node for node in data["nodes"] if node["id"] == pins[0])["label"] == "<b>a label</b>"
+    assert data["ablate"] is None
+    page = client.get("/circuit/imported").text
+    assert "sums and scores cannot be checked" in page
+    assert "violation" not in page
+
+
 def test_circuit_tracers_form_is_a_download_with_labels(client):
     answer = client.get("/circuit/good/circuit-tracer.json")
     assert "attachment" in answer.headers["content-disposition"]
-    graph, labels = from_json(answer.json(), "good.json")
+    graph = from_json(answer.json(), "good.json")
     assert len(graph) == len(invented_graph(CODERS).pruned())
-    assert labels
+    assert graph.facts.labels
 
 
 def test_graphs_of_another_suite_have_no_links(client):

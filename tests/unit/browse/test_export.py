@@ -1,19 +1,24 @@
 """An export is the served pages, with relative links, each of which leads to a file."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import unquote
 
 import pytest
 from browser.asking import ask
 from browser.invented_suite import Shape, write_invented_suite
+from invented_graph import SCRIPT, invented_graph
 
 from everyscope.base.errors import ConfigError, DataError
 from everyscope.browse.app import Browser
 from everyscope.browse.config import ExportConfig
 from everyscope.browse.export import MARK, run
 from everyscope.browse.preparation import Preparation
+from everyscope.circuits.files import ENDING, FOLDER
+from everyscope.circuits.writing import write_graph
 
 SHAPE = Shape(kinds=("resid_post",), layers=1, widths=(60, 70), l0s=(5.0,), num_sequences=12, context=48, is_hostile=True)
 NARROW, WIDE = "resid_post/layer_0/width_60/average_l0_5", "resid_post/layer_0/width_70/average_l0_5"
@@ -28,7 +33,7 @@ class Dom(HTMLParser):
         super().__init__()
         self.found: list[tuple] = []
         self.links: list[str] = []
-        self.feed(re.sub(r'<a href="/circuits">Circuits</a>\s*', "", page))  # graphs are computed, and not exported
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, [(name, value) for name, value in attrs if name not in self.LINKS]))
@@ -45,6 +50,8 @@ class Dom(HTMLParser):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     write_invented_suite(folder / "suite", SHAPE)
+    write_graph(folder / "suite" / FOLDER / f"a graph & more{ENDING}", invented_graph([(NARROW, 60)]))
+    (folder / "suite" / FOLDER / f"damaged{ENDING}").write_bytes(b"nothing")
     result = run(ExportConfig(suite=folder / "suite", out=folder / "pages", cache=folder / "cache"))
     assert result.first_page.is_file()
     assert result.num_pages == len(list((folder / "pages").rglob("*.html")))
@@ -79,7 +86,7 @@ def test_every_link_is_relative_and_leads_to_a_file(place: Path):
     for page in pages:
         for link in Dom(page.read_text(encoding="utf-8")).links:
             assert not link.startswith(("/", "http"))
-            assert (page.parent / link.split("#")[0]).resolve().is_file(), f"{page}: {link}"
+            assert (page.parent / unquote(link.split("#")[0])).resolve().is_file(), f"{page}: {link}"
 
 
 def test_an_export_can_be_cut_short_and_is_replaced_whole(place: Path, tmp_path: Path):
@@ -106,3 +113,16 @@ def test_what_is_no_suite_is_not_exported(tmp_path: Path):
     with pytest.raises(DataError, match="no suite"):
         run(ExportConfig(suite=tmp_path, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_graphs_are_exported_with_all_that_their_pages_need(place: Path):
+    pages = place / "pages"
+    listed = (pages / "circuits.html").read_text(encoding="utf-8")
+    assert re.findall(r'href="(circuit/[^"]+)"', listed) == ["circuit/a%20graph%20%26%20more.html"]
+    page = (pages / "circuit" / "a graph & more.html").read_text(encoding="utf-8")
+    assert 'id="graph-data"' in page
+    assert "data-graph" not in page
+    assert SCRIPT not in page
+    data = json.loads(re.search(r'id="graph-data">(.*?)</script>', page, re.DOTALL)[1])
+    for node in data["nodes"]:
+        assert node["kind"] != "latent" or (pages / "circuit" / node["href"]).resolve().is_file()

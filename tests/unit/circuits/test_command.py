@@ -36,9 +36,9 @@ def test_a_graph_is_written_beside_the_suite_and_shown(suite, capsys, tmp_path):
     assert shown.count("5 latents removed one by one") == 2
     assert "“label [bold]" in shown
     assert "→ output" in shown
-    found, labels = from_json(json.loads(foreign.read_text()), "foreign.json")
+    found = from_json(json.loads(foreign.read_text()), "foreign.json")
     assert (found.kind == LATENT).sum() == (graph.pruned().kind == LATENT).sum()
-    assert set(labels.values()) <= {f"label [bold]{layer}.{latent}" for layer in range(2) for latent in range(64)}
+    assert set(found.facts.labels.values()) <= {f"label [bold]{layer}.{latent}" for layer in range(2) for latent in range(64)}
 
 
 def test_json_for_programs(suite, capsys, tmp_path):
@@ -53,6 +53,19 @@ def test_json_for_programs(suite, capsys, tmp_path):
     assert found["paths"][0]["share"] >= found["paths"][-1]["share"] > 0
 
 
+def test_a_page_of_one_file_and_graphs_of_other_programs(suite, capsys, tmp_path):
+    page, foreign, path = tmp_path / "page.html", tmp_path / "foreign.json", tmp_path / "one.graph.safetensors"
+    main(["circuit", str(suite), PROMPT, "--circuit-tracer", str(foreign), "--out", str(path)])
+    main(["circuit", str(suite), "--import", str(foreign), "--export", str(page)])
+    assert f"Page    {page}" in capsys.readouterr().out
+    assert "cannot be checked here" in page.read_text(encoding="utf-8")
+    (name,) = (name for name, path in graphs_in(suite).items() if read_graph(path).facts.method == "imported")
+    assert name.startswith("def-read-self-")
+    main(["circuit", str(suite), "--import", str(path), "--out", str(tmp_path / "again"), "--export", str(page)])
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert "label [bold]" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -64,6 +77,8 @@ def test_json_for_programs(suite, capsys, tmp_path):
         ([PROMPT, "--max-latents", "0"], "expected 1 or more"),
         ([PROMPT, "--node-share", "1.5"], "at most 1"),
         ([PROMPT, "--width", "128"], "has no transcoders of width 128, nor SAEs"),
+        ([PROMPT, "--import", "graph.json"], "leave one out"),
+        (["--import", "nowhere.json"], "nowhere.json"),
         ([PROMPT, "--through", "saes"], "has no SAEs at attn_out, mlp_out, resid_post"),
     ],
 )

@@ -136,8 +136,8 @@ def test_circuit_tracers_json_comes_back(graph):
     assert by_type["logit"][0]["layer"] == "4"
     assert by_type["logit"][0]["is_target_logit"]
     assert max(node["influence"] for node in written["nodes"] if node["influence"] is not None) <= 1 + 1e-9
-    found, labels = from_json(written, "some.json")
-    assert labels[layer, index] == "</script> & co"
+    found = from_json(written, "some.json")
+    assert found.facts.labels[f"{layer}_{index}"] == "</script> & co"
     for name in ("kind", "layer", "position", "index", "activation", "start"):
         np.testing.assert_allclose(getattr(found, name), getattr(graph, name), rtol=1e-6)
     assert np.array_equal(found.edges.source, graph.edges.source)

@@ -164,7 +164,7 @@ def test_files_keep_stacked_graphs_and_circuit_tracer_gets_a_layer_for_each_site
     write_graph(tmp_path / "graph", graph)
     read = read_graph(tmp_path / "graph")
     np.testing.assert_array_equal(read.level, graph.level)
-    foreign, _ = from_json(to_json(graph, "slug", {}, "scan"), "graph.json")
+    foreign = from_json(to_json(graph, "slug", {}, "scan"), "graph.json")
     assert foreign.facts.num_layers == 9
     order = np.argsort(graph.kind, kind="stable")
     np.testing.assert_array_equal(foreign.layer, graph.row[order])

@@ -1,12 +1,15 @@
 """What pages ask of circuits: a graph of a prompt, and interventions on latents of one. Read from forms, answered as JSON."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from everyscope.base.errors import ConfigError
 from everyscope.browse.live import MAX_TEXT, Ablation, AblationRequest, Asking, CircuitRequest
 from everyscope.browse.pieces import Piece
 from everyscope.browse.preparation import Preparation
+from everyscope.browse.views.circuit import FOREIGN_EDGE_SHARE, FOREIGN_NODE_SHARE
 from everyscope.browse.views.live import DEFAULT_PROMPT, MAX_DIGITS, first
 from everyscope.circuits.circuit_tracer import node_id
 from everyscope.circuits.config import Contrast, Latent, Target, TargetTokens
@@ -16,6 +19,8 @@ from everyscope.suite.layout import INDEX_FILE
 
 MAX_FACTOR = 1000.0
 """Of an ablated latent's activation, either way [1]."""
+MAX_PINS = 1000
+"""Nodes, and groups, that a download takes [nodes]."""
 MAX_VARIANTS, MAX_EDITED = 40, 256
 """Of one ablation [variants, latents of all together]."""
 Query = Mapping[str, Sequence[str]]
@@ -102,3 +107,26 @@ def ablation_json(graph: Graph, request: AblationRequest, answers: Sequence[Abla
             }
         )
     return found
+
+
+def foreign_request(graph: Graph, query: Query) -> tuple[Graph, float, float]:
+    """The graph with what the page has pinned and grouped, and the shares of nodes and edges of its sliders."""
+    shares = [_share(query, name, default) for name, default in (("nodes", FOREIGN_NODE_SHARE), ("edges", FOREIGN_EDGE_SHARE))]
+    pins = tuple(one for one in first(query, "pins").split(",")[:MAX_PINS] if one)
+    groups = []
+    for given in list(query.get("group", ()))[:MAX_PINS]:
+        name, _, members = given.rpartition(":")
+        groups.append((unquote(name)[: MAX_DIGITS * 10], *members.split(",")[:MAX_PINS]))
+    facts = graph.facts.model_copy(update={"pins": pins, "groups": tuple(groups)} if pins or groups else {})
+    return replace(graph, facts=facts), shares[0], shares[1]
+
+
+def _share(query: Query, name: str, default: float) -> float:
+    typed = first(query, name)
+    try:
+        value = float(typed) / 100 if typed else default
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name} {typed[:40]!r}: expected a percentage from 1 to 100")
+    return value
