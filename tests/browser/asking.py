@@ -9,7 +9,21 @@ from urllib.parse import unquote, urlsplit
 
 from invented_graph import invented_graph
 
-from everyscope.browse.live import Ablation, AblationRequest, CircuitRequest, Continuations, Push, Say, Stop, TokenReading
+from everyscope.browse.live import (
+    Ablation,
+    AblationRequest,
+    CircuitRequest,
+    Continuation,
+    Continuations,
+    Each,
+    Push,
+    Reading,
+    SaeQuestion,
+    SaeReading,
+    Say,
+    Stop,
+    TextToken,
+)
 from everyscope.circuits.graph import LATENT, Graph
 from everyscope.circuits.writing import write_graph
 
@@ -52,7 +66,13 @@ def ask(
     }
     sent: list[dict] = []
 
+    is_sent = False
+
     async def whole() -> dict:
+        nonlocal is_sent
+        if is_sent:  # a client that waits for its answer
+            await asyncio.Event().wait()
+        is_sent = True
         return {"type": "http.request", "body": form or b"", "more_body": False}
 
     async def send(message: dict) -> None:
@@ -64,30 +84,53 @@ def ask(
 
 
 class FakeLive:
-    """Tokens are words; the i-th has the latents i, 2i, ... active. Steering writes another word."""
+    """Tokens are words; on the i-th the latents i, 2i, ... are active with 6, 3, 2, ... Steering writes another word."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
-        self.steered: list[tuple[str, Sequence[Push], dict]] = []
+        self.asked: list[tuple[str, list[str]]] = []
+        self.written: list[tuple[str, Sequence[Sequence[Push]], dict]] = []
         self.drawn: list[CircuitRequest] = []
         self.ablated: list[AblationRequest] = []
 
-    def active(self, text: str, sae_id: str) -> list[TokenReading]:
-        self.asked.append((text, sae_id))
+    def read(self, text: str, questions: Sequence[SaeQuestion]) -> Reading:
+        self.asked.append((text, [question.sae_id for question in questions]))
         words = re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)
-        readings = [TokenReading(2, b"<bos>", True, ())]
-        for place, word in enumerate(words):
-            top = tuple((place * (rank + 1) % 60, 6.0 / (rank + 1)) for rank in range(place % 12))
-            readings.append(TokenReading(5 + place, word.encode(), False, tuple(dict(top).items())))
-        return readings
+        tokens = [TextToken(2, b"<bos>", True)]
+        tokens += [TextToken(5 + place, word.encode(), False) for place, word in enumerate(words)]
+        active = [{}]
+        for place in range(len(words)):
+            active.append({place * (rank + 1) % 60: 6.0 / (rank + 1) for rank in range(place % 12)})
+        answers = []
+        for question in questions:
+            top = []
+            for found in active:
+                scores = {n: value * (1 if question.worth is None else question.worth[n]) for n, value in found.items()}
+                ranked = sorted((n for n in found if scores[n] > 0), key=lambda n: -scores[n])
+                top.append(tuple((n, found[n]) for n in ranked))
+            followed = {latent: tuple(found.get(latent, 0.0) for found in active) for latent in question.follow}
+            answers.append(SaeReading(tuple(top), followed))
+        return Reading(tuple(tokens), tuple(answers))
 
-    def steer(
-        self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int, stop: Stop = lambda: False
+    def write(
+        self,
+        prompt: str,
+        columns: Sequence[Sequence[Push]],
+        *,
+        num_tokens: int,
+        temperature: float,
+        seed: int,
+        each: Each = lambda step: None,
+        stop: Stop = lambda: False,
     ) -> Continuations:
-        self.steered.append((prompt, pushes, {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}))
-        plain = tuple(f" word{place}".encode() for place in range(num_tokens))
-        is_pushed = any(push.strength for push in pushes)
-        return Continuations(plain, tuple(b" <i>pushed</i>\n" for _ in plain) if is_pushed else plain)
+        self.written.append((prompt, columns, {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}))
+        is_pushed = [any(push.strength for push in pushes) for pushes in columns]
+        steps = [
+            tuple(b" <i>pushed</i>\n" if one else f" word{place}".encode() for one in is_pushed) for place in range(num_tokens)
+        ]
+        for step in steps:
+            each(step)
+        told = [Continuation(tuple(step[place] for step in steps), 0.5 * one, -1.5) for place, one in enumerate(is_pushed)]
+        return Continuations(tuple(told), 0.25)
 
     def draw(self, request: CircuitRequest, path: Path, *, say: Say, stop: Stop = lambda: False) -> None:
         self.drawn.append(request)

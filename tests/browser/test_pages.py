@@ -263,45 +263,6 @@ def test_finding_latents(watched: Watched):
     assert "the token 'import'" in page.inner_text("main")
 
 
-def test_reading_a_text(watched: Watched, tmp_path: Path):
-    page = watched.page
-    watched.go("/text")
-    page.fill("#text", f"if {SCRIPT}:\n\treturn  x")
-    page.click("button.main")
-    page.wait_for_selector(".reading .token")
-    assert SCRIPT in page.inner_text(".stream")
-    page.locator(".reading .token").nth(5).hover()
-    assert page.locator(".pane:visible").count() == 1
-    assert "text=if" in page.url
-    shown = page.locator(".pane:visible h3").inner_text()
-    page.locator(".reading .token").nth(6).focus()
-    page.keyboard.press("Enter")
-    page.mouse.move(5, 5)
-    assert page.url.endswith("#token-6")
-    assert page.locator(".pane:visible h3").inner_text() != shown
-    screenshot(watched, tmp_path, "reading")
-    page.reload()
-    assert SCRIPT in page.inner_text(".stream")
-
-
-def test_steering(watched: Watched):
-    page = watched.page
-    watched.go(f"/steer?sae={SAE}&latent=27")
-    assert page.input_value("#latent-1") == "27"
-    page.fill("#prompt", "def")
-    page.click("button.main")
-    page.wait_for_selector(".steered")
-    assert "<i>pushed</i>" in page.inner_text(".steered")
-    assert "word0" in page.inner_text(".written .card:first-child")
-    page.fill("#strength-1", "0")
-    page.click("button.main")
-    playwright.expect(page.locator("#result")).to_contain_text("Both are the same")
-    page.fill("#latent-1", "9999")
-    page.click("button.main")
-    playwright.expect(page.locator("#result")).to_contain_text("expected a number")
-    watched.wrong[:] = [entry for entry in watched.wrong if "422" not in entry]  # the browser notes the refusal
-
-
 @pytest.mark.parametrize("watched", [{"java_script_enabled": False}], indirect=True)
 def test_without_scripts_the_pages_still_tell_everything(watched: Watched):
     page = watched.page

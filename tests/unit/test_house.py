@@ -139,7 +139,7 @@ def test_configs_and_the_command_line_load_no_torch():
     light = [
         name
         for name in module_names()
-        if (name.startswith(LIGHT) and name != "everyscope.browse.live_model")
+        if (name.startswith(LIGHT) and name not in ("everyscope.browse.live_model", "everyscope.browse.live_writing"))
         or name.endswith(".config")
         or name == "everyscope.sites.names"
     ]

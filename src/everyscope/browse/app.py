@@ -10,7 +10,7 @@ import re
 import sqlite3
 import threading
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
@@ -36,6 +36,7 @@ from everyscope.browse.parts import TEXT, Preparing
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.search import SearchRequest, jump
+from everyscope.browse.streaming import Say, streamed, until_left
 from everyscope.browse.table_page import TableRequest
 from everyscope.browse.views.asked_circuit import (
     ablation_json,
@@ -47,11 +48,14 @@ from everyscope.browse.views.asked_circuit import (
 )
 from everyscope.browse.views.circuit import card_of, circuit_data, circuit_foreign, circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
+from everyscope.browse.views.fields import Query
 from everyscope.browse.views.latent import latent_json, latent_view
-from everyscope.browse.views.live import steer_view, text_view
 from everyscope.browse.views.sae import sae_view
 from everyscope.browse.views.search import search_view
+from everyscope.browse.views.steer import Shown, caption_view, column_titles, steer, steer_request, steer_view
 from everyscope.browse.views.suite import comparisons_view, suite_view
+from everyscope.browse.views.text import pane_view, text_view
+from everyscope.browse.views.try_text import tried_view
 from everyscope.circuits.files import read_graph
 from everyscope.circuits.graph import Graph
 
@@ -66,10 +70,6 @@ HEADERS = {
 HOSTS = ["127.0.0.1", "localhost"]
 """The names under which this server answers: a stranger's domain that points at this machine is none of them."""
 SAE_PATH = "/sae/{site}/{layer}/{width}/{l0}"
-WATCH_SECONDS = 0.2
-"""How often a request that waits for the model is looked after: its client may have left [s]."""
-LIVE_PATIENCE = 60.0
-"""How long a page that asks the language model waits for the index of its SAE [s]."""
 
 
 class SafeHeaders:
@@ -109,9 +109,8 @@ class LatentNumber(Convertor[int]):
 
 
 register_url_convertor("latent", LatentNumber())
-Query = Mapping[str, Sequence[str]]
-LiveView = Callable[[Index, Links, Asking, Query], dict[str, Any]]
 LiveAnswer = Callable[[Request, Index, Asking, Query], Response]
+LiveView = Callable[[Index, Links, Asking, Query], dict[str, Any]]
 STATUS = {
     NoSuchPage: (404, "No such page"),
     Forbidden: (403, "Not from here"),
@@ -152,12 +151,19 @@ class Browser:
             f"{SAE_PATH}/": self._sae,
             f"{SAE_PATH}/{{latent:latent}}.json": self._raw,
             f"{SAE_PATH}/{{latent:latent}}": self._latent,
+            "/caption": self._caption,
         }
         routes = [Route(path, self._ready(page)) for path, page in pages.items()]
-        live = {"/text": ("text", text_view), "/steer": ("steer", steer_view)}
-        routes += [Route(path, self._asked_page(*page), methods=["GET", "POST"]) for path, page in live.items()]
-        asked = {"/circuit/new": self._draw, "/circuit/{name}/ablate": self._ablate}
-        routes += [Route(path, self._asked(answer), methods=["POST"]) for path, answer in asked.items()]
+        live = {
+            "/text": self._asked_page("text", text_view),
+            "/text/pane": self._asked_page("pane", pane_view),
+            "/steer": self._asked_page("steer", steer_view),
+            f"{SAE_PATH}/{{latent:latent}}/try": self._asked(self._tried),
+        }
+        routes += [Route(path, endpoint, methods=["GET", "POST"]) for path, endpoint in live.items()]
+        asked = {"/circuit/new": self._asked(self._draw), "/circuit/{name}/ablate": self._asked(self._ablate)}
+        asked["/steer/stream"] = self._stream
+        routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in asked.items()]
         routes += [Route("/static/{name}", self._static), Route("/state", self._state)]
         handlers = {404: self._not_found, Preparing: self._preparing, EveryscopeError: self._failed, 500: self._broken}
         handlers |= dict.fromkeys((sqlite3.DatabaseError, zlib.error), self._damaged)
@@ -206,12 +212,22 @@ class Browser:
         return self._page("sae", index, **sae_view(index, self._links, self._find(request, index), table))
 
     def _latent(self, request: Request, index: Index) -> Response:
-        sae = self._find(request, index)
+        return self._tried(request, index, self._live.asking(), {})
+
+    def _tried(self, request: Request, index: Index, asking: Asking, query: Query) -> Response:
+        """A latent, with the text that was tried on it."""
+        sae, latent = self._find(request, index), request.path_params["latent"]
         index.require(sae)
-        view = latent_view(index, self._links, sae, request.path_params["latent"])
+        is_there = sae.problem is None and latent < sae.width
+        tried = tried_view(index, self._links, asking, sae, latent, query) if is_there else None
+        view = latent_view(index, self._links, sae, latent, asking.state, tried)
         if view is None:
             raise NoSuchPage(sae.problem or f"this SAE has latents 0 to {sae.width - 1}")
         return self._page("latent", index, **view)
+
+    def _caption(self, request: Request, index: Index) -> Response:
+        query = {key: request.query_params.getlist(key) for key in request.query_params}
+        return self._page("caption", index, **caption_view(index, self._links, query))
 
     def _raw(self, request: Request, index: Index) -> Response:
         found = latent_json(index, self._find(request, index), request.path_params["latent"])
@@ -243,7 +259,7 @@ class Browser:
         except Forbidden:
             is_own = False
         query = {key: request.query_params.getlist(key) for key in request.query_params}
-        return self._page("circuit_new", index, **new_circuit_view(query, self._live.asking(), is_own=is_own))
+        return self._page("circuit_new", index, **new_circuit_view(index, query, self._live.asking(), is_own=is_own))
 
     def _draw(self, request: Request, index: Index, asking: Asking, query: Query) -> Response:
         name = drawn(self._preparation, asking, circuit_request(query))
@@ -292,32 +308,27 @@ class Browser:
         """What may ask the language model. It waits in threads of its own, so that no other page ever waits for it."""
 
         async def endpoint(request: Request) -> Response:
-            if request.method == "POST":
-                require_own(request)
-                query = await asyncio.wait_for(read_form(request), FORM_SECONDS)
-            else:
-                query = {key: request.query_params.getlist(key) for key in request.query_params}
-                if any(any(query.get(field, ())) for field in ("text", "prompt")):
-                    require_own(request)
-            asking = self._live.asking()
-
-            def page(request: Request) -> Response:
-                index = self._preparation.index
-                for sae in filter(None, map(index.find, query.get("sae", ()))):
-                    index.require(sae, LIVE_PATIENCE)
-                return respond(request, index, asking, query)
-
+            query, asking = await _query(request), self._live.asking()
+            page = self._ready(lambda request, index: respond(request, index, asking, query))
             answer = asyncio.get_running_loop().run_in_executor(self._waiting, page, request)
-            try:
-                while not (await asyncio.wait({answer}, timeout=WATCH_SECONDS))[0]:
-                    if await request.is_disconnected():
-                        asking.give_up()
-            except asyncio.CancelledError:
-                asking.give_up()
-                raise
+            await until_left(request, asking, answer)
             return await answer
 
         return endpoint
+
+    async def _stream(self, request: Request) -> Response:
+        """Steering, each token as soon as it is written; the last line has the whole answer as the page shows it."""
+        query, asking, index = await _query(request), self._live.asking(), self._preparation.index
+        asked = steer_request(index, query)
+
+        def work(say: Say) -> None:
+            titles, count = column_titles(asked), len(asked.strengths)
+            shown = Shown(count)
+            result = steer(index, self._links, asking, asked, each=lambda step: say({"titles": titles} | shown.add(step)))
+            html = render(self._templates, "written", index, self._links, result=result)
+            say({"html": html})
+
+        return await streamed(work, request, asking, self._waiting)
 
     def _static(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -365,3 +376,14 @@ class Browser:
 def _download(name: str) -> dict[str, str]:
     """The header that saves an answer as a file of this name."""
     return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
+
+
+async def _query(request: Request) -> Query:
+    """What a form or an address asks; Forbidden where another site's page has the model asked."""
+    if request.method == "POST":
+        require_own(request)
+        return await asyncio.wait_for(read_form(request), FORM_SECONDS)
+    query = {key: request.query_params.getlist(key) for key in request.query_params}
+    if any(any(query.get(field, ())) for field in ("text", "prompt")):
+        require_own(request)
+    return query

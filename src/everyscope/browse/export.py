@@ -24,9 +24,10 @@ from everyscope.browse.table_page import PAGE, TableRequest
 from everyscope.browse.views.circuit import circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
 from everyscope.browse.views.latent import latent_json, latent_view
-from everyscope.browse.views.live import steer_view, text_view
 from everyscope.browse.views.sae import sae_view
+from everyscope.browse.views.steer import steer_view
 from everyscope.browse.views.suite import comparisons_view, suite_view
+from everyscope.browse.views.text import text_view
 from everyscope.circuits.files import read_graph
 
 MARK = ".everyscope-export"

@@ -8,16 +8,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
+
 from everyscope.base.errors import EveryscopeError, ModelError
 from everyscope.circuits.config import Latent, Target
 from everyscope.circuits.graph import Graph
 
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 MAX_TEXT = 4000
 """Characters of a text or a prompt that are taken [characters]."""
 MAX_NEW_TOKENS = 200
@@ -30,8 +33,20 @@ MAX_SECONDS = 60.0
 """What the model may take for one request, loading not counted [s]."""
 
 
+@dataclass(frozen=True, eq=False)
+class SaeQuestion:
+    """What is asked of one SAE about a text."""
+
+    sae_id: str
+    """The SAE: its folder below the suite, as in suite.json."""
+    worth: Float32Array | None = None
+    """Of each latent [d_sae], what ranks latents once multiplied by activation; 0 leaves one out. None: 1 for all."""
+    follow: tuple[int, ...] = ()
+    """Latents whose activation on every token is wanted."""
+
+
 @dataclass(frozen=True)
-class TokenReading:
+class TextToken:
     """One token of a text that was read."""
 
     token: int
@@ -40,8 +55,25 @@ class TokenReading:
     """Its bytes."""
     is_special: bool
     """Whether it marks something, as BOS does; such tokens have no latents."""
-    top: tuple[tuple[int, float], ...]
-    """The latents active there with their activations, strongest first; of very many, the strongest."""
+
+
+@dataclass(frozen=True)
+class SaeReading:
+    """What one SAE makes of a text."""
+
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    """For each token the active latents with their activations [raw units], by rank; of very many, the first."""
+    followed: Mapping[int, tuple[float, ...]]
+    """By followed latent its activation on each token [raw units], 0 where it is silent."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text as the model's tokens, and what each SAE asked about makes of them."""
+
+    tokens: tuple[TextToken, ...]
+    by_sae: tuple[SaeReading, ...]
+    """In the order of the questions."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +89,25 @@ class Push:
 
 
 @dataclass(frozen=True)
-class Continuations:
-    """The same prompt, continued twice from the same seed."""
+class Continuation:
+    """One continuation of a prompt, and how the model that is not steered sees it."""
 
-    plain: tuple[bytes, ...]
-    """The model's own tokens, without the prompt."""
-    steered: tuple[bytes, ...]
-    """Those with the latents pushed; what the SAE does not reconstruct stays as it was."""
+    tokens: tuple[bytes, ...]
+    """Its tokens, without the prompt."""
+    kl: float | None
+    """KL(drawn from || unsteered) of next-token distributions after the same text, mean [nats]; None without tokens."""
+    log_probability: float | None
+    """Log-probability of its tokens under the unsteered model, mean over them [nats]; None without tokens."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """The same prompt, continued from the same random numbers with different latents pushed."""
+
+    columns: tuple[Continuation, ...]
+    """In the order in which their pushes were given."""
+    seconds: float
+    """What writing took [s]."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +148,33 @@ Stop = Callable[[], bool]
 """Whether an answer is not wanted any more."""
 Say = Callable[[int, int], None]
 """Hears how much of a piece of work is done, of how much."""
+Step = tuple[bytes | None, ...]
+"""The next token of each column; None where a column has ended."""
+Each = Callable[[Step], None]
+"""Receives each step as soon as it is made."""
 
 
 class Live(Protocol):
     """A language model with a suite's SAEs. Called from one thread at a time; may raise any EveryscopeError."""
 
-    def active(self, text: str, sae_id: str) -> Sequence[TokenReading]:
-        """Every token of `text`, specials too, with the latents of an SAE that are active there."""
+    def read(self, text: str, questions: Sequence[SaeQuestion]) -> Reading:
+        """Every token of `text`, specials too, with the latents that are active there."""
         ...
 
-    def steer(
-        self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int, stop: Stop = lambda: False
+    def write(
+        self,
+        prompt: str,
+        columns: Sequence[Sequence[Push]],
+        *,
+        num_tokens: int,
+        temperature: float,
+        seed: int,
+        each: Each = lambda step: None,
+        stop: Stop = lambda: False,
     ) -> Continuations:
-        """Continue `prompt` by `num_tokens` with and without `pushes`; temperature 0 takes the likeliest token each time.
+        """Continue `prompt` by `num_tokens` once for each column's pushes; temperature 0 takes the likeliest token each time.
 
-        Asks `stop` between tokens, and raises Stopped where it says so.
+        Hands every step to `each`. Asks `stop` between tokens, and raises Stopped where it says so.
         """
         ...
 
@@ -244,14 +300,17 @@ class Asking:
         """The model is loaded and works on it: from now on its time is counted."""
         self._deadline = time.monotonic() + MAX_SECONDS
 
-    def active(self, text: str, sae_id: str) -> Sequence[TokenReading]:
+    def read(self, text: str, questions: Sequence[SaeQuestion]) -> Reading:
         """See Live; waits for the model. Raises what LiveModel.work does."""
-        return self._model.work(lambda live: live.active(text, sae_id), self)
+        return self._model.work(lambda live: live.read(text, questions), self)
 
-    def steer(self, prompt: str, pushes: Sequence[Push], *, num_tokens: int, temperature: float, seed: int) -> Continuations:
+    def write(
+        self, prompt: str, columns: Sequence[Sequence[Push]], *, each: Each = lambda step: None, **settings: Any
+    ) -> Continuations:
         """See Live; waits for the model. Raises what LiveModel.work does."""
-        settings: dict[str, Any] = {"num_tokens": num_tokens, "temperature": temperature, "seed": seed}
-        return self._model.work(lambda live: live.steer(prompt, pushes, **settings, stop=lambda: self.is_given_up), self)
+        return self._model.work(
+            lambda live: live.write(prompt, columns, **settings, each=each, stop=lambda: self.is_given_up), self
+        )
 
     def draw(self, request: CircuitRequest, path: Path) -> None:
         """See Live; waits for the model, whose `done` says how far it is. Raises what LiveModel.work does."""

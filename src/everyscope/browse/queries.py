@@ -168,6 +168,7 @@ class Index:
         self._lock = threading.Lock()
         self._rows = Rows()
         self._pieces: dict[int, Piece] = {}
+        self._scales: dict[int, np.ndarray] = {}
         self.suite: dict[str, Any] = record.model_copy(update={"saes": (), "files": {}}).as_json()
         self.text_problem: str | None = None
         has_text = any(name.startswith("text/") for name in record.files) or (suite / "text").is_dir()
@@ -345,6 +346,17 @@ class Index:
         """How often each latent fires [1]; nothing where no one has counted."""
         found = self.rows(sae.number, "SELECT frequency FROM latents")
         return np.array([value for (value,) in found if value is not None], np.float64)
+
+    def scales(self, sae: SaeFacts) -> tuple[np.ndarray, np.ndarray]:
+        """Each latent's highest activation [raw units] and how often it fires [1], float32 [d_sae]; 0 where it is unknown."""
+        if sae.number not in self._scales:
+            scales = np.zeros((2, sae.width), np.float32)
+            question = "SELECT latent, max_activation, frequency FROM latents"
+            for latent, highest, frequency in self.rows(sae.number, question):
+                scales[:, latent] = highest or 0.0, frequency or 0.0
+            self._scales[sae.number] = scales
+        highest, frequency = self._scales[sae.number]
+        return highest, frequency
 
     def matches(self, sae: SaeFacts, other: SaeFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """For latents of `sae` their nearest in `other`, and the cosines, highest first; None where no one has compared them."""

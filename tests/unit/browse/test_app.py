@@ -194,7 +194,7 @@ def test_a_text_is_read_once_asked_and_only_then_the_model_is_made(get: Callable
     get("/text", factory)
     assert not made
     page = Checked(get(f"/text?sae={SAE}&text=if%20<b>x</b>", factory).text)
-    assert made[0].asked == [("if <b>x</b>", SAE)]
+    assert made[0].asked == [("if <b>x</b>", [SAE])]
     assert "<b>x</b>" in page.text
     assert "token 0" in page.text
 
@@ -205,8 +205,9 @@ def test_steering_speaks_in_multiples_of_the_highest_activation(get: Callable, i
         f"/steer?prompt=def&sae={SAE}&latent=3&strength=-2&sae={OTHER}&latent=5&strength=0&tokens=7&seed=4", lambda: live
     )
     assert answer.status == 200
-    (prompt, pushes, settings) = live.steered[0]
+    (prompt, (unsteered, pushes), settings) = live.written[0]
     assert prompt == "def"
+    assert not any(push.strength for push in unsteered)
     assert settings == {"num_tokens": 7, "temperature": 0.7, "seed": 4}
     tops = [index.details(index.find(folder), latent)["max_activation"] for folder, latent in ((SAE, 3), (OTHER, 5))]
     assert [(push.sae_id, push.latent) for push in pushes] == [(SAE, 3), (OTHER, 5)]
@@ -221,6 +222,11 @@ def test_steering_speaks_in_multiples_of_the_highest_activation(get: Callable, i
         (f"/steer?prompt=a&sae={SAE}&latent=256", "from 0 to 255"),
         (f"/steer?prompt=a&sae={SAE}&latent=1&strength=nan", "strength"),
         ("/steer?prompt=a&tokens=1000000", "tokens"),
+        ("/text?text=a&by=size", "share or activation"),
+        ("/text?text=a&at=-1", "token's number"),
+        ("/text?text=a&at=7", "tokens 0 to 1"),
+        (f"/sae/{SAE}/3/try?text={'a' * 4001}", "4,001 characters"),
+        (f"/caption?sae={SAE}&latent=256", "from 0 to 255"),
     ],
 )
 def test_what_a_form_cannot_mean_is_told(get: Callable, address: str, word: str):

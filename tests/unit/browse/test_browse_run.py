@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -14,7 +15,7 @@ from browser.asking import FakeLive
 
 from everyscope.base.errors import ConfigError, ModelError
 from everyscope.browse import run as run_module
-from everyscope.browse.live import LiveModel
+from everyscope.browse.live import LiveModel, Reading, SaeQuestion
 from everyscope.browse.queries import Index
 
 pytestmark = pytest.mark.usefixtures("forked_interpreters")
@@ -64,14 +65,14 @@ def test_a_model_is_made_once_in_its_own_thread():
             super().__init__()
             made.append(threading.current_thread().name)
 
-        def active(self, text: str, sae_id: str) -> list:
+        def read(self, text: str, questions: Sequence[SaeQuestion]) -> Reading:
             made.append(threading.current_thread().name)
-            return super().active(text, sae_id)
+            return super().read(text, questions)
 
     model = LiveModel(Threaded)
     assert model.state == "asleep"
     for _ in range(3):
-        model.asking().active("a b", "x")
+        model.asking().read("a b", [])
     assert model.state == "ready"
     assert len(made) == 4
     assert len(set(made)) == 1
@@ -90,8 +91,8 @@ def test_a_model_that_fails_is_tried_again():
 
     model = LiveModel(factory)
     with pytest.raises(ModelError, match="no such model"):
-        model.asking().active("a", "x")
+        model.asking().read("a", [])
     assert model.state == "failed"
-    assert model.asking().active("a", "x")
+    assert model.asking().read("a", [])
     with pytest.raises(ModelError, match="everyscope browse"):
-        LiveModel(None).asking().active("a", "x")
+        LiveModel(None).asking().read("a", [])

@@ -1,4 +1,4 @@
-// Keys, tooltips, sorting, opening, and waiting for the language model. Every page works without this file.
+// Keys, tooltips, sorting and opening. Every page works without this file.
 "use strict";
 
 const byId = (name) => document.getElementById(name);
@@ -85,19 +85,20 @@ function keyOf(row, column) {
   return row.cells[column].dataset.key ?? row.cells[column].textContent;
 }
 
-for (const table of document.querySelectorAll("table.sortable")) {
-  table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
-    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-    table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-    const rows = [...table.tBodies[0].rows].sort((one, other) => {
-      const [a, b] = [keyOf(one, column), keyOf(other, column)];
-      const difference = Number(a) - Number(b);
-      return sign * (Number.isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
-    });
-    table.tBodies[0].append(...rows);
-  }));
-}
+document.addEventListener("click", (event) => {
+  const head = event.target.closest("table.sortable th");
+  if (!head) return;
+  const table = head.closest("table");
+  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+  const rows = [...table.tBodies[0].rows].sort((one, other) => {
+    const [a, b] = [keyOf(one, head.cellIndex), keyOf(other, head.cellIndex)];
+    const difference = Number(a) - Number(b);
+    return sign * (Number.isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
+  });
+  table.tBodies[0].append(...rows);
+});
 
 // Opening: overlong tokens, and all examples at once
 
@@ -128,71 +129,22 @@ if (copy && navigator.clipboard && byId("permalink").href) {
   });
 }
 
-// Forms that wait for the language model: the answer replaces the page's main part, and the address says what was asked
+// A token of an example that is pointed at is marked in the histogram; its tip ends in its activation
 
-const WAITING = { asleep: "Waking the language model…", loading: "Loading the language model…", ready: "Working…" };
-
-const LONGEST_ADDRESS = 8000; // what is longer is sent as a form, and the address stays
-
-async function tellState(what, isDone) {
-  while (!isDone()) {
-    try {
-      const { model, done } = await (await fetch("/state")).json();
-      what.textContent = done ? `Working… ${done[0]} of ${done[1]} latents` : WAITING[model] ?? "Working…";
-    } catch { /* the answer itself will say what is wrong */ }
-    await new Promise((resume) => setTimeout(resume, 400));
-  }
+function markAt(value) {
+  const chart = document.querySelector("#how-strongly svg[data-x]");
+  chart?.querySelectorAll(".pointed").forEach((line) => line.remove());
+  if (!chart || !(value > 0)) return;
+  const [low, high, left, right, top, bottom] = chart.dataset.x.split(" ").map(Number);
+  const place = left + (right - left) * Math.min(1, Math.max(0, (value - low) / (high - low)));
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  line.setAttribute("class", "pointed");
+  for (const [end, at] of [["x1", place], ["x2", place], ["y1", top], ["y2", bottom]]) line.setAttribute(end, at);
+  chart.append(line);
 }
-
-async function ask(form) {
-  const working = form.querySelector(".working");
-  const fields = new URLSearchParams(new FormData(form));
-  const address = `${form.getAttribute("action")}?${fields}`;
-  const isLong = address.length > LONGEST_ADDRESS || form.dataset.sends === "post";
-  let isDone = false;
-  form.classList.add("busy");
-  working.hidden = false;
-  tellState(working.querySelector(".what"), () => isDone);
-  try {
-    const answer = isLong ? await fetch(form.getAttribute("action"), { method: "POST", body: fields }) : await fetch(address);
-    if (answer.redirected) { location.assign(answer.url); return; }
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const result = page.getElementById("result");
-    byId("result").replaceChildren(...(result ?? page.getElementById("main")).childNodes);
-    if (!isLong) history.replaceState(null, "", address);
-  } finally {
-    isDone = true;
-    working.hidden = true;
-    form.classList.remove("busy");
-  }
-}
-
-for (const form of document.querySelectorAll("form.live")) {
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    if (!form.classList.contains("busy")) ask(form);
-  });
-  form.querySelector("textarea").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-  });
-  if ("begins" in form.dataset) form.requestSubmit();
-}
-
-// Pointing at a token is as good as going to it
-
-let pointed = null;
 document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest?.(".reading .token");
-  if (!token || event.pointerType === "touch") return;
-  pointed?.classList.remove("shown");
-  pointed = byId(token.hash.slice(1));
-  pointed?.classList.add("shown");
-  document.querySelector(".reading").classList.add("pointing");
-});
-document.addEventListener("click", (event) => {
-  if (!event.target.closest?.(".reading .token")) return;
-  pointed?.classList.remove("shown");
-  document.querySelector(".reading").classList.remove("pointing");
+  const token = event.target.closest?.(".examples .t[data-tip]");
+  markAt(token ? Number(token.dataset.tip.split(" ").at(-1)) : 0);
 });
 
 // An index in the making: a page that waits for its part, and parts of pages that fill in

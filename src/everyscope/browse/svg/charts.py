@@ -24,9 +24,20 @@ def _scales(x: tuple[float, float], y: tuple[float, float], *, x_log: bool = Fal
 
 
 def histogram(
-    edges: Sequence[float], counts: Sequence[float], x_label: str, y_label: str, label: str, *, is_tall_log: bool = False
+    edges: Sequence[float],
+    counts: Sequence[float],
+    x_label: str,
+    y_label: str,
+    label: str,
+    *,
+    is_tall_log: bool = False,
+    marks: Sequence[float] = (),
 ) -> Markup:
-    """Bars between `edges`; with `is_tall_log` their heights are log10(1 + count), for tails that else vanish."""
+    """Bars between `edges`; with `is_tall_log` their heights are log10(1 + count), for tails that else vanish.
+
+    A line stands at each of `marks`, those outside at the nearest end. Scripts find the scale in data-x: both edges in units of
+    the axis, then in pixels, and the line's ends.
+    """
     height = [math.log10(1 + count) for count in counts] if is_tall_log else [float(count) for count in counts]
     x, y = _scales((edges[0], edges[-1]), (0.0, max([*height, 1e-9]) * 1.05))
     bars = []
@@ -38,7 +49,11 @@ def histogram(
         hit = element("rect", class_="hit", x=left, y=TOP, width=max(0.5, right - left), height=y.start - TOP, data_tip=tip)
         bars += [bar, hit]
     axis = _count_frame(x, y, x_label, y_label) if is_tall_log else frame(x, y, x_label, y_label)
-    return picture(WIDTH, HEIGHT, label, axis, *bars, class_="chart")
+    for mark in marks:
+        place = x(min(max(mark, edges[0]), edges[-1]))
+        bars.append(element("line", class_="tried", x1=place, x2=place, y1=TOP, y2=y.start, data_tip=f"{mark:.3g}"))
+    scale = f"{edges[0]:.6g} {edges[-1]:.6g} {x.start:g} {x.stop:g} {TOP:g} {y.start:g}"
+    return picture(WIDTH, HEIGHT, label, axis, *bars, class_="chart", data_x=scale)
 
 
 def _count_frame(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:

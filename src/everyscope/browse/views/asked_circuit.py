@@ -1,6 +1,6 @@
 """What pages ask of circuits: a graph of a prompt, and interventions on latents of one. Read from forms, answered as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -9,8 +9,9 @@ from everyscope.base.errors import ConfigError
 from everyscope.browse.live import MAX_TEXT, Ablation, AblationRequest, Asking, CircuitRequest
 from everyscope.browse.pieces import Piece
 from everyscope.browse.preparation import Preparation
+from everyscope.browse.queries import Index
 from everyscope.browse.views.circuit import FOREIGN_EDGE_SHARE, FOREIGN_NODE_SHARE
-from everyscope.browse.views.live import DEFAULT_PROMPT, MAX_DIGITS, first
+from everyscope.browse.views.fields import MAX_DIGITS, Query, example, first
 from everyscope.circuits.circuit_tracer import node_id
 from everyscope.circuits.config import Contrast, Latent, Target, TargetTokens
 from everyscope.circuits.files import ENDING, slug_of
@@ -23,15 +24,14 @@ MAX_PINS = 1000
 """Nodes, and groups, that a download takes [nodes]."""
 MAX_VARIANTS, MAX_EDITED = 40, 256
 """Of one ablation [variants, latents of all together]."""
-Query = Mapping[str, Sequence[str]]
 
 
-def new_circuit_view(query: Query, live: Asking, *, is_own: bool) -> dict[str, Any]:
+def new_circuit_view(index: Index, query: Query, live: Asking, *, is_own: bool) -> dict[str, Any]:
     """The form for a new graph; `begins` where one of our own pages leads here with a prompt."""
     fields = {name: first(query, name)[:200] for name in ("position", "target", "against", "latent")}
     prompt = first(query, "prompt").replace("\r\n", "\n")[:MAX_TEXT]
     return {
-        "prompt": prompt or DEFAULT_PROMPT,
+        "prompt": prompt or example(index)[1],
         "fields": fields,
         "live": live,
         "begins": bool(prompt) and is_own and live.state != "absent",

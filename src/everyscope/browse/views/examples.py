@@ -41,6 +41,10 @@ class Example:
     """Of the chosen token in its block [tokens]."""
     source: str
     """Its document and split, in words."""
+    text: str
+    """What is shown always, as plain text."""
+    upto: int
+    """Characters of `text` up to the chosen token's end."""
 
 
 def example_groups(index: Index, details: dict[str, Any]) -> list[dict[str, Any]]:
@@ -83,6 +87,7 @@ def _example(example: dict[str, Any], first: int, row: list[Piece], top: float, 
     def part(low: int, high: int) -> Markup:
         return shaded(row[max(0, low - first) : max(0, high - first)], low, values, top, position)
 
+    around = row[left - first : max(0, right - first)]
     return Example(
         early=part(first, left),
         core=part(left, right),
@@ -90,7 +95,14 @@ def _example(example: dict[str, Any], first: int, row: list[Piece], top: float, 
         peak=values.get(position, 0.0),
         position=position,
         source=source,
+        text=plain_text(around),
+        upto=len(plain_text(around[: position + 1 - left])),
     )
+
+
+def plain_text(row: list[Piece]) -> str:
+    """The text of some tokens; special ones have none, and halves of characters are left out."""
+    return b"".join(piece.raw for piece in row if not piece.is_special).decode("utf-8", "ignore")
 
 
 def shaded(row: list[Piece], first: int, values: dict[int, float], top: float, position: int | None = None) -> Markup:

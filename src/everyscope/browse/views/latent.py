@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from everyscope.browse.latent_rows import COLUMNS, EXPLANATIONS
 from everyscope.browse.links import Links
+from everyscope.browse.live import State
 from everyscope.browse.pieces import Piece
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.svg.charts import gauge, histogram, profile
@@ -30,8 +31,13 @@ QUANTILES = (10, 25, 50, 75, 90, 99)
 """The shares of firings that `quantiles` stand for [%]."""
 
 
-def latent_view(index: Index, links: Links, sae: SaeFacts, latent: int) -> dict[str, Any] | None:
-    """Everything on the page of one latent; None where there is no such latent."""
+def latent_view(
+    index: Index, links: Links, sae: SaeFacts, latent: int, model: State = "absent", tried: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Everything on the page of one latent; None where there is no such latent.
+
+    `model` is how far the language model is, and `tried` a text that was tried on the latent, from tried_view.
+    """
     details = index.details(sae, latent)
     if details is None:
         return None
@@ -57,7 +63,9 @@ def latent_view(index: Index, links: Links, sae: SaeFacts, latent: int) -> dict[
         "is_dead": not details.get("firings"),
         "explanations": [_scores(row) for row in explanations],
         "groups": example_groups(index, details),
-        "histogram": _histogram(details),
+        "model": model,
+        "tried": tried,
+        "histogram": _histogram(details, tried["firings"] if tried else ()),
         "quantiles": list(zip(QUANTILES, details.get("quantiles") or [], strict=False)),
         "profile": _profile(details),
         "logits": _logits(index, details),
@@ -125,12 +133,12 @@ def _scores(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "scores": scores}
 
 
-def _histogram(details: dict[str, Any]) -> Markup | None:
+def _histogram(details: dict[str, Any], marks: Sequence[float]) -> Markup | None:
     counts, top = details.get("histogram") or [], details.get("max_activation")
     if not counts or not top:
         return None
     edges = [top * place / len(counts) for place in range(len(counts) + 1)]
-    return histogram(edges, counts, "activation", "tokens", "How strongly it fires", is_tall_log=True)
+    return histogram(edges, counts, "activation", "tokens", "How strongly it fires", is_tall_log=True, marks=marks)
 
 
 def _profile(details: dict[str, Any]) -> Markup | None:
