@@ -5,7 +5,8 @@
 Transcoders of every layer of the bundled Gemma 2 and of a random Llama, with and without a skip, whose encoders are random and
 whose decoders are least squares on activations: they are no good transcoders, but every tensor counts and no matrix is symmetric.
 Each peer reads them in an environment of its own (peers/launch.py), and answers with its largest difference from us, relative to
-the largest value. With --suite RUN/suite the set is what `everyscope export --format circuit-tracer` makes of a suite.
+the largest value. With --suite RUN/suite circuit-tracer alone is asked, about what `everyscope export --format circuit-tracer`
+makes of the trained transcoders of a suite of `tiny`.
 """
 
 import argparse
@@ -107,10 +108,10 @@ def compare(suite: Path | None, work: Path, cache: Path) -> dict[str, Any]:
         export(CircuitTracerConfig(suite=suite, out=folder, input="normalised", model=activations.location))
         coders = [load_sae(path) for path in circuit_tracer.layer_files(folder)]
         tracers["suite"] = ask_tracer(activations, coders, folder, work, cache)
-    found = {"circuit_tracer": tracers, **ask_readers(trained, activations, work, cache)}
+    found = {"circuit_tracer": tracers, **({} if suite else ask_readers(trained, activations, work, cache))}
     return {
         "command": "python benchmarks/interchange.py" + ("" if suite is None else f" --suite {suite}"),
-        "models": "tiny (Gemma 2, 4 layers), and a random Llama of 3 layers",
+        "models": "tiny (Gemma 2, 4 layers)" + (", its trained transcoders" if suite else ", and a random Llama of 3 layers"),
         "width": WIDTH,
         "rows": len(next(iter(activations.rows.values()))),
         "tolerance": TOLERANCE,

@@ -21,6 +21,7 @@ from everyscope.activations.shards.statistics import Statistics
 from everyscope.activations.stream.order import Chunks
 from everyscope.base.errors import ConfigError
 from everyscope.base.files import human_bytes
+from everyscope.base.ids import content_id
 
 BUCKETS_HELD = 2
 """Buckets that a buffer must hold: the one that trainers are in, and the next."""
@@ -82,12 +83,17 @@ class LiveOrigin:
             )
             for site, width in buckets.widths.items()
         }
+        self._places = content_id([buckets.identity, "places"])
         self._lock = threading.Lock()
         self._last: tuple[int, Mapping[str, np.ndarray]] = (-1, {})
 
     def group(self, key: ChunkKey) -> tuple[ChunkKey, ...]:
         """All chunks of the slice that end in the same bucket, at all sites."""
         return tuple(ChunkKey(site, chunk) for chunk in self._ending_in(self._ends_in(key.chunk)) for site in self.sites)
+
+    def places(self, site: str) -> str:
+        """The same for every site: a pass of the model makes a row of each."""
+        return self._places
 
     def read(self, key: ChunkKey) -> Mapping[ChunkKey, np.ndarray]:
         """Make the group's rows; the buckets before are made too where their last rows are needed and not in memory."""

@@ -58,6 +58,10 @@ class Origin(Protocol):
         """
         ...
 
+    def places(self, site: str) -> str:
+        """A content id of which token each row of a site is of, equal for sites whose rows belong together. May take long."""
+        ...
+
     def close(self) -> None:
         """No more will be read."""
         ...
@@ -97,6 +101,11 @@ class ShardOrigin:
         with self._locks[key.site]:
             rows = shards.rows(start, min(start + self._chunk_rows, shards.num_rows))
         return {key: carrier_of(rows)}
+
+    def places(self, site: str) -> str:
+        """`Shards.places_identity`."""
+        with self._locks[site]:
+            return self._shards[site].places_identity()
 
     def close(self) -> None:
         """Nothing to do."""

@@ -2,8 +2,10 @@
 
 import json
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pyarrow.flight as flight
@@ -14,6 +16,7 @@ from everyscope.activations.serve.counters import prometheus
 from everyscope.activations.serve.guard import RefusalLog, TokenGate
 from everyscope.activations.serve.leases import Refused
 from everyscope.activations.serve.origin import Origin
+from everyscope.activations.stream.background import in_background
 from everyscope.activations.stream.order import Chunks
 from everyscope.activations.stream.sliced import boot_id
 from everyscope.activations.stream.wire import (
@@ -27,6 +30,8 @@ from everyscope.activations.stream.wire import (
     Leased,
     LeaseRequest,
     Nothing,
+    Places,
+    PlacesRequest,
     Refusal,
     Renew,
     Ticket,
@@ -35,6 +40,7 @@ from everyscope.activations.stream.wire import (
     parse,
     unpack_seen,
 )
+from everyscope.base.errors import EveryscopeError
 
 RETRY = frozenset({Refusal.WAIT, Refusal.BUSY, Refusal.DRAINING})
 """Refusals that say nothing against the request; they travel as 'unavailable'."""
@@ -58,11 +64,14 @@ class ActivationServer(flight.FlightServerBase):
         self._refusals = RefusalLog(log)
         self._host_id = boot_id() if config.offer_files else None
         self._started = time.monotonic()
+        self._places_lock = threading.Lock()
+        self._places_of: dict[str, Future[str]] = {}
         self._actions = {
             "describe": self._describe,
             "lease": self._lease,
             "renew": self._renew,
             "release": self._release,
+            "places": self._places,
             "counters": self._counters,
             "metrics": self._metrics,
         }
@@ -147,6 +156,20 @@ class ActivationServer(flight.FlightServerBase):
             chunk_rows=config.chunk_rows,
         )
         return encode(answer)
+
+    def _places(self, body: bytes | memoryview) -> bytes:
+        asked = parse(PlacesRequest, body, MAX_TICKET_BYTES)
+        if asked.site not in self._origin.sites:
+            raise BadRequest(f"no such site here; there are {', '.join(self._origin.sites)}")
+        with self._places_lock:  # computed once, and no more than one for each site
+            if asked.site not in self._places_of:
+                self._places_of[asked.site] = in_background(self._origin.places, asked.site)
+        try:
+            return encode(Places(places=self._places_of[asked.site].result(self._config.wait_seconds)))
+        except TimeoutError:
+            raise Refused(Refusal.WAIT, "the rows' places are still being read; ask again") from None
+        except EveryscopeError as error:
+            raise Refused(Refusal.DATA, str(error)) from error
 
     def _renew(self, body: bytes | memoryview) -> bytes:
         self._buffer.renew(parse(Renew, body, MAX_TICKET_BYTES).lease)

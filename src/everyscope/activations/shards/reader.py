@@ -155,6 +155,10 @@ class ShardFiles:
             return  # the block's reader meets the same error and can report it
 
 
+PLACES_AT_ONCE = 1 << 20
+"""Rows whose places are read at a time [rows]."""
+
+
 class Shards:
     """The activations of one site, in their shuffled order."""
 
@@ -226,6 +230,15 @@ class Shards:
     def position(self, start: int, stop: int) -> Int[Tensor, " rows"]:
         """Where in its block each row is from, int32; BOS would be 0."""
         return self._files.read("position", start, stop)
+
+    def places_identity(self) -> str:
+        """A content id of which token each row is of, in order; equal for sites whose rows belong together. 8 bytes a row."""
+        digest = hashlib.sha256()
+        for start in range(0, self.num_rows, PLACES_AT_ONCE):
+            stop = min(start + PLACES_AT_ONCE, self.num_rows)
+            for read in (self.sequence, self.position):
+                digest.update(read(start, stop).numpy().data)
+        return digest.hexdigest()
 
 
 class TokenBlocks:

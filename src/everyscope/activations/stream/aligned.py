@@ -1,7 +1,8 @@
 """Rows of several sites together: row by row, what one harvest saw at each of them on the same token.
 
 One harvest writes all its sites in one order, so that the same row number is the same token. That is not taken on trust: rows of
-shards are read with the block and the position that each is from, and these must be equal.
+shards are read with the block and the position that each is from, and these must be equal. Servers say once for all rows, by a
+content id, which blocks and positions these are.
 """
 
 from typing import Protocol, runtime_checkable
@@ -26,17 +27,33 @@ class Placed(Protocol):
         ...
 
 
+@runtime_checkable
+class Placeable(Protocol):
+    """A source that can say for all its rows at once which tokens they are of."""
+
+    def places_identity(self) -> str:
+        """A content id, equal for rows of the same tokens in the same order."""
+        ...
+
+
 class Aligned:
     """Sources of several sites, read together; the first is what is read of the model, the others what is to be predicted."""
 
     def __init__(self, *sources: Source) -> None:
-        """ShapeMismatch where they have other numbers of rows, or other positions, and so are of different harvests."""
+        """ShapeMismatch where they have other numbers of rows, or other positions, and so are of different harvests.
+
+        DataError where servers, or a server and shards, give rows of other tokens, or in another order.
+        """
         first = sources[0]
         for source in sources[1:]:
             if source.num_rows != first.num_rows:
                 raise ShapeMismatch(f"two sites have {first.num_rows} and {source.num_rows} rows, expected as many; {REMEDY}")
             if not np.array_equal(source.statistics.position_count, first.statistics.position_count):
                 raise ShapeMismatch(f"two sites have rows at other positions, expected rows of the same tokens; {REMEDY}")
+        if not all(isinstance(source, Placed) for source in sources):  # whose rows are compared as they are read
+            known = {source.places_identity() for source in sources if isinstance(source, Placeable)}
+            if len(known) > 1:
+                raise DataError(f"two sites give rows of other tokens, or in another order; {REMEDY}, served alike")
         self.sources, self.num_rows = sources, first.num_rows
         self.identity = content_id([source.identity for source in sources])
 

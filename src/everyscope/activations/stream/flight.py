@@ -122,6 +122,10 @@ class FlightSource:
             self._sequence.keep(places[0], places[-1])
         return out
 
+    def places_identity(self) -> str:
+        """A content id of which token each row is of, in the order of batches."""
+        return self._servers.places()
+
     def close(self) -> None:
         """Give the leases back and end all threads; those in the middle of a call end with it."""
         self._end()

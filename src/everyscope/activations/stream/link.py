@@ -20,6 +20,8 @@ from everyscope.activations.stream.wire import (
     Described,
     Leased,
     LeaseRequest,
+    Places,
+    PlacesRequest,
     Refusal,
     Renew,
     Ticket,
@@ -71,6 +73,10 @@ class Link:
     def describe(self, site: str, boot_id: str | None) -> Described:
         """What the server knows of `site`."""
         return self._ask("describe", Describe(protocol=PROTOCOL, site=site, boot_id=boot_id), Described)
+
+    def places(self, site: str) -> str:
+        """A content id of which token each row of `site` is of."""
+        return self._ask("places", PlacesRequest(site=site), Places).places
 
     def lease(self, request: Callable[[], LeaseRequest], check: Callable[[Leased], None]) -> Leased:
         """The lease that is held, or a new one; one thread takes it for all. `check` looks at a new one and may raise."""

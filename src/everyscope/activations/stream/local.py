@@ -95,6 +95,10 @@ class LocalSource:
         )
         return torch.stack([sequence, position])
 
+    def places_identity(self) -> str:
+        """`Shards.places_identity`."""
+        return self.shards.places_identity()
+
     def _prepare(self, start: int, rows: int) -> None:
         """Read ahead from row `start` on, which counts through all epochs; in strides, for small batches ask often."""
         if not self._rows_ahead:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from everyscope.activations.stream.link import LeaseLost, Link, NotYet, Unreachable
 from everyscope.activations.stream.order import Chunks
 from everyscope.activations.stream.rows import ChunkRows
-from everyscope.activations.stream.sliced import ChunkFiles, boot_id
+from everyscope.activations.stream.sliced import ChunkFiles, boot_id, sequence_identity
 from everyscope.activations.stream.wire import Described, Leased, LeaseRequest, Ticket
 from everyscope.base.errors import ConfigError, DataError, EveryscopeError, StorageError
 
@@ -137,6 +137,12 @@ class SliceServers:
             raise StorageError(
                 f"{location}: no answer for {self._deadline:g} s ({error}); start the server again, then the same command"
             ) from error
+
+    def places(self) -> str:
+        """A content id of which token each row is of, in the order in which the slices give them."""
+        link = self.links[0]
+        places = self.persist(link, lambda: link.places(self.described.site))
+        return sequence_identity(places, self.chunks)
 
     def renew(self) -> None:
         """Tell all servers that we are still here; who does not hear it is not waited for."""

@@ -4,6 +4,7 @@
     action lease      LeaseRequest                    -> Leased: a server forgets who stays silent for lease_seconds
     action renew      {"lease"}                       -> {}
     action release    {"lease"}                       -> {}
+    action places     {"site"}                        -> Places: which token each row is of
     action counters   {}                              -> counters as JSON
     action metrics    {}                              -> the same as Prometheus reads it
     do_get            Ticket                          -> one chunk, in record batches of some MiB
@@ -26,7 +27,7 @@ from everyscope.activations.shards.format import CARRIER, RowDtype
 from everyscope.activations.shards.statistics import StatisticsRecord
 from everyscope.base.schema import Schema
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of this vocabulary; a server and a client of different ones refuse each other."""
 MESSAGE_BYTES = 4 << 20
 """Bytes of rows in one record batch, so that the network and the copying work at the same time [bytes]."""
@@ -103,6 +104,20 @@ class Described(Schema):
     """Chunks that one trainer may have under way at most [chunks]."""
     folder: str | None
     """Where the shards lie, for a client on the same host that may read them itself; else None."""
+
+
+class PlacesRequest(Schema):
+    """Ask which tokens a site's rows are of."""
+
+    site: str = Field(max_length=256)
+    """The site's folder name."""
+
+
+class Places(Schema):
+    """Which tokens a site's rows are of."""
+
+    places: str
+    """A content id, equal for sites whose rows belong together."""
 
 
 class LeaseRequest(Schema):
