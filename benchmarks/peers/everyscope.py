@@ -21,7 +21,7 @@ def config_of(settings: Settings, d_in: int) -> SaeConfig:
 
 
 class Everyscope:
-    """Bank.step, on the CPU."""
+    """A training group's step, on the CPU."""
 
     def __init__(self, settings: Settings, rows: Rows) -> None:
         """A new SAE, which sees rows as `train_saes` would: without the massive ones, centred."""

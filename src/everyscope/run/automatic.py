@@ -74,7 +74,7 @@ def automatic(
 ) -> RunConfig:
     """The run of `choices` on `model`, with as many tokens as the hours allow, read as often as pays.
 
-    ConfigError where the hours do not even allow the least.
+    ConfigError where the hours do not even allow the least, or the tokens fill no batch.
     """
     if choices.hours <= 0:
         raise ConfigError(f"--hours {choices.hours:g}: expected a time above 0")
@@ -89,6 +89,11 @@ def automatic(
 
     passes = choices.passes or passes_that_pay(seconds_of(of(LEAST_TOKENS)))
     if choices.tokens is not None:
+        if choices.tokens * passes < BATCH_ROWS:
+            raise ConfigError(
+                f"--tokens {choices.tokens}: read {passes} times they fill no training batch of {BATCH_ROWS} rows; "
+                f"give --tokens {-(-BATCH_ROWS // passes)} or more"
+            )
         return of(choices.tokens, passes=passes)
     scale, tokens = 1.0, MOST_TOKENS
     while hours_of(of(LEAST_TOKENS, scale, passes)) > 0.7 * choices.hours and scale > 1 / 16:

@@ -101,6 +101,9 @@ def test_passes_are_wished_or_chosen(words):
     assert (chosen.harvest.num_tokens, chosen.groups[0].num_tokens) == (10**6, 2 * 10**6)
     wished = automatic("m", SHAPE, CPU, UserChoices(tokens=10**6, passes=5), text, seconds_of)
     assert (wished.harvest.num_tokens, wished.groups[0].num_tokens) == (10**6, 5 * 10**6)
+    with pytest.raises(ConfigError, match=r"--tokens 100: read 2 times they fill no .* of 256 rows; give --tokens 128 or more"):
+        automatic("m", SHAPE, CPU, UserChoices(tokens=100, passes=2), text, seconds_of)
+    assert automatic("m", SHAPE, CPU, UserChoices(tokens=128, passes=2), text, seconds_of).groups[0].num_tokens == 256
     with pytest.raises(ConfigError, match="--passes 0: expected at least 1"):
         automatic("m", SHAPE, CPU, UserChoices(passes=0), text, seconds_of)
 
