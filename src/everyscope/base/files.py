@@ -42,13 +42,13 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{path}: the disk is full; free some space or choose another folder with --out"
         elif error.errno == errno.EFBIG:
-            message = f"{path}: files may not grow this large here; raise the limit (ulimit -f) or choose another disk with --out"
+            message = f"{path}: file size limit exceeded; raise the limit (ulimit -f) or choose another disk with --out"
         elif error.errno == errno.EIO:
             message = f"{path}: the disk fails to read or write (input/output error); choose another one with --out"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = f"{path}: no permission to write here; choose a folder of yours with --out"
+            message = f"{path}: no permission to write here; choose another folder with --out"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            message = f"{path}: a file stands where a folder is needed (or the reverse); choose another folder with --out"
+            message = f"{path}: a file is where a folder is needed (or the reverse); choose another folder with --out"
         else:
             raise
         raise StorageError(message) from error

@@ -65,7 +65,7 @@ class Host:
                 for piece in response.iter_bytes():
                     data += piece
                     if time.monotonic() > end:
-                        return Answer(0, f"no whole answer within {self._timeout_s:g} s", "TimeoutError")
+                        return Answer(0, f"no complete answer within {self._timeout_s:g} s", "TimeoutError")
                     if len(data) > MAX_ANSWER:
                         return Answer(0, f"the answer is longer than {MAX_ANSWER} bytes", "TooLong")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:

@@ -348,7 +348,7 @@ class Browser:
         return JSONResponse(state, headers={"cache-control": "no-store"})
 
     def _not_found(self, request: Request, error: Exception) -> Response:
-        message = "there is nothing at this address; the first page leads to everything"
+        message = "no such page; the first page links to all of them"
         return self._page("error", self._preparation.index, 404, title="No such page", message=message)
 
     def _failed(self, request: Request, error: Exception) -> Response:
@@ -369,7 +369,7 @@ class Browser:
 
     def _broken(self, request: Request, error: Exception) -> Response:
         """A fault of ours: the page says so, the terminal has the traceback."""
-        message = "a fault of everyscope, not of yours; the terminal where it was started says more"
+        message = "an internal error of everyscope; the terminal where it was started shows details"
         return self._page("error", self._preparation.index, 500, title="Something broke", message=message)
 
 

@@ -191,7 +191,7 @@ class Live(Protocol):
 
 
 class Stopped(EveryscopeError):
-    """The work was given up: no page waits for it any more, or it took too long."""
+    """The work was given up: the page was closed, or it took too long."""
 
 
 class Busy(EveryscopeError):
@@ -238,7 +238,7 @@ class LiveModel:
 
         def begin() -> Result:
             if asking.is_given_up:
-                raise Stopped("no page waits for it any more")
+                raise Stopped("the page was closed")
             model = self._loaded(factory)
             asking.begin()
             try:

@@ -162,7 +162,7 @@ class Preparation:
         except EveryscopeError as error:
             self.error = str(error)
         except Exception as error:  # whatever it is, the pages must not say "preparing" for ever
-            self.error = f"a fault of everyscope's, or want of memory ({type(error).__name__}: {first_line(error)[:200]})"
+            self.error = f"an internal error, or too little memory ({type(error).__name__}: {first_line(error)[:200]})"
 
     def _batches(self) -> Iterator[list[Part]]:
         """The parts that are not ready, a few at a time."""

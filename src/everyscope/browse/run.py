@@ -44,7 +44,7 @@ def run(config: BrowseConfig, live: LiveFactory | None = None) -> None:
         )
     )
     if not preparation.is_built:
-        say("Indexing the suite SAE by SAE; the first page is there at once")
+        say("Indexing the suite SAE by SAE; the first page is available at once")
     threading.Thread(target=_report, args=(preparation,), daemon=True).start()
     sys.setswitchinterval(SWITCH_SECONDS)
     print(f"{printable(preparation.title)}: {address}", flush=True)

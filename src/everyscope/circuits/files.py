@@ -61,7 +61,7 @@ def read_graph(path: Path) -> Graph:
         facts = GraphFacts.model_validate_json(metadata["facts"])
     except (ValidationError, KeyError) as error:
         reason = one_line(error) if isinstance(error, ValidationError) else "it says nothing"
-        raise DamagedData(f"{path}: what it says of itself is wrong ({reason[:200]}); {REMEDY}") from error
+        raise DamagedData(f"{path}: its metadata is invalid ({reason[:200]}); {REMEDY}") from error
     typed = {name: array.astype(np.int64 if name in WHOLE else np.float64) for name, array in columns.items()}
     graph = Graph(facts, **typed, edges=Edges(source.astype(np.int64), target.astype(np.int64), weight.astype(np.float64)))
     require_sound(graph, path)

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in given:
             raise
         what = f"{type(error).__name__}: {first_line(error)[:300]}"
-        complain(f"a fault of everyscope, not of your command ({what}); --debug shows where: please report that")
+        complain(f"internal error ({what}); please report it, with the output of --debug")
         sys.exit(ERROR_EXIT)
     except SystemExit as leaving:
         if leaving.code == EXIT_CODE:

@@ -179,7 +179,7 @@ def calibrate(
         found |= made
     for site, calibration in found.items():
         if (want := language.adapter.width(site)) != (got := len(calibration.mean)):
-            raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; are they of another model?")
+            raise ShapeMismatch(f"{site}: the model gives d_in={want}, the shards {got}; do they come from another model?")
     return found
 
 
@@ -203,7 +203,7 @@ def _kept(config: EvaluateConfig, site: Site) -> Calibration | None:
                 return None
             return Calibration(**{field.name: file.get_tensor(field.name) for field in fields(Calibration)})
     except DataError:
-        say(f"{path} is damaged and is made again")
+        say(f"{path} is corrupted; recomputing it")
         return None
 
 

@@ -115,7 +115,7 @@ def read_held_out(config: EvaluateConfig) -> HeldOut:
     segments = segments_of(blocks, config.text, turns_of(tokenizer))  # of all: a turn may cross the border of blocks
     blocks = blocks[:: config.stride]
     if not any(block.mask.any() for block in blocks):
-        raise TextError(f"{config.text.origin}: its held-out documents hold no token that counts; give more text")
+        raise TextError(f"{config.text.origin}: its held-out documents have no countable token; give more text")
     documents, mask = np.stack([block.document for block in blocks]), np.stack([block.mask for block in blocks])
     present = np.unique(documents[mask])
     units = np.searchsorted(present, documents)

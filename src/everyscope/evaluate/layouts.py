@@ -85,12 +85,14 @@ def _name(inside: Sequence[str]) -> str:
 def _of_path(weights: Path, above: Sequence[str], inside: Sequence[str], site_kind: SiteKind | None) -> Site:
     kind = _kind(inside) or site_kind or _kind(above)
     if kind is None:
-        raise ConfigError(f"{weights}: its path does not tell the kind of site; set site_kind={' or '.join(get_args(SiteKind))}")
+        raise ConfigError(
+            f"{weights}: the kind of site cannot be read from its path; set site_kind={' or '.join(get_args(SiteKind))}"
+        )
     if kind == "embed":
         return Site(kind, 0)
     layers = [part for part in (*above, *inside) if re.fullmatch(r"layer_\d+", part)]
     if not layers:
-        raise ConfigError(f"{weights}: its path tells no layer; expected a folder like layer_12 above it")
+        raise ConfigError(f"{weights}: the layer cannot be read from its path; expected a folder like layer_12 above it")
     return Site(kind, int(layers[-1].removeprefix("layer_")))
 
 

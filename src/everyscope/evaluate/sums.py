@@ -106,10 +106,10 @@ class State:
                 is_ours = header["text"] == self.text and set(self.parts) <= set(header["parts"])
                 saved = {name: file.get_tensor(name) for name in ours} if is_ours else {}
         except (DataError, KeyError, TypeError, ValueError):
-            say(f"{path} is damaged; the evaluation starts over")
+            say(f"{path} is corrupted; the evaluation starts over")
             return
         if not is_ours:
-            say("The half-finished evaluation found here is of other SAEs, settings or text; the evaluation starts over")
+            say("The unfinished evaluation here is of other SAEs, settings or text; starting over")
             return
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
@@ -156,7 +156,7 @@ def restore_part(path: Path, part: Any, source: str) -> bool:
             for name, tensor in _flat(part).items():
                 tensor.copy_(file.get_tensor(name))
     except DataError:
-        say(f"{path} is damaged and is measured again")
+        say(f"{path} is corrupted; measuring it again")
         return False
     return True
 

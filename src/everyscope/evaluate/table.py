@@ -70,7 +70,7 @@ def warnings_of(rows: list[dict[str, Any]]) -> list[str]:
         its = most["massive"]
         found.append(
             f"Massive tokens: at {_site(most)} {its['num_tokens']:,} tokens of norm above {its['norm_limit']:.4g} hold "
-            f"{its['share_of_squares']:.0%} of the sum of squares; they stay as they are, and are in no number but plain FVU"
+            f"{its['share_of_squares']:.0%} of the sum of squares; they stay as they are, and count in plain FVU alone"
         )
     beaten = {row["sae"]: rivals for row in rows if (rivals := beaten_by(row["fvu_usual"], row["baselines_fvu"]))}
     if beaten:

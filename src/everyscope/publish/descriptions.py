@@ -47,7 +47,7 @@ def check_descriptions(descriptions: Path | None, files: dict[str, dict[str, Pat
     tables = [path for its in files.values() for path in its.values()]
     for path in [*tables, *text_files(descriptions)]:
         if path.suffix == ".parquet":
-            check_table(path, "delete it and run the same command again, which makes it again")
+            check_table(path, "delete it and run the same command again")
         else:
             read_sealed(path, "delete it and run `everyscope describe` again")
 

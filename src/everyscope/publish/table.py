@@ -92,7 +92,7 @@ def warnings_of(index: SuiteIndex) -> list[str]:
             f"massive tokens: at {len(sites)} of {len({sae.where for sae in index.saes})} sites some activations have many "
             f"times the median norm, most at {most.where}: {most.metrics.num_massive_tokens:,} of "
             f"{index.measured.num_tokens:,} tokens; "
-            "they stay as they are when an SAE is spliced in, and are in no number but plain FVU."
+            "they stay as they are when an SAE is spliced in, and count in plain FVU alone."
         )
     beaten = [sae for sae in index.saes if sae.metrics.beaten_by]
     if beaten:

@@ -80,7 +80,7 @@ def test_a_file_in_the_way_of_a_folder_is_a_storage_error(tmp_path):
         (errno.EDQUOT, "disk is full"),
         (errno.EACCES, "no permission"),
         (errno.EROFS, "no permission"),
-        (errno.ENOTDIR, "a file stands"),
+        (errno.ENOTDIR, "a file is where"),
     ],
 )
 def test_storage_errors_name_the_path_and_the_remedy(tmp_path, code, words):

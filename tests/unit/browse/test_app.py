@@ -175,7 +175,7 @@ def test_a_fault_of_ours_is_a_page_with_headers(suite: Path, cache: Path, monkey
         asyncio.run(browser.app()(scope, receive, send))
     assert sent[0]["status"] == 500
     assert b"content-security-policy" in dict(sent[0]["headers"])
-    assert b"fault of everyscope" in sent[1]["body"]
+    assert b"internal error of everyscope" in sent[1]["body"]
 
 
 def test_without_a_model_the_pages_say_what_brings_it(get: Callable):

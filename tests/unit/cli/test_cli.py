@@ -42,10 +42,10 @@ def said(capsys, *arguments: str) -> str:
         (("run", "tiny", "--workers", "two"), "invalid int value: 'two'"),
         (("serve", "shards", "--token", "SECRET"), "--token: a secret on a command line shows"),
         (("verify", "runs", "--deep"), "unknown argument --deep"),
-        (("plan", "tiny", "--curve"), "--curve is about a cluster"),
+        (("plan", "tiny", "--curve"), "--curve describes a cluster"),
         (("plan", "tiny", "--gpu", "h100"), "--gpus N"),
-        (("plan", "tiny", "--gpus", "8"), "add --gpu with h100, h200"),
-        (("plan", "tiny", "--gpus", "8", "--gpu", "h100", "--teraflops", "1"), "--teraflops is about this machine"),
+        (("plan", "tiny", "--gpus", "8"), "with --gpu: h100, h200"),
+        (("plan", "tiny", "--gpus", "8", "--gpu", "h100", "--teraflops", "1"), "--teraflops describes this machine"),
         (("verify", "/nowhere/at/all"), "no such folder"),
         (("run", "tiny", "--out", "/proc/everyscope"), "/proc/everyscope"),
     ],
@@ -110,7 +110,7 @@ def test_help_says_that_a_recipe_of_python_runs(capsys):
     assert {"run", "plan"} <= set(takers)
     for arguments in (["--help"], *([name, "--help"] for name in takers)):
         main(arguments)
-        assert "runs as your own program" in " ".join(capsys.readouterr().out.split()), arguments
+        assert "is executed, by plan" in " ".join(capsys.readouterr().out.split()), arguments
 
 
 def test_every_main_field_is_one_of_a_recipe():
@@ -159,7 +159,7 @@ def test_what_nobody_foresaw_is_one_line_that_takes_the_blame(capsys, monkeypatc
 
     monkeypatch.setattr("everyscope.cli.main.dispatch", fail)
     line = said(capsys, "plan", "tiny")
-    assert "a fault of everyscope" in line
+    assert "internal error" in line
     assert "KeyError" in line
     assert "\x1b" not in line
     with pytest.raises(KeyError):

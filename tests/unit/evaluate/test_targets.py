@@ -89,7 +89,7 @@ def test_a_kind_that_no_path_tells_is_given_or_asked_for(config: EvaluateConfig,
     assert [target.site for target in load_targets(given)] == [Site("attn_out", 4)]  # names above do not gainsay what is given
     above = load_targets(given.model_copy(update={"site_kind": None}))
     assert [(target.site, target.is_of_unscaled_embeddings) for target in above] == [(Site("embed", 0), True)]
-    with pytest.raises(ConfigError, match="tells no layer"):
+    with pytest.raises(ConfigError, match="layer cannot be read"):
         load_targets(released(config, tmp_path / "b", "mlp_out/sae"))
 
 

@@ -85,7 +85,7 @@ def find_bucket_index(config: HarvestConfig, model: str, tokenizer: Any) -> Buck
             if len(found) % SAVED_BUCKETS == 0:
                 write_bucket_index(file, known.model_copy(update={"buckets": tuple(found)}))
     if not found:
-        raise TextError(f"{config.text.origin}: the train split has no token that counts; give documents that are not empty")
+        raise TextError(f"{config.text.origin}: the train split has no countable token; give non-empty documents")
     if place.rows < config.num_tokens:
         say(f"live: the text ends after {place.rows} of {config.num_tokens} tokens; then it restarts from the beginning")
     whole = known.model_copy(update={"buckets": tuple(found), "is_whole": True})
@@ -96,7 +96,7 @@ def find_bucket_index(config: HarvestConfig, model: str, tokenizer: Any) -> Buck
 def changed_text(config: HarvestConfig) -> TextError:
     """The error for a text that is not what the bucket index was made from."""
     return TextError(
-        f"{config.text.origin}: has changed since it was read for {config.out / LIVE_FILE}; "
+        f"{config.text.origin}: changed after it was read for {config.out / LIVE_FILE}; "
         "put it back, or delete that file and start the server again"
     )
 

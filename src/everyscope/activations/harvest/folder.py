@@ -261,7 +261,7 @@ class HarvestFolder:
         manifest = read_manifest(sealed)
         if "stops" in manifest.config:
             raise ConfigError(
-                f"{self.path / OWNER}: is lost, and with it the folder's history; put it back, or harvest elsewhere"
+                f"{self.path / OWNER}: is missing, and with it the folder's history; restore it, or harvest into another folder"
             )
         return {"config": manifest.config, "parents": manifest.parents}
 

@@ -132,7 +132,7 @@ def _write_buckets(folder: HarvestFolder, handle: ModelHandle, timings: Timings)
         blocks = f"one block of {config.text.context} tokens at {len(config.sites)} sites"
         raise StorageError(f"{config.out}: max_bytes={config.max_bytes} holds not even {blocks}; allow more, or keep fewer sites")
     if place.rows == 0:
-        raise TextError(f"{config.text.source}: the train split has no token that counts; give documents that are not empty")
+        raise TextError(f"{config.text.source}: the train split has no countable token; give non-empty documents")
     if place.rows < config.num_tokens:
         end = f"max_bytes={config.max_bytes} is used up" if room.is_used_up else "the text ends"
         say(f"harvest: {end} after {place.rows} of {config.num_tokens} tokens; continuing with these")
@@ -202,7 +202,7 @@ def _seal(folder: HarvestFolder, end: HarvestPosition) -> bool:
     with gate(folder.path):
         if not folder.has_all(end):
             index, count = folder.config.partition
-            say(f"harvest: partition {index} of {count} is done; the folder will be sealed when the others are")
+            say(f"harvest: partition {index} of {count} is done; the folder is sealed when all partitions are done")
             return False
         folder.drop_behind(end)
         for path in reversed(folder.folders):
@@ -218,7 +218,7 @@ def _seal(folder: HarvestFolder, end: HarvestPosition) -> bool:
                 version=version("everyscope"),
             )
             if manifest.identity != folder.unsealed.get(name, manifest.identity):
-                say(f"harvest: {name} has other bytes than before, as another machine computes them; retrain on it")
+                say(f"harvest: {name} differs from before (computed on another machine); retrain on it")
     return True
 
 

@@ -93,7 +93,7 @@ class Buffer:
                 if left <= 0 or self._is_draining or is_cancelled():
                     self._ring.withdraw(wait)
                     self._refuse_if_draining()
-                    raise Refused(Refusal.WAIT, "the chunk is not there yet; ask again")
+                    raise Refused(Refusal.WAIT, "the chunk is not ready; ask again")
                 self._changed.wait(min(left, POLL_SECONDS))
             key = self._granted.pop(wait)
             in_flight = InFlightChunk(key, *self._rows[key])
@@ -127,7 +127,7 @@ class Buffer:
 
     def _refuse_if_draining(self) -> None:
         if self._is_draining:
-            raise Refused(Refusal.DRAINING, "the server is about to stop; it takes nothing new")
+            raise Refused(Refusal.DRAINING, "the server is shutting down and accepts no new requests")
 
     def _drive(self) -> None:
         while True:

@@ -42,7 +42,7 @@ def serve(config: ServeConfig, origin: Origin) -> None:
     with serving(config, origin) as server, termination() as is_asked_to_stop:
         while not is_asked_to_stop():
             time.sleep(POLL_SECONDS)
-        say("asked to stop: taking nothing new, sending what is under way")
+        say("shutting down: no new requests, sending chunks under way")
         server.drain()
     raise SystemExit(EXIT_CODE)
 
@@ -93,7 +93,7 @@ def serving(config: ServeConfig, origin: Origin) -> Iterator[Serving]:
     except (pa.ArrowException, OSError) as error:
         buffer.close()
         raise ConfigError(
-            f"--listen {config.listen}: cannot listen there ({first_line(error)}); is the port taken, is the certificate right?"
+            f"--listen {config.listen}: cannot listen there ({first_line(error)}); is the port in use? is the certificate valid?"
         ) from error
     host = config.listen.rpartition(":")[0]
     place = f"flight{'+tls' if certificates else ''}://{host}:{flight.port}"

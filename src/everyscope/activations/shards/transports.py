@@ -72,7 +72,7 @@ class HttpTransport:
                 if code in (401, 403):
                     raise PermissionError(f"HTTP {code}")
                 if code == 416:
-                    raise DamagedData(f"{address}: ends before byte {stop}; copy it again from where it was written")
+                    raise DamagedData(f"{address}: ends before byte {stop}; copy it again from its source")
                 if not response.is_success:
                     raise OSError(f"HTTP {code}")
                 wanted = RECORD_BYTES if stop is None else _range_size(address, response, start, stop)
@@ -126,7 +126,7 @@ def patiently(name: str, attempt: Callable[[float], bytes], patience: Patience) 
             left = patience.deadline - (patience.clock() - started)
             if left <= pause:
                 raise StorageError(
-                    f"{name}: no whole answer within {patience.deadline:g} s, the last one was {first_line(error)!r}; "
+                    f"{name}: no complete answer within {patience.deadline:g} s, the last error was {first_line(error)!r}; "
                     "check the network and the server, then run the same command again"
                 ) from error
         patience.sleep(min(left, pause * chance.uniform(0.8, 1.2)))
@@ -141,7 +141,7 @@ def _range_size(address: str, response: httpx2.Response, start: int, stop: int) 
     is_all = start == 0 and response.headers.get("Content-Length") == str(stop)
     if response.status_code != 206 and not is_all:
         raise StorageError(
-            f"{address}: the server sends whole files, no ranges (HTTP {response.status_code}); use another, or copy the folder"
+            f"{address}: the server does not support byte ranges (HTTP {response.status_code}); use another, or copy the folder"
         )
     return stop - start
 
@@ -151,13 +151,13 @@ def _received(address: str, response: httpx2.Response, wanted: int, until: float
     for piece in response.iter_raw():
         data += piece
         if time.monotonic() > until:
-            raise TimeoutError(f"{len(data)} bytes in all the time allowed")
+            raise TimeoutError(f"{len(data)} bytes within the time limit")
         if len(data) >= wanted:
             break
     if is_whole:
         header = response.headers.get("Content-Length")
         if len(data) >= RECORD_BYTES:
-            raise DataError(f"{address}: larger than any record of ours; is this a folder of shards?")
+            raise DataError(f"{address}: larger than any everyscope record; is this a folder of shards?")
         wanted = len(data) if header is None else int(header)
     if len(data) < wanted:
         raise OSError(f"truncated: {len(data)} of {wanted} bytes")

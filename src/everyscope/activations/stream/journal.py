@@ -77,7 +77,7 @@ class Journal:
             header = json.loads(line)
             journal_id = str(header.pop("id"))
         except (ValueError, KeyError, AttributeError) as error:
-            raise DamagedData(f"{self._path}: no journal of ours; delete it, and the checkpoint that goes with it") from error
+            raise DamagedData(f"{self._path}: is not an everyscope journal; delete it together with its checkpoint") from error
         if header != what:
             raise DataError(
                 f"{self._path}: is of {header}, the server has {what}; serve the same shards and chunks, or delete the journal "

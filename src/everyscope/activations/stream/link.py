@@ -125,7 +125,7 @@ class Link:
             return parse(kind, body, 1 << 20)
         except BadRequest as error:
             raise ConfigError(
-                f"{self.location}: answers in another form ({error}); run the same everyscope on both sides"
+                f"{self.location}: unexpected form of answer ({error}); run the same everyscope on both sides"
             ) from error
 
     def _receive(self, ticket: Ticket) -> tuple[ChunkHead, ChunkRows]:
@@ -145,9 +145,9 @@ class Link:
             if left:
                 raise BadRequest("fewer rows than said")
         except BadRequest as error:
-            raise DamagedData(f"{self.location}: sent no chunk of ours ({error}); is it an everyscope server?") from error
+            raise DamagedData(f"{self.location}: sent no everyscope chunk ({error}); is it an everyscope server?") from error
         if digest.hexdigest() != head.xxh3:
-            raise DamagedData(f"{self.location}: chunk {head.chunk} of {head.site} changed on its way; look at the network")
+            raise DamagedData(f"{self.location}: chunk {head.chunk} of {head.site} was corrupted in transit; check the network")
         return head, ChunkRows(parts)
 
     def _call(self, call: Callable[[], Result]) -> Result:
@@ -169,7 +169,7 @@ class Link:
             if self._is_closed:
                 raise Unreachable("the source was closed") from error
             raise DamagedData(
-                f"{self.location}: sent no chunk of ours ({_message_of(error)}); is it an everyscope server?"
+                f"{self.location}: sent no everyscope chunk ({_message_of(error)}); is it an everyscope server?"
             ) from error
 
     def _refused(self, error: flight.FlightServerError) -> Exception:

@@ -163,7 +163,7 @@ class SliceServers:
         got = (leased.identity, leased.slice_index, leased.slice_count, leased.chunk_rows)
         if got != (want.identity, slice, want.slice_count, want.chunk_rows):
             raise DataError(
-                f"{link.location}: came back with other shards, slice or chunk_rows than it had; restart it as it was"
+                f"{link.location}: restarted with other shards, slice or chunk_rows; restart it with its former settings"
             )
 
 

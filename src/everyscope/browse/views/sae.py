@@ -46,7 +46,7 @@ NUMBERS = (
 """Rows of the table of numbers, where they were measured."""
 COLUMNS = (
     ("latent", "Latent", "", "Its number"),
-    ("", "Label", "wide", "What it seems to stand for"),
+    ("", "Label", "wide", "What it seems to represent"),
     ("", "Most on", "left", "The tokens on which it fires most"),
     ("frequency", "Frequency", "", "Share of tokens on which it fires"),
     ("max_activation", "Max", "", "Highest activation seen"),
@@ -54,8 +54,8 @@ COLUMNS = (
     ("entropy", "Entropy", "", "Entropy of the tokens on which it fires [nats]"),
     ("predictability", "Token", "", "How well the current token alone predicts whether it fires; 0.5 is chance"),
     ("nearest", "Nearest", "", "Highest cosine with another decoder row of this SAE"),
-    ("detection", "Detection", "", "Balanced accuracy of the label in telling where it fires, 0.5 is guessing"),
-    ("fuzzing", "Fuzzing", "", "Balanced accuracy of the label in telling marked tokens right from wrong, 0.5 is guessing"),
+    ("detection", "Detection", "", "Balanced accuracy of the label in predicting where it fires; 0.5 is chance"),
+    ("fuzzing", "Fuzzing", "", "Balanced accuracy of the label in recognising correctly marked tokens; 0.5 is chance"),
 )
 """Columns of the table of latents: what they sort by, title, class, explanation."""
 
@@ -113,7 +113,7 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
     if massive.get("num_tokens"):
         found.append(
             f"{massive['num_tokens']:,} tokens have massive activations, {massive['share_of_squares']:.0%} of the sum of "
-            "squares; they are in no number but plain FVU."
+            "squares; they count in plain FVU alone."
         )
     rivals = beaten_by(metrics["fvu_usual"], metrics.get("baselines_fvu") or {})
     if rivals:

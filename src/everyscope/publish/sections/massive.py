@@ -49,11 +49,11 @@ def massive_section(evidence: Evidence) -> Section | None:
         says=(
             f"At {worst.where}, {plural(most['num_tokens'], 'token')} of norm above {most['norm_limit']:.4g} "
             f"({most['max_norm']:g} times the median) hold {most['share_of_squares']:.0%} of the sum of squares: plain FVU, "
-            f"{worst.metrics.fvu:.3f}, speaks of these; that of all other tokens is {worst.metrics.fvu_usual:.3f}."
+            f"{worst.metrics.fvu:.3f}, measures these; that of all other tokens is {worst.metrics.fvu_usual:.3f}."
         ),
         notes=(
             "Such tokens are attention sinks and separators. They keep their own activations when an SAE or a baseline is "
-            "spliced in, and are in no number but plain FVU. Squares are about zero; L0 there counts the latents that fire on "
+            "spliced in, and count in plain FVU alone. Squares are about zero; L0 there counts the latents that fire on "
             "such a token.",
         ),
         table=ReportTable(COLUMNS, tuple(rows)),

@@ -128,7 +128,7 @@ class StoragePlan:
         if self.disk_bytes > self.free_bytes:
             return f"the shards need {human_bytes(self.disk_bytes)}, and {human_bytes(self.free_bytes)} are free"
         if self.advice == "disk":
-            return f"the disk keeps up, and what is kept serves every sweep that comes to mind later: {again}"
+            return f"the disk keeps up, and stored shards serve every later sweep: {again}"
         never = "and never pays" if self.sweeps_to_repay is None else f"and pays from {self.sweeps_to_repay} trainings on"
         return f"this disk is slower than the model: it costs {duration(self.disk_seconds - self.live_seconds)} more, {never}"
 
@@ -216,7 +216,7 @@ def measure_disk(folder: Path, num_bytes: int = PROBE_BYTES) -> float:
                 pass
             return num_bytes / max(written - start, time.perf_counter() - begun)
     except OSError as error:
-        raise ConfigError(f"{folder}: its disk cannot be measured ({error.strerror}); give --disk-gbps") from error
+        raise ConfigError(f"{folder}: the disk's speed cannot be measured ({error.strerror}); give --disk-gbps") from error
 
 
 def duration(seconds: float) -> str:

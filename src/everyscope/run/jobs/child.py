@@ -41,7 +41,7 @@ class Child:
                 start_new_session=True,  # Ctrl-C at the terminal is for the command, which then stops its jobs in order
             )
         except (FileNotFoundError, NotADirectoryError):
-            complaint = f"{spec.folder}: is not there on {os.uname().nodename}; run from a folder that all hosts share"
+            complaint = f"{spec.folder}: does not exist on {os.uname().nodename}; run from a folder that all hosts share"
             tell({"event": "failed", "kind": "ConfigError", "given": [complaint], "is_final": True})
             self._threads: list[threading.Thread] = []
             return

@@ -131,7 +131,7 @@ def _held(lock: str | None) -> Iterator[bool]:
     path = Path(lock)
     if not path.parent.is_dir():
         raise ConfigError(
-            f"{path.parent}: is not there on {socket.gethostname()}; choose an --out that all hosts of the cluster share"
+            f"{path.parent}: does not exist on {socket.gethostname()}; choose an --out that all hosts of the cluster share"
         )
     with storage_errors(path), path.open("w") as file:
         end = time.monotonic() + LOCK_SECONDS

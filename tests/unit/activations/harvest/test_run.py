@@ -353,7 +353,7 @@ def test_empty_text_leaves_nothing(config, reap, model, corpus, text):
 def test_text_of_which_nothing_counts_leaves_nothing(config, reap, model, corpus, tokenizer):
     for number, path in enumerate(sorted(corpus.iterdir())):
         path.write_text(tokenizer.eos_token * (1 + number))
-    with pytest.raises(EveryscopeError, match="no token that counts"):
+    with pytest.raises(EveryscopeError, match="no countable token"):
         reap(config)
     assert model.loads == 0
     assert not config.out.exists()

@@ -143,8 +143,8 @@ def test_what_may_mend_itself_is_asked_for_again(web, patient, clock, replies, l
         (failing(404), DamagedData, "shard_00000.safetensors: the shard is missing"),
         (failing(403), StorageError, "shard_00000.safetensors: reading is not allowed"),
         (failing(416), DamagedData, "shard_00000.safetensors: ends before byte"),
-        (failing(503), StorageError, "shard_00000.safetensors: no whole answer within 60 s, .*503"),
-        (truncated, StorageError, "shard_00000.safetensors: no whole answer within 60 s"),
+        (failing(503), StorageError, "shard_00000.safetensors: no complete answer within 60 s, .*503"),
+        (truncated, StorageError, "shard_00000.safetensors: no complete answer within 60 s"),
         (without_ranges, StorageError, "shard_00000.safetensors: the server sends whole files"),
         (shifted, DamagedData, "shard_00000.safetensors: sent bytes"),
         (flipped, DamagedData, "shard_00000.safetensors: block 0 of 4 MiB differs"),
@@ -179,7 +179,7 @@ def test_a_server_that_does_not_answer_is_given_up_on(web, large):
 
     web.misbehave(*[silent] * 99)
     try:
-        with pytest.raises(StorageError, match=r"no whole answer within 0\.3 s.*timed out"):
+        with pytest.raises(StorageError, match=r"no complete answer within 0\.3 s.*timed out"):
             shards.rows(0, 10)
     finally:
         released.append(True)
