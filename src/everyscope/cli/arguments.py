@@ -39,7 +39,7 @@ class Command:
 
 
 RECIPE_WORDS = f"{', '.join(RECIPES)}, or the path of a .py file"
-OWN_PROGRAM = "a .py file runs as your own program, for plan and --help too: read a stranger's first"
+OWN_PROGRAM = "a .py file is executed, by plan and --help too: read a stranger's first"
 WHAT_IT_IS = {
     "RECIPE": RECIPE_WORDS,
     "RECIPE|MODEL": f"{RECIPE_WORDS}, or a model: a Hugging Face id or a local folder",
@@ -144,7 +144,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add("--widths", nargs="+", type=int, help="numbers of latents (default: about 8 times the model's width)")
     add("--l0", nargs="+", type=float, help="active latents per token to aim at (default: 20 50 100)")
     add("--tokens", type=int, help="tokens of text to harvest (default: as --hours allow)")
-    add("--passes", type=int, help="times that training reads them (default: as often as pays here, at most 8)")
+    add("--passes", type=int, help="passes over them (default: as many as pay off here, at most 8)")
     add("--text", help="a file or folder, or a dataset on the hub (default: FineWeb-Edu)")
     add("--hours", type=float, help="how long all stages may take (default: 1)")
 
@@ -158,19 +158,19 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, help="simulate training on this many GPUs of a cluster")
     add("--gpu", help="with --gpus, their kind: h100, h200, a100, tpuv3, or a .json file of measured rates")
     add("--mfu", type=float, help="with --gpus, measured FLOP utilisation of a step (default: a roofline)")
-    add("--dollars-per-hour", type=float, help="with --gpus, the price of one of them, for the cost of the run [USD/h]")
+    add("--dollars-per-hour", type=float, help="with --gpus, price of one GPU [USD/h]")
     add("--curve", action="store_true", help="with --gpus, also show speed-up and bottleneck for fewer GPUs")
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """What `serve` takes beyond the server's fields."""
     add = parser.add_argument
-    add("--live", action="store_true", help="SHARDS is a RECIPE, whose model makes activations as trainers ask")
+    add("--live", action="store_true", help="SHARDS is a RECIPE, whose model computes activations on request")
     add("--out", type=Path, help="with --live, the run's folder (default: runs/<recipe>)")
     add("--watch", action="store_true", help="show live status of running servers: SHARDS is then HOST:PORT[,HOST:PORT]")
     add("--once", action="store_true", help="with --watch, show it once")
     add("--token-file", type=Path, help="a file with the token (default: EVERYSCOPE_TOKEN)")
-    add("--tls-roots", type=Path, help="with --watch, the certificates to trust, PEM")
+    add("--tls-roots", type=Path, help="with --watch, trusted certificates, PEM")
 
 
 def add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,13 +179,13 @@ def add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", nargs="?", help="the text whose next token is explained")
     add("--target", nargs="+", metavar="TOKEN", help="next tokens to explain (default: the likeliest, up to 95 %% or 10)")
     add("--against", metavar="TOKEN", help="explain the logit of one --target minus that of this token")
-    add("--latent", metavar="L.P.I", help="explain latent I of layer L at position P (BOS is 0) in place of tokens")
+    add("--latent", metavar="L.P.I", help="explain latent I of layer L at position P (BOS is 0) instead of tokens")
     add("--through", choices=["transcoders", "saes"], help="whose latents are nodes (default: transcoders, if there are any)")
-    add("--width", type=int, help="latents of the transcoders (default: the widest)")
+    add("--width", type=int, help="width of the transcoders (default: the widest)")
     add("--l0", type=float, help="L0 of the transcoders, the nearest are taken (default: the canonical ones)")
     add("--max-latents", type=int, help="latents whose inputs are computed, most influential first (default: 2048)")
-    add("--node-share", type=float, default=0.8, help="influence that the nodes shown together have (default: 0.8)")
-    add("--edge-share", type=float, default=0.98, help="the same of edges (default: 0.98)")
+    add("--node-share", type=float, default=0.8, help="share of influence that shown nodes keep (default: 0.8)")
+    add("--edge-share", type=float, default=0.98, help="share of influence that shown edges keep (default: 0.98)")
     add("--validate", type=int, default=0, metavar="N", help="remove N latents one by one and compare with the graph")
     add("--model", help="the language model, a folder or hub id, where the suite's name does not find it")
     add("--out", type=Path, help="the graph's file (default: circuits/<prompt> in the suite)")
@@ -199,18 +199,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Where the jobs of a command run."""
     add = parser.add_argument_group("jobs and where they run").add_argument
     add("--engine", choices=["local", "ray"], default="local", help="where jobs run: this host, or a Ray cluster")
-    add("--address", default=HERE, help=f"of the Ray cluster, HOST:PORT (default: {HERE}, one that ends with the command)")
+    add("--address", default=HERE, help=f"of the Ray cluster, HOST:PORT (default: {HERE}, started for this command)")
     if name in ("run", "train"):
-        add("--workers", type=int, help="training groups side by side (default: one per core, on GPUs as many as fit)")
+        add("--workers", type=int, help="parallel training groups (default: one per core, on GPUs as many as fit)")
         add("--device-gib", type=float, help="memory of one GPU, which training groups share [GiB] (default: this host's)")
         add("--gpus", type=int, help="with --engine ray, GPUs of the cluster, to divide training groups evenly")
         add("--gpus-per-host", type=int, help="with --engine ray, GPUs of each host, to shard SAEs (default: this host's, or 8)")
-        add("--serve", action="store_true", help="with --engine ray, read activations from servers started beside training")
+        add("--serve", action="store_true", help="with --engine ray, start activation servers for training")
         add("--tls-certificate", type=Path, help="with --serve, the servers' certificate chain, PEM")
         add("--tls-key", type=Path, help="with --serve, its private key, PEM")
-        add("--tls-roots", type=Path, help="certificates to trust servers by, PEM")
+        add("--tls-roots", type=Path, help="trusted certificates of servers, PEM")
     if name in ("run", "evaluate"):
-        add("--evaluate-jobs", type=int, help="jobs among which SAEs are divided for their scores (default: one per core)")
+        add("--evaluate-jobs", type=int, help="parallel jobs of the evaluation (default: one per core)")
     add("--job-cpus", type=int, help="CPU cores and threads of each job")
     add("--model-gpus", type=int, default=1, help="GPUs of each job that runs the language model (default: 1)")
     add("--tries", type=int, default=5, help="retries without progress before a job fails (default: 5)")
@@ -237,15 +237,15 @@ def wants_cluster(options: argparse.Namespace) -> bool:
     of_machine = {"--teraflops": options.teraflops, "--model-tokens-per-second": options.model_tokens_per_second}
     given = next((flag for flag, value in of_cluster.items() if value is not None), None)
     if options.gpus is None and given is not None:
-        raise ConfigError(f"{given} is about a cluster: say how many GPUs it has with --gpus N")
+        raise ConfigError(f"{given} describes a cluster; give its number of GPUs with --gpus N")
     if options.gpus is not None and options.gpu is None:
-        raise ConfigError(f"--gpus {options.gpus}: of what kind? add --gpu with h100, h200, a100, tpuv3 or a .json file of rates")
+        raise ConfigError(f"--gpus {options.gpus}: give their kind with --gpu: h100, h200, a100, tpuv3 or a .json file of rates")
     price = options.dollars_per_hour
     if price is not None and not (price > 0 and math.isfinite(price)):
         raise ConfigError(f"--dollars-per-hour {price:g}: expected a price above 0")
     given = next((flag for flag, value in of_machine.items() if value is not None), None)
     if options.gpus is not None and given is not None:
-        raise ConfigError(f"{given} is about this machine, not about --gpus {options.gpus}; leave it out, or give --mfu")
+        raise ConfigError(f"{given} describes this machine, not --gpus {options.gpus}; leave it out, or give --mfu")
     return options.gpus is not None
 
 
