@@ -146,7 +146,7 @@ class SuiteModel:
             start = time.perf_counter()
             for _ in range(num_tokens):
                 if stop():
-                    raise Stopped(f"{num_tokens} tokens took too long, or no page waits for them any more; ask for fewer")
+                    raise Stopped(f"{num_tokens} tokens took too long, or the page was closed; ask for fewer")
                 output = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
                 cache, logits = output.past_key_values, output.logits[:, -1].float()
                 chosen = drawn(logits[: batch.num_written], temperature, generator)
@@ -182,7 +182,7 @@ class SuiteModel:
 
         def report(done: int, of: int) -> None:
             if stop():
-                raise Stopped("the graph took too long, or no page waits for it any more; shorten the prompt")
+                raise Stopped("the graph took too long, or the page was closed; shorten the prompt")
             say(done, of)
 
         config = AttributionConfig(max_seconds=GRAPH_SECONDS)
@@ -238,7 +238,7 @@ class SuiteModel:
 
     def _entry(self, sae_id: str) -> SuiteEntry:
         if sae_id not in self._entries:
-            raise DataError(f"{sae_id!r}: no SAE of this suite; take a folder that suite.json lists")
+            raise DataError(f"{sae_id!r}: not an SAE of this suite; give a folder that suite.json lists")
         return self._entries[sae_id]
 
     def _sae(self, sae_id: str) -> Sae:
