@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
-from everyscope.base.errors import DataError, NonFinite
+from everyscope.base.errors import DataError
 from everyscope.base.files import make_folder, read_json, write_json
 from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.describe.config import DescribeConfig
 from everyscope.describe.kernels import append_latents
 from everyscope.describe.sequences import Sequences
 from everyscope.describe.targets import DescribeTarget
+from everyscope.sae.firings import firings_by_latent
 from everyscope.sae.folded import Sae
 from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
@@ -75,14 +76,8 @@ def encode_rows(sae: Sae, rows: Float[Tensor, "n d_in"], places: Int64[np.ndarra
     chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
     parts = []
     for start in range(0, len(rows), chunk):
-        f = sae.encode(rows[start : start + chunk].to(sae.W_enc.device))
-        latent, row = f.T.contiguous().nonzero(as_tuple=True)  # by latent, then row; NaN is not zero either
-        values = f[row, latent].float()
-        if not torch.isfinite(values).all():
-            raise NonFinite(f"NaN or infinity among the latents of {len(f)} rows; is the model in a format too short for it?")
-        counts = torch.bincount(latent, minlength=sae.d_sae).cpu().numpy()
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        parts.append(LatentCodes(starts, places[start + row.cpu().numpy()].astype(np.int32), values.cpu().numpy()))
+        found = firings_by_latent(sae, rows[start : start + chunk].to(sae.W_enc.device))
+        parts.append(LatentCodes(found.starts, places[start + found.rows].astype(np.int32), found.values))
     if not parts:
         return LatentCodes(np.zeros(sae.d_sae + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
     return parts[0] if len(parts) == 1 else joined(parts)

@@ -188,7 +188,7 @@ class ExplainSettings(Schema):
     """Held-out blocks [blocks]."""
     batch_blocks: int = Field(default=16, ge=1)
     """Blocks per forward pass [blocks]."""
-    saes_per_pass: int = Field(default=12, ge=1)
+    saes_per_pass: int = Field(default=16, ge=1)
     """SAEs held in memory at once [SAEs]."""
     endpoint: EndpointConfig | None = None
     """A language model that labels a sample of the latents; None leaves it at offline labels."""

@@ -96,7 +96,7 @@ class ExplainConfig(Schema):
     """Held-out blocks that labels are scored on, from the first on; fewer where the text ends early [blocks]."""
     batch_blocks: int = Field(default=16, gt=0)
     """Blocks per forward pass [blocks]."""
-    saes_per_pass: int = Field(default=12, gt=0)
+    saes_per_pass: int = Field(default=16, gt=0)
     """SAEs whose activations are held in memory together; each such group takes one pass over the text [SAEs]."""
     window_tokens: int = Field(default=16, gt=1)
     """Length of the windows that are judged [tokens]."""

@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from everyscope.describe.codes import LatentCodes, encode_rows, joined
 from everyscope.describe.explanations.passages import Passages, Windows
 from everyscope.sae.folded import Sae
 from everyscope.sae.normalisation import is_massive
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site
-
-CHUNK_ACTIVATIONS = 1 << 26
-"""Latent activations held at once [numbers]; bounds memory at large widths."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,6 @@ class Firings:
         return np.diff(self.starts)
 
 
-def firings_of_pairs(
-    latents: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"], d_sae: int
-) -> Firings:
-    """Firings from pairs in order of token."""
-    order = np.argsort(latents, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(latents, minlength=d_sae))])
-    return Firings(starts, tokens[order], activations[order])
-
-
 @torch.no_grad()
 def collect_firings(
     model: Any, saes: Sequence[tuple[Site, Sae, float]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
@@ -59,7 +48,7 @@ def collect_firings(
     On rows whose norm is above an SAE's limit it has no firings: it was not trained on them, and all its latents fire there.
     """
     places = list(dict.fromkeys(site.inputs[0] for site, _, _ in saes))
-    parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in saes]
+    parts: list[list[LatentCodes]] = [[] for _ in saes]
     ctx = passages.input_ids.shape[1]
     for start in range(0, len(passages.input_ids), batch_blocks):
         ids = torch.from_numpy(passages.input_ids[start : start + batch_blocks]).long()
@@ -67,21 +56,11 @@ def collect_firings(
         tokens = np.flatnonzero(mask.numpy().ravel()) + start * ctx
         found = capture(model, places, ids)
         rows = {place: found[place][mask.to(found[place].device)] for place in places}
-        for number, (site, sae, norm_limit) in enumerate(saes):
-            chunk = max(1, CHUNK_ACTIVATIONS // sae.d_sae)
-            for first in range(0, len(tokens), chunk):
-                some = rows[site.inputs[0]][first : first + chunk].to(sae.W_enc.device)
-                f = sae.encode(some).masked_fill(is_massive(some, norm_limit)[:, None], 0)
-                row, latent = f.nonzero(as_tuple=True)
-                values = f[row, latent].float().cpu().numpy()
-                parts[number].append(
-                    (latent.cpu().numpy().astype(np.int32), tokens[first + row.cpu().numpy()].astype(np.int32), values)
-                )
+        for part, (site, sae, norm_limit) in zip(parts, saes, strict=True):
+            usual = ~is_massive(rows[site.inputs[0]], norm_limit)
+            part.append(encode_rows(sae, rows[site.inputs[0]][usual], tokens[usual.cpu().numpy()]))
         done(len(ids))
-    return [
-        firings_of_pairs(*map(np.concatenate, zip(*part, strict=True)), d_sae=sae.d_sae)
-        for part, (_, sae, _) in zip(parts, saes, strict=True)
-    ]
+    return [Firings(codes.starts, codes.places, codes.values) for codes in map(joined, parts)]
 
 
 def window_peaks(firings: Firings, windows: Windows, latent: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -1,4 +1,4 @@
-"""One pass over dense latents f [batch, d_sae] on a CPU, compiled by numba: what is summed of them, and what each firing does.
+"""One pass over dense latents f [batch, d_sae] on a CPU, compiled by numba: their sums, their firings, and what each does.
 
 Dense operations take a pass, and often a copy, for each of these figures; of 16k latents 50 fire on a row.
 """
@@ -33,3 +33,27 @@ def attribute(f, gradient, W_dec, y, firing):
                 y[total] = values[latent] * dot(slope, W_dec[latent])
                 total += 1
         firing[row] = total - begun
+
+
+@compiled
+def count_firings(pre, level, counts):
+    """Add the rows in which each pre-activation is above its level to `counts`, int64 [d_sae]; whether all are finite."""
+    spoilt = np.float32(0)
+    for row in range(pre.shape[0]):
+        values = pre[row]
+        for latent in range(values.shape[0]):
+            counts[latent] += np.int64(values[latent] > level[latent])
+            spoilt += values[latent] * np.float32(0)
+    return spoilt == 0
+
+
+@compiled
+def list_firings(pre, level, filled, rows, values):
+    """Write row and pre-activation of each firing, latent after latent; `filled` says where each begins, and moves on."""
+    for row in range(pre.shape[0]):
+        of_row = pre[row]
+        for latent in range(of_row.shape[0]):
+            if of_row[latent] > level[latent]:
+                rows[filled[latent]] = row
+                values[filled[latent]] = of_row[latent]
+                filled[latent] += 1

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jaxtyping import Float, Int
 
 from everyscope.describe.explanations.config import ExplainConfig
-from everyscope.describe.explanations.firings import Firings, firings_of_pairs
+from everyscope.describe.explanations.firings import Firings
 from everyscope.describe.explanations.offline import Ground, lay_ground
 from everyscope.describe.explanations.passages import Passages, join_blocks
 from everyscope.describe.explanations.run import text_pieces
@@ -28,6 +29,15 @@ MODULES = (
     "bdb calendar cmd code codecs copy csv dataclasses enum filecmp fnmatch fractions getopt glob hashlib heapq hmac netrc "
     "pprint queue shelve shlex shutil stat textwrap timeit trace uuid wave zipapp"
 )
+
+
+def firings_of_pairs(
+    latents: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"], d_sae: int
+) -> Firings:
+    """Firings from pairs in order of token."""
+    order = np.argsort(latents, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(latents, minlength=d_sae))])
+    return Firings(starts, tokens[order], activations[order])
 
 
 def library_files() -> list[Path]:
