@@ -34,7 +34,6 @@ from everyscope.describe.explanations.prompts import (
     parse_numbers,
 )
 from everyscope.describe.explanations.replies import Replies
-from everyscope.describe.explanations.rules import Rule
 from everyscope.describe.explanations.samples import Sample, stratified
 from everyscope.describe.explanations.scores import Answers
 from everyscope.describe.explanations.table import Explanation
@@ -101,7 +100,7 @@ class Judge:
             label = parse_label(answer)
             self._num_unparsed += label is None
             if label is not None:
-                labels[latent] = Labelled(latent, label, KIND, Rule(()))
+                labels[latent] = Labelled(latent, label, KIND, None)
         return labels
 
     def _examples(self, firings: Firings, latent: int) -> list[str]:

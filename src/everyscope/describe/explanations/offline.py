@@ -6,16 +6,18 @@ documents. Where none does, the label says so and names the commonest tokens ins
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from everyscope.describe.explanations.config import ExplainConfig
 from everyscope.describe.explanations.firings import Firings, window_peaks
+from everyscope.describe.explanations.likeness import BATCH, Fires, Fit, Likeness, LikenessSearch, Peaks
 from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passages, Windows, cut_windows
 from everyscope.describe.explanations.rules import Rule, RuleSearch
 from everyscope.describe.explanations.samples import Sample, draw_sample, neighbours_of
-from everyscope.describe.explanations.scores import Answers, balanced_accuracy_of_sums, resampling_weights, score
+from everyscope.describe.explanations.scores import Answers, Score, balanced_accuracy_of_sums, resampling_weights, score
 from everyscope.describe.explanations.table import Explanation
 from everyscope.describe.explanations.traits import Traits
 from everyscope.describe.explanations.wording import kind_of, phrase_of, safe_label, shortened, tokens_with_shares
@@ -26,6 +28,10 @@ MIN_FIRINGS = 5
 """Firings in the learning half under which nothing is learnt [tokens]."""
 CHECK_LOW = 0.55
 """What the lower end of a rule's interval must pass on the half it was not chosen on [1]."""
+PLAIN_GAIN = 0.8
+"""Gain from which on a rule of sets is not compared with one of likeness [1]."""
+LIKENESS_PRICE = 0.02
+"""What a rule of likeness must score above one of sets to be preferred: its label is the vaguer one [1]."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,15 @@ class Ground:
     passages: Passages
     traits: Traits
     search: RuleSearch
+    likeness: LikenessSearch
+    both: LikenessSearch
+    """Over both halves of training: a rule of likeness that passed the check is fitted to all that there is."""
+    peaks: Peaks
+    """What rules of likeness say of the windows they are checked on."""
     is_learning: np.ndarray
     """True where a token is one that rules are learnt on; bool [tokens]."""
+    is_training: np.ndarray
+    """True where it is of either half of training; bool [tokens]."""
     learn: Windows
     check: Windows
     score: Windows
@@ -49,16 +62,21 @@ class Ground:
 
 def lay_ground(config: ExplainConfig, passages: Passages, traits: Traits) -> Ground:
     """Everything that does not depend on an SAE."""
-    tokens, learn = passages.tokens_of(LEARN), cut_windows(passages, LEARN, config.window_tokens)
+    size, tokens, training = config.window_tokens, passages.tokens_of(LEARN), np.flatnonzero(passages.is_training)
+    learn, check, scored, both = (cut_windows(passages, parts, size) for parts in ((LEARN,), (CHECK,), (SCORE,), (LEARN, CHECK)))
     return Ground(
         config,
         passages,
         traits,
-        RuleSearch(traits, tokens, learn, config.window_tokens),
+        RuleSearch(traits, tokens, learn, size),
+        LikenessSearch(traits.space, tokens, learn),
+        LikenessSearch(traits.space, training, both),
+        Peaks.of(traits.space, check),
         passages.part == LEARN,
+        passages.is_training,
         learn,
-        cut_windows(passages, CHECK, config.window_tokens),
-        cut_windows(passages, SCORE, config.window_tokens),
+        check,
+        scored,
         resampling_weights(passages.part_of_document == CHECK, config.bootstrap_draws, config.seed),
         resampling_weights(passages.part_of_document == SCORE, config.bootstrap_draws, config.seed),
     )
@@ -71,55 +89,100 @@ class Labelled:
     latent: int
     label: str
     kind: str
-    rule: Rule
+    rule: Rule | Likeness | None
+    """None where the label is no rule: in a language model's words, or where too little is known."""
 
 
 def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) -> list[Labelled]:
     """A label for each latent that fires on training or held-out text; `done` is called with latents passed."""
-    found = []
-    for latent in range(firings.d_sae):
-        tokens, activations = firings.of(latent)
-        if len(tokens):
-            kept = ground.is_learning[tokens]
-            found.append(_label(ground, firings, latent, tokens[kept], activations[kept].astype(np.float64)))
-        done(1)
-    return found
+    labels = []
+    for start in range(0, firings.d_sae, BATCH):
+        latents = [latent for latent in range(start, min(start + BATCH, firings.d_sae)) if len(firings.of(latent)[0])]
+        learnt = [_fires(firings, latent, ground.is_learning) for latent in latents]
+        fits = ground.likeness.fits(learnt)
+        found = [_rule(ground, firings, latent, *fires, fit) for latent, fires, fit in zip(latents, learnt, fits, strict=True)]
+        liked = [latent for latent, rule in zip(latents, found, strict=True) if isinstance(rule, Fit)]
+        trained = [_fires(firings, latent, ground.is_training) for latent in liked]
+        again = {
+            latent: ground.both.named(fit, tokens)
+            for latent, (tokens, _), fit in zip(liked, trained, ground.both.fits(trained), strict=True)
+            if fit is not None
+        }
+        for latent, (tokens, _), rule in zip(latents, learnt, found, strict=True):
+            labels.append(_label(ground, latent, tokens, again.get(latent) if isinstance(rule, Fit) else rule))
+        done(min(BATCH, firings.d_sae - start))
+    return labels
 
 
-def _label(
-    ground: Ground, firings: Firings, latent: int, tokens: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]
-) -> Labelled:
+def _fires(firings: Firings, latent: int, chosen: Bool[np.ndarray, " tokens"]) -> Fires:
+    """Where a latent fires among some tokens, and how strongly."""
+    tokens, activations = firings.of(latent)
+    kept = chosen[tokens]
+    return tokens[kept], activations[kept].astype(np.float64)
+
+
+def _label(ground: Ground, latent: int, tokens: Int[np.ndarray, " n"], rule: Rule | Likeness | None) -> Labelled:
+    """A latent's rule in words, or the tokens that it owns."""
     if len(tokens) < MIN_FIRINGS:
         label = f"rare: {len(tokens)} of {int(ground.is_learning.sum()):,} tokens"
         if len(tokens):
             label += f", {phrase_of(ground.search.distinctive(tokens)[0], ground.traits)}"
-        return Labelled(latent, safe_label(label), RARE, Rule(()))
+        return Labelled(latent, safe_label(label), RARE, None)
+    if rule is not None:
+        return Labelled(latent, phrase_of(rule, ground.traits), kind_of(rule), rule)
+    owned, shares = ground.search.distinctive(tokens)
+    return Labelled(latent, tokens_with_shares(owned, shares.tolist(), ground.traits), NO_RULE, owned)
+
+
+def _rule(
+    ground: Ground,
+    firings: Firings,
+    latent: int,
+    tokens: Int[np.ndarray, " n"],
+    activations: Float[np.ndarray, " n"],
+    fit: Fit | None,
+) -> Rule | Fit | None:
+    """The better of the best rule of sets and that of likeness, on the documents that neither was learnt on, where it is clearly
+    better than chance there.
+    """
+    if len(tokens) < MIN_FIRINGS:
+        return None
     found = ground.search.best(tokens, activations)
-    if found is not None:
-        rule = shortened(found.rule, ground.traits)
-        if _beats_chance(ground, firings, latent, rule):
-            return Labelled(latent, phrase_of(rule, ground.traits), kind_of(rule), rule)
-    rule, shares = ground.search.distinctive(tokens)
-    return Labelled(latent, tokens_with_shares(rule, shares.tolist(), ground.traits), NO_RULE, rule)
+    sets = None if found is None else shortened(found.rule, ground.traits)
+    checked = None if sets is None else _checked(ground, firings, latent, _check_answers(ground, sets))
+    rule = sets if _beats_chance(checked) else None
+    if fit is not None and (rule is None or found is None or found.gain <= PLAIN_GAIN):
+        liked = _checked(ground, firings, latent, ground.peaks.answers(fit))
+        if _beats_chance(liked) and (checked is None or liked.value > checked.value + LIKENESS_PRICE):
+            return fit
+    return rule
 
 
-def _beats_chance(ground: Ground, firings: Firings, latent: int, rule: Rule) -> bool:
-    """Whether detection with a rule is clearly better than chance on the half of training that it was not chosen on."""
+def _check_answers(ground: Ground, rule: Rule) -> Bool[np.ndarray, " windows"]:
+    return windows_passing(rule, ground.traits, ground.check, np.arange(len(ground.check)))
+
+
+def _checked(ground: Ground, firings: Firings, latent: int, answers: Bool[np.ndarray, " windows"]) -> Score | None:
+    """Detection by some answers on the half of training that nothing was learnt on."""
     active, _ = window_peaks(firings, ground.check, latent)
     truth = np.zeros(len(ground.check), bool)
     truth[active] = True
-    answers = Answers(truth, windows_passing(rule, ground.traits, ground.check, np.arange(len(truth))), ground.check.document)
-    checked = score(answers, ground.check_weights)
+    return score(Answers(truth, answers, ground.check.document), ground.check_weights)
+
+
+def _beats_chance(checked: Score | None) -> TypeGuard[Score]:
     return checked is not None and checked.low > CHECK_LOW
 
 
-def windows_passing(rule: Rule, traits: Traits, windows: Windows, chosen: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+def windows_passing(
+    rule: Rule | Likeness, traits: Traits, windows: Windows, chosen: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
     """Which of the chosen windows hold a token that passes. This is what a rule answers to detection."""
     tokens, begins = windows.stretches(chosen)
     return np.logical_or.reduceat(rule.holds(traits, tokens), begins) if len(chosen) else np.zeros(0, bool)
 
 
-def marks_passing(rule: Rule, traits: Traits, marks: Sequence[Int[np.ndarray, " marks"]]) -> Bool[np.ndarray, " sets"]:
+def marks_passing(rule: Rule | Likeness, traits: Traits, marks: Sequence[Int[np.ndarray, " marks"]]) -> Bool[np.ndarray, " sets"]:
     """Which sets of marked tokens pass in half of their tokens or more. This is what a rule answers to fuzzing."""
     if not marks:
         return np.zeros(0, bool)
@@ -143,10 +206,10 @@ def samples_of(ground: Ground, firings: Firings, latents: Sequence[int], num_act
 
 def score_labels(ground: Ground, firings: Firings, labels: Sequence[Labelled]) -> list[Explanation]:
     """Every label with its scores on held-out documents, beside those of other latents' labels on the same windows."""
-    config, ruled = ground.config, [one for one in labels if one.rule.alternatives]
+    config, ruled = ground.config, [one for one in labels if one.rule is not None]
     samples = samples_of(ground, firings, [one.latent for one in ruled], config.active_windows, config.silent_windows)
     others = other_labels(len(ruled), config.null_labels, config.seed)
-    found = [Explanation(one.latent, one.label, METHOD, one.kind) for one in labels if not one.rule.alternatives]
+    found = [Explanation(one.latent, one.label, METHOD, one.kind) for one in labels if one.rule is None]
     for number, one in enumerate(ruled):
         sample = samples[one.latent]
         asked = [number, *others[number]]

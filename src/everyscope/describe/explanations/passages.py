@@ -48,6 +48,11 @@ class Passages:
         parts = np.append(self.part_of_document, NO_PART)[self.document.ravel()]
         return np.where(self.mask.ravel(), parts, NO_PART)
 
+    @cached_property
+    def is_training(self) -> Bool[np.ndarray, " tokens"]:
+        """Which tokens count and are of training documents."""
+        return (self.part == LEARN) | (self.part == CHECK)
+
     def tokens_of(self, part: int) -> Int[np.ndarray, " n"]:
         """The numbers of all counting tokens of a part, in order."""
         return np.flatnonzero(self.part == part)
@@ -137,11 +142,11 @@ class Windows:
         return np.repeat(self.start[chosen] - begins, lengths) + np.arange(lengths.sum()), begins
 
 
-def cut_windows(passages: Passages, part: int, size: int) -> Windows:
-    """All windows of `size` tokens of one part, side by side; a remainder under half a window is left out."""
+def cut_windows(passages: Passages, parts: tuple[int, ...], size: int) -> Windows:
+    """All windows of `size` tokens of some parts, side by side; a remainder under half a window is left out."""
     ctx, part_of_token = passages.input_ids.shape[1], passages.part
     document = passages.document.ravel()
-    tokens = np.flatnonzero(part_of_token == part)
+    tokens = np.flatnonzero(np.isin(part_of_token, parts))
     breaks = (np.diff(tokens) > 1) | (tokens[1:] % ctx == 0) | (np.diff(document[tokens]) != 0)
     starts, lengths = [], []
     for run in np.split(tokens, np.flatnonzero(breaks) + 1) if len(tokens) else []:

@@ -20,12 +20,12 @@ from everyscope.describe.explanations.endpoint import Endpoint
 from everyscope.describe.explanations.firings import Firings, collect_firings
 from everyscope.describe.explanations.judge import Judge
 from everyscope.describe.explanations.offline import Ground, lay_ground, learn_labels, score_labels
-from everyscope.describe.explanations.passages import read_passages
+from everyscope.describe.explanations.passages import Passages, read_passages
 from everyscope.describe.explanations.replies import Replies, num_paid
 from everyscope.describe.explanations.scores import MIN_CASES
 from everyscope.describe.explanations.table import write_explanations
 from everyscope.describe.explanations.targets import ExplainTarget, find_targets
-from everyscope.describe.explanations.traits import traits_of
+from everyscope.describe.explanations.traits import Embed, traits_of
 from everyscope.sae.files import read_sae
 from everyscope.sites.model import load_language_model, quiet_transformers
 from everyscope.text.pieces import special_tokens, token_pieces
@@ -60,18 +60,20 @@ def run(config: ExplainConfig) -> ExplainResult:
     skipped = len(targets) - len(pending)
     if not pending:
         return ExplainResult(config.out, 0, skipped, None, None)
-    ground = read_ground(config)
-    if lack := lacking_windows(ground):
-        say(f"  {lack}")
-    expected = _quote(ground, pending)
+    read = _read(config)
+    expected = _quote(config, *read, pending)
     if expected is not None and config.endpoint is not None:
         say(f"  {expected.words(config.endpoint)}")
         if config.endpoint.is_quote_only:
             return ExplainResult(config.out, 0, skipped, expected, None)
         refuse_beyond(config.endpoint, expected)
+    model = load_language_model(config.model).model
+    ground = _ground(config, *read, model)
+    if lack := lacking_windows(ground):
+        say(f"  {lack}")
     budget = None if config.endpoint is None else Budget(config.endpoint)
     endpoint = None if config.endpoint is None or budget is None else Endpoint(config.endpoint, budget)
-    _explain(ground, pending, endpoint)
+    _explain(ground, model, pending, endpoint)
     if budget is not None:
         spent = (
             f"{budget.requests} requests, {human_count(budget.prompt_tokens)} + {human_count(budget.completion_tokens)} tokens"
@@ -85,14 +87,26 @@ def run_share(config: ExplainConfig, progress: Callable[[int], None]) -> None:
     quiet_transformers()
     pending = [target for target in find_targets(config) if not target.is_explained]
     if pending:
-        _explain(read_ground(config), pending, None, progress)
+        model = load_language_model(config.model).model
+        _explain(_ground(config, *_read(config), model), model, pending, None, progress)
 
 
-def read_ground(config: ExplainConfig) -> Ground:
-    """Text, traits and windows of a config."""
+def _read(config: ExplainConfig) -> tuple[Passages, list[bytes]]:
+    """The text, and the bytes of every token."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    passages = read_passages(config, tokenizer)
-    return lay_ground(config, passages, traits_of(passages, text_pieces(tokenizer), config.language, config.seed))
+    return read_passages(config, tokenizer), text_pieces(tokenizer)
+
+
+def _ground(config: ExplainConfig, passages: Passages, pieces: list[bytes], model: Any) -> Ground:
+    """Traits and windows of the text; of the model, its embedding is read."""
+    traits = traits_of(passages, pieces, config.language, embedding_of(model), config.seed)
+    return lay_ground(config, passages, traits)
+
+
+def embedding_of(model: Any) -> Embed:
+    """The model's own embedding, by token ids."""
+    weight = model.get_input_embeddings().weight.detach()
+    return lambda kinds: weight[torch.from_numpy(kinds).to(weight.device)].float().cpu().numpy()
 
 
 def lacking_windows(ground: Ground) -> str | None:
@@ -114,22 +128,25 @@ def text_pieces(tokenizer: Any) -> list[bytes]:
     return [b"" if token in special else piece for token, piece in enumerate(token_pieces(tokenizer))]
 
 
-def _quote(ground: Ground, targets: Sequence[ExplainTarget]) -> Quote | None:
+def _quote(config: ExplainConfig, passages: Passages, pieces: list[bytes], targets: Sequence[ExplainTarget]) -> Quote | None:
     """What asking about these SAEs may cost; None where no language model is to be asked."""
     asked = [target for target in targets if target.endpoint is not None]
-    if not asked or ground.config.endpoint is None:
+    if not asked or config.endpoint is None:
         return None
-    lengths = np.array([len(piece) for piece in ground.traits.pieces])
-    window_bytes = float(lengths[ground.passages.input_ids[ground.passages.mask]].mean()) * ground.config.window_tokens
-    return quote(ground.config.endpoint, len(asked), window_bytes, sum(num_paid(target.out) for target in asked))
+    lengths = np.array([len(piece) for piece in pieces])
+    window_bytes = float(lengths[passages.input_ids[passages.mask]].mean()) * config.window_tokens
+    return quote(config.endpoint, len(asked), window_bytes, sum(num_paid(target.out) for target in asked))
 
 
 def _explain(
-    ground: Ground, targets: Sequence[ExplainTarget], endpoint: Endpoint | None, progress: Callable[[int], None] | None = None
+    ground: Ground,
+    model: Any,
+    targets: Sequence[ExplainTarget],
+    endpoint: Endpoint | None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """All SAEs, a group at a time; `progress` is called with latents in place of a bar."""
     config = ground.config
-    model = load_language_model(config.model).model
     device = torch.device(config.model.device)
     size, num_blocks = config.saes_per_pass, len(ground.passages.input_ids)
     for start in range(0, len(targets), size):

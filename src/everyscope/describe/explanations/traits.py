@@ -9,11 +9,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from everyscope.describe.explanations.company import Company, company_of, document_vectors, nearest_of, passage_vectors
 from everyscope.describe.explanations.config import Syntax
 from everyscope.describe.explanations.passages import Passages
+from everyscope.describe.explanations.space import Space, kinds_of, space_of
 from everyscope.describe.explanations.syntax import KINDS, scan
 from everyscope.describe.explanations.units import NOWHERE, Units, first_solid, read_units
 from everyscope.describe.explanations.word_classes import CLASSES, ENDING_NAMES, NO_UNIT, SENTENCE_ENDS, class_of, ending_of
@@ -79,9 +80,15 @@ class Traits:
     families: dict[str, TraitFamily]
     pieces: list[bytes]
     """The bytes of every token id."""
+    space: Space
+    """Where the tokens stand in the model's embedding."""
 
 
-def traits_of(passages: Passages, pieces: list[bytes], language: Syntax, seed: int = 0) -> Traits:
+Embed = Callable[[Int[np.ndarray, " kinds"]], Float[np.ndarray, "kinds d"]]
+"""The embeddings of some token ids."""
+
+
+def traits_of(passages: Passages, pieces: list[bytes], language: Syntax, embed: Embed, seed: int = 0) -> Traits:
     """Every family over all tokens of `passages`; groups of words are found in their background, by `seed`."""
     flat = passages.input_ids.ravel().astype(np.int64)
     previous, second = _shifted(passages.input_ids, 1), _shifted(passages.input_ids, 2)
@@ -101,7 +108,8 @@ def traits_of(passages: Passages, pieces: list[bytes], language: Syntax, seed: i
     families += _by_stretch(passages, pieces, language)
     background = read_units(*passages.background, pieces)
     families += _prose(passages, pieces, company_of(background, seed))
-    return Traits({family.name: family for family in families}, pieces)
+    kinds = kinds_of(passages)
+    return Traits({family.name: family for family in families}, pieces, space_of(passages, kinds, embed(kinds)))
 
 
 def numbered(name: str, keys: Iterable[Hashable], max_values: int) -> TraitFamily:

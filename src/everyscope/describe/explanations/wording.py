@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from everyscope.describe.explanations.likeness import Likeness
 from everyscope.describe.explanations.rules import OneOf, Rule
 from everyscope.describe.explanations.traits import Traits
 
@@ -60,9 +61,9 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def phrase_of(rule: Rule, traits: Traits) -> str:
+def phrase_of(rule: Rule | Likeness, traits: Traits) -> str:
     """A rule as a label."""
-    return safe_label(_spelt(rule, traits))
+    return safe_label(_likeness(rule, traits) if isinstance(rule, Likeness) else _spelt(rule, traits))
 
 
 def tokens_with_shares(rule: Rule, shares: Sequence[float], traits: Traits) -> str:
@@ -89,9 +90,42 @@ def _spelt(rule: Rule, traits: Traits) -> str:
     return ", or ".join(_conjunction(tests, traits) for tests in rule.alternatives)
 
 
-def kind_of(rule: Rule) -> str:
-    """What a rule speaks of, in a word: token, context, syntax, position, or mixed."""
-    kinds = {SUBJECTS[test.family] for tests in rule.alternatives for test in tests}
+def _likeness(rule: Likeness, traits: Traits) -> str:
+    """A rule of likeness by the tokens that it names, the token itself before the other parts; fewer where they are long."""
+    named = {part: _distinct(rule.named[part], traits) for part in sorted(rule.named, key=lambda part: part != "own")}
+    count = max(map(len, named.values()))
+    while True:
+        parts = [LIKENESS[part].format(listed(words[:count])) for part, words in named.items() if words]
+        if count == 1 or len(", ".join(parts)) <= MAX_LABEL:
+            return ", ".join(parts)
+        count -= 1
+
+
+def _distinct(tokens: Sequence[int], traits: Traits) -> list[str]:
+    """Quoted, one of those that differ in case or spacing alone."""
+    kept: dict[str, str] = {}
+    for token in tokens:
+        kept.setdefault(traits.pieces[token].decode("utf-8", "replace").strip().lower(), quoted(traits.pieces[token]))
+    return list(kept.values())
+
+
+LIKENESS = {
+    "own": "tokens like {}",
+    "before": "after tokens like {}",
+    "after": "before tokens like {}",
+    "near": "in text with {}",
+}
+"""How each part of a rule of likeness is said."""
+LIKE_SUBJECTS = {"own": "word class", "before": "context", "after": "context", "near": "topic"}
+"""What each part speaks of."""
+
+
+def kind_of(rule: Rule | Likeness) -> str:
+    """What a rule speaks of, in a word: token, word class, context, topic, syntax, position, or mixed."""
+    if isinstance(rule, Likeness):
+        kinds = {LIKE_SUBJECTS[part] for part in rule.parts}
+    else:
+        kinds = {SUBJECTS[test.family] for tests in rule.alternatives for test in tests}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 

@@ -16,9 +16,10 @@ from everyscope.describe.explanations.config import ExplainConfig
 from everyscope.describe.explanations.firings import Firings
 from everyscope.describe.explanations.offline import Ground, lay_ground
 from everyscope.describe.explanations.passages import Passages, join_blocks
-from everyscope.describe.explanations.run import text_pieces
+from everyscope.describe.explanations.run import embedding_of, text_pieces
 from everyscope.describe.explanations.traits import traits_of
 from everyscope.sites.config import ModelConfig
+from everyscope.sites.model import load_language_model
 from everyscope.text.blocks import Cursor, pack
 from everyscope.text.config import TextConfig
 from everyscope.text.documents import Document
@@ -69,7 +70,8 @@ def passages(tokenizer: Any) -> Passages:
 @pytest.fixture(scope="session")
 def ground(passages: Passages, tokenizer: Any) -> Ground:
     config = ExplainConfig(model=ModelConfig(), text=TextConfig(), trained=Path("none"), out=Path("none"))
-    return lay_ground(config, passages, traits_of(passages, text_pieces(tokenizer), "python"))
+    embed = embedding_of(load_language_model("tiny").model)
+    return lay_ground(config, passages, traits_of(passages, text_pieces(tokenizer), "python", embed))
 
 
 @pytest.fixture

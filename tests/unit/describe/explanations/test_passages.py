@@ -43,7 +43,7 @@ def test_uncounted_tokens_have_no_part(passages: Passages):
 
 def test_windows_lie_in_one_document_of_one_block(passages: Passages):
     for part in (LEARN, CHECK, SCORE):
-        windows, seen = cut_windows(passages, part, 16), np.zeros(passages.input_ids.size, int)
+        windows, seen = cut_windows(passages, (part,), 16), np.zeros(passages.input_ids.size, int)
         for number in range(len(windows)):
             tokens = windows.tokens(number)
             seen[tokens] += 1

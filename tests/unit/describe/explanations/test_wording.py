@@ -3,10 +3,21 @@ import unicodedata
 import numpy as np
 import pytest
 
+from everyscope.describe.explanations.likeness import NAMED, Likeness
 from everyscope.describe.explanations.offline import Ground
 from everyscope.describe.explanations.rules import OneOf, Rule
+from everyscope.describe.explanations.space import PARTS, Space
 from everyscope.describe.explanations.traits import TraitFamily, Traits
-from everyscope.describe.explanations.wording import MAX_LABEL, SUBJECTS, UNSAFE, phrase_of, quoted, safe_label, shortened
+from everyscope.describe.explanations.wording import (
+    MAX_LABEL,
+    SUBJECTS,
+    UNSAFE,
+    kind_of,
+    phrase_of,
+    quoted,
+    safe_label,
+    shortened,
+)
 
 HOSTILE = [
     b"<script>alert(1)</script>",
@@ -23,6 +34,14 @@ HOSTILE = [
     "\U000e0041".encode(),
     "é̂̃".encode(),
 ]
+
+
+NOWHERE = Space(np.zeros(0, np.int64), np.zeros((1, 0)), {}, np.zeros((0, 0)), np.zeros(1))
+
+
+def likeness(named: dict[str, tuple[int, ...]]) -> Likeness:
+    """A rule of likeness that names these tokens."""
+    return Likeness(tuple(named), np.zeros(0), 0.0, named)
 
 
 def is_safe(label: str) -> bool:
@@ -47,11 +66,31 @@ def test_hostile_tokens_give_safe_labels(piece: bytes):
         "two before": TraitFamily("two before", values, ((0, 2), (1, 0)), 5),
         "next": TraitFamily("next", values, (0, -1), 5),
     }
-    traits = Traits(families, pieces)
+    traits = Traits(families, pieces, NOWHERE)
     for name in families:
         for other in families:
             rule = Rule(((OneOf(name, (0, 1)), OneOf(other, (1,))), (OneOf(other, (0,)),)))
             assert is_safe(phrase_of(rule, traits))
+    for parts in (PARTS, ("near",), ("before", "own")):
+        assert is_safe(phrase_of(likeness(dict.fromkeys(parts, (0, 1, 2))), traits))
+
+
+def test_a_rule_of_likeness_in_words(ground: Ground):
+    """The token itself first, the other parts by weight; tokens that differ in case or spacing alone once; few enough to read."""
+    by_text = {piece: token for token, piece in enumerate(ground.traits.pieces)}
+    one, spaced, other = (by_text[piece] for piece in (b"self", b" self", b"return"))
+    both = likeness({"before": (other,), "own": (one, spaced, other)})
+    assert phrase_of(both, ground.traits) == "tokens like `self` or `return`, after tokens like `return`"
+    assert kind_of(both) == "mixed"
+    alone = likeness({"near": (other,)})
+    assert phrase_of(alone, ground.traits) == "in text with `return`"
+    assert kind_of(alone) == "topic"
+    assert sum(sorted(NAMED.values())[-3:]) <= 8
+    long = sorted(by_text.values(), key=lambda token: -len(ground.traits.pieces[token]))[:8]
+    cut = phrase_of(likeness({"own": tuple(long[:3]), "before": tuple(long[3:5]), "near": tuple(long[5:])}), ground.traits)
+    assert is_safe(cut)
+    assert "after" in cut
+    assert "in text" in cut
 
 
 ANSWERS = [*(piece.decode("utf-8", "replace") for piece in HOSTILE), "a`b", "` " * 100, "a\tb\r\nc"]
