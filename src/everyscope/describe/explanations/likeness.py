@@ -24,7 +24,7 @@ from everyscope.describe.explanations.traits import Traits
 
 RIDGE = 0.05
 """Of the covariance, as a share of its mean diagonal [1]."""
-LEAST_PART = 0.15
+LEAST_PART = 0.1
 """Share of the separation that a part must carry to be in the rule [1]."""
 MOST_PARTS = 3
 """Parts of a rule at most: a label of more would not be read."""
@@ -45,13 +45,14 @@ class Likeness:
     parts: tuple[str, ...]
     """Those of PARTS that are weighed, the weightiest first."""
     direction: Float[np.ndarray, " dims"]
+    """0 for the other parts."""
     threshold: float
     named: dict[str, tuple[int, ...]]
     """For each part the ids of the tokens that a label names."""
 
     def holds(self, traits: Traits, tokens: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which of the tokens pass. Reads nothing but text and the embedding."""
-        return traits.space.weigh(tokens, self.parts, self.direction) >= self.threshold
+        return traits.space.z(tokens) @ self.direction >= self.threshold
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,6 @@ class Fit:
     """The part of the direction that is for the text before."""
 
 
-Fires = tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]
-"""The learning tokens on which a latent fires, and how strongly."""
-
-
 class LikenessSearch:
     """The search over one set of learning tokens; made once for all latents."""
 
@@ -76,7 +73,7 @@ class LikenessSearch:
         """`windows` are cut from the learning tokens."""
         self._space, self._windows, self._peaks = space, windows, Peaks.of(space, windows)
         self._stretch = np.cumsum(space.neighbours["before"] == len(space.tokens))
-        size = sum(part.stop - part.start for part in space.slices(PARTS).values())
+        size = sum(part.stop - part.start for part in space.slices.values())
         total, square = np.zeros(size), np.zeros((size, size))
         for start in range(0, len(tokens), CHUNK):
             z = space.z(tokens[start : start + CHUNK])
@@ -88,17 +85,16 @@ class LikenessSearch:
         self._counts = np.bincount(space.neighbours["own"][tokens], minlength=len(space.vectors)) / max(len(tokens), 1)
         self._inverses: dict[tuple[str, ...], np.ndarray] = {}
 
-    def fits(self, latents: Sequence[Fires]) -> Iterator[Fit | None]:
-        """The rule of each latent, in order; None where it fires nowhere, or in every window or in none.
-
-        Half of a firing's weight counts it, half its activation, as in the search for sets.
+    def fits(self, latents: Sequence[Int[np.ndarray, " n"]]) -> Iterator[Fit | None]:
+        """The rule of each latent, given the learning tokens on which it fires, in order; None where it fires nowhere, or in
+        every window or in none. Firings count alike: detection asks for weak ones too.
         """
         for start in range(0, len(latents), BATCH):
             yield from self._fits(latents[start : start + BATCH])
 
-    def _fits(self, latents: Sequence[Fires]) -> Iterator[Fit | None]:
-        where, space = self._space.slices(PARTS), self._space
-        away = np.stack([self._away(*fires) for fires in latents])
+    def _fits(self, latents: Sequence[np.ndarray]) -> Iterator[Fit | None]:
+        where, space = self._space.slices, self._space
+        away = np.stack([self._away(firing) for firing in latents])
         every = away @ self._inverse(PARTS)
         carried = np.stack([(every[:, place] * away[:, place]).sum(1) for place in where.values()], axis=1)
         kept = carried >= LEAST_PART * carried.sum(1, keepdims=True)
@@ -109,13 +105,13 @@ class LikenessSearch:
             places = np.concatenate([np.arange(where[part].start, where[part].stop) for part in parts])
             directions[np.ix_(rows, places)] = away[np.ix_(rows, places)] @ self._inverse(parts)
         tables = {part: directions[:, at] @ space.vectors[:, : at.stop - at.start].T for part, at in where.items()}
-        for number, (firing, _) in enumerate(latents):
+        for number, firing in enumerate(latents):
             parts = tuple(PARTS[which] for which in np.argsort(-carried[number], kind="stable") if kept[number, which])
             mine = {part: tables[part][number] for part in parts}
-            direction = np.concatenate([directions[number, where[part]] for part in parts])
-            near = directions[number, where["near"]]
-            threshold = self._threshold(self._peaks.largest(mine, near), firing)
-            yield None if threshold is None else Fit(Likeness(parts, direction, threshold, {}), mine, near)
+            direction = directions[number]
+            threshold = self._threshold(self._peaks.largest(mine, direction[where["near"]]), firing)
+            rule = None if threshold is None else Likeness(parts, direction, threshold, {})
+            yield None if rule is None else Fit(rule, mine, direction[where["near"]])
 
     def named(self, fit: Fit, firing: Int[np.ndarray, " n"]) -> Likeness:
         """The rule with the tokens that add most to it where the latent fires, beyond what they add everywhere."""
@@ -135,17 +131,16 @@ class LikenessSearch:
             named[part] = tuple(space.tokens[order[adds[order] > 0]].tolist())
         return replace(fit.rule, named=named)
 
-    def _away(self, firing: np.ndarray, activations: np.ndarray) -> Float[np.ndarray, " dims"]:
+    def _away(self, firing: np.ndarray) -> Float[np.ndarray, " dims"]:
         """Mean of z where a latent fires, less the mean everywhere; 0 where it fires nowhere."""
         if not len(firing):
             return np.zeros(len(self._mean))
-        weights = (0.5 / len(firing) + 0.5 * activations / activations.sum()).astype(np.float32)
-        return weights @ self._space.z(firing) - self._mean
+        return self._space.mean_z(firing) - self._mean
 
     def _inverse(self, parts: tuple[str, ...]) -> np.ndarray:
         """The inverse of the covariance of some parts."""
         if parts not in self._inverses:
-            where = self._space.slices(PARTS)
+            where = self._space.slices
             chosen = np.concatenate([np.arange(where[part].start, where[part].stop) for part in parts])
             self._inverses[parts] = np.linalg.inv(self._covariance[np.ix_(chosen, chosen)])
         return self._inverses[parts]

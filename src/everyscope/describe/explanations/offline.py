@@ -4,7 +4,7 @@ A rule is chosen on one half of the training documents, must beat chance on the 
 documents. Where none does, the label says so and names the commonest tokens instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from everyscope.describe.explanations.config import ExplainConfig
 from everyscope.describe.explanations.firings import Firings, window_peaks
-from everyscope.describe.explanations.likeness import BATCH, Fires, Fit, Likeness, LikenessSearch, Peaks
+from everyscope.describe.explanations.likeness import BATCH, Fit, Likeness, LikenessSearch, Peaks
 from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passages, Windows, cut_windows
 from everyscope.describe.explanations.rules import Rule, RuleSearch
 from everyscope.describe.explanations.samples import Sample, draw_sample, neighbours_of
@@ -26,7 +26,7 @@ from everyscope.suite.latents import NO_RULE, RARE
 METHOD = "offline statistics"
 MIN_FIRINGS = 5
 """Firings in the learning half under which nothing is learnt [tokens]."""
-CHECK_LOW = 0.55
+CHECK_LOW = 0.58
 """What the lower end of a rule's interval must pass on the half it was not chosen on [1]."""
 PLAIN_GAIN = 0.8
 """Gain from which on a rule of sets is not compared with one of likeness [1]."""
@@ -99,14 +99,14 @@ def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) 
     for start in range(0, firings.d_sae, BATCH):
         latents = [latent for latent in range(start, min(start + BATCH, firings.d_sae)) if len(firings.of(latent)[0])]
         learnt = [_fires(firings, latent, ground.is_learning) for latent in latents]
-        fits = ground.likeness.fits(learnt)
+        fits = ground.likeness.fits([tokens for tokens, _ in learnt])
         found = [_rule(ground, firings, latent, *fires, fit) for latent, fires, fit in zip(latents, learnt, fits, strict=True)]
         liked = [latent for latent, rule in zip(latents, found, strict=True) if isinstance(rule, Fit)]
-        trained = [_fires(firings, latent, ground.is_training) for latent in liked]
+        trained = [_fires(firings, latent, ground.is_training)[0] for latent in liked]
         again = {
-            latent: ground.both.named(fit, tokens)
-            for latent, (tokens, _), fit in zip(liked, trained, ground.both.fits(trained), strict=True)
-            if fit is not None
+            latent: rule
+            for latent, tokens, fit in zip(liked, trained, ground.both.fits(trained), strict=True)
+            if fit is not None and all((rule := ground.both.named(fit, tokens)).named.values())  # else nothing could be said
         }
         for latent, (tokens, _), rule in zip(latents, learnt, found, strict=True):
             labels.append(_label(ground, latent, tokens, again.get(latent) if isinstance(rule, Fit) else rule))
@@ -114,7 +114,7 @@ def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) 
     return labels
 
 
-def _fires(firings: Firings, latent: int, chosen: Bool[np.ndarray, " tokens"]) -> Fires:
+def _fires(firings: Firings, latent: int, chosen: Bool[np.ndarray, " tokens"]) -> tuple[np.ndarray, np.ndarray]:
     """Where a latent fires among some tokens, and how strongly."""
     tokens, activations = firings.of(latent)
     kept = chosen[tokens]
@@ -179,16 +179,25 @@ def windows_passing(
 ) -> Bool[np.ndarray, " n"]:
     """Which of the chosen windows hold a token that passes. This is what a rule answers to detection."""
     tokens, begins = windows.stretches(chosen)
-    return np.logical_or.reduceat(rule.holds(traits, tokens), begins) if len(chosen) else np.zeros(0, bool)
+    return _any(rule.holds(traits, tokens), begins)
 
 
-def marks_passing(rule: Rule | Likeness, traits: Traits, marks: Sequence[Int[np.ndarray, " marks"]]) -> Bool[np.ndarray, " sets"]:
-    """Which sets of marked tokens pass in half of their tokens or more. This is what a rule answers to fuzzing."""
-    if not marks:
-        return np.zeros(0, bool)
-    lengths = np.array([len(one) for one in marks])
-    passed = rule.holds(traits, np.concatenate(marks))
-    return np.add.reduceat(passed, np.cumsum(lengths) - lengths) * 2 >= lengths
+def _any(passed: Bool[np.ndarray, " n"], begins: Int[np.ndarray, " windows"]) -> Bool[np.ndarray, " windows"]:
+    return np.logical_or.reduceat(passed, begins) if len(begins) else np.zeros(0, bool)
+
+
+def _half(passed: Bool[np.ndarray, " n"], lengths: Int[np.ndarray, " sets"]) -> Bool[np.ndarray, " sets"]:
+    """Of which sets of marked tokens half or more pass. This is what a rule answers to fuzzing."""
+    return np.add.reduceat(passed, np.cumsum(lengths) - lengths) * 2 >= lengths if len(lengths) else np.zeros(0, bool)
+
+
+def _passing(rules: Sequence[Rule | Likeness], traits: Traits, tokens: np.ndarray) -> Iterator[Bool[np.ndarray, " n"]]:
+    """Which tokens pass each rule; those of likeness are asked together."""
+    alike = [rule for rule in rules if isinstance(rule, Likeness)]
+    products = traits.space.z(tokens) @ np.stack([rule.direction for rule in alike], axis=1) if alike else np.zeros((0, 0))
+    column = iter(range(len(alike)))
+    for rule in rules:
+        yield products[:, next(column)] >= rule.threshold if isinstance(rule, Likeness) else rule.holds(traits, tokens)
 
 
 def samples_of(ground: Ground, firings: Firings, latents: Sequence[int], num_active: int, num_silent: int) -> dict[int, Sample]:
@@ -213,14 +222,14 @@ def score_labels(ground: Ground, firings: Firings, labels: Sequence[Labelled]) -
     for number, one in enumerate(ruled):
         sample = samples[one.latent]
         asked = [number, *others[number]]
-        detections = [
-            detection_answers(ground, sample, windows_passing(ruled[other].rule, ground.traits, ground.score, sample.windows))
-            for other in asked
-        ]
-        fuzzings = [
-            fuzzing_answers(ground, sample, marks_passing(ruled[other].rule, ground.traits, [*sample.right, *sample.wrong]))
-            for other in asked
-        ]
+        rules = [rule for other in asked if (rule := ruled[other].rule) is not None]
+        tokens, begins = ground.score.stretches(sample.windows)
+        marks = [*sample.right, *sample.wrong]
+        lengths, order = np.array([len(one) for one in marks], np.int64), np.argsort(tokens)
+        marked = order[np.searchsorted(tokens[order], np.concatenate(marks))] if marks else order[:0]
+        passing = list(_passing(rules, ground.traits, tokens))
+        detections = [detection_answers(ground, sample, _any(passed, begins)) for passed in passing]
+        fuzzings = [fuzzing_answers(ground, sample, _half(passed[marked], lengths)) for passed in passing]
         found.append(explanation(one, METHOD, detections, fuzzings, ground.score_weights))
     return found
 

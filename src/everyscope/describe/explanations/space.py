@@ -34,27 +34,24 @@ class Space:
     rarity: Float[np.ndarray, " kinds_plus_1"]
     """Those weights [1]."""
 
-    def slices(self, parts: tuple[str, ...]) -> dict[str, slice]:
-        """Where each of some parts stands in a direction made of them."""
-        sizes = [min(DIMENSIONS[part], self.vectors.shape[1]) for part in parts]
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each part stands in z."""
+        sizes = [min(DIMENSIONS[part], self.vectors.shape[1]) for part in PARTS]
         ends = np.cumsum(sizes).tolist()
-        return {part: slice(end - size, end) for part, size, end in zip(parts, sizes, ends, strict=True)}
+        return {part: slice(end - size, end) for part, size, end in zip(PARTS, sizes, ends, strict=True)}
 
-    def z(self, tokens: Int[np.ndarray, " n"], parts: tuple[str, ...] = PARTS) -> Float[np.ndarray, "n all_dims"]:
-        """What is weighed, part by part."""
-        return np.concatenate([self._part(part, tokens) for part in parts], axis=1)
+    def z(self, tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n dims"]:
+        """What is weighed of some tokens, part by part."""
+        return np.concatenate(self._parts(tokens), axis=1)
 
-    def _part(self, part: str, tokens: np.ndarray) -> np.ndarray:
-        if part == "near":
-            return self.near[tokens]
-        return self.vectors[self.neighbours[part][tokens], : DIMENSIONS[part]]
+    def mean_z(self, tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, " dims"]:
+        """The mean of z over some tokens."""
+        return np.concatenate([part.mean(0) for part in self._parts(tokens)])
 
-    def weigh(
-        self, tokens: Int[np.ndarray, " n"], parts: tuple[str, ...], direction: Float[np.ndarray, " dims"]
-    ) -> Float[np.ndarray, " n"]:
-        """The products of a direction with z of some tokens."""
-        where = self.slices(parts)
-        return sum((self._part(part, tokens) @ direction[where[part]] for part in parts), np.zeros(len(tokens), np.float32))
+    def _parts(self, tokens: np.ndarray) -> list[np.ndarray]:
+        beside = [self.vectors[self.neighbours[part][tokens], : DIMENSIONS[part]] for part in PARTS[:-1]]
+        return [*beside, self.near[tokens]]
 
 
 def kinds_of(passages: Passages) -> Int[np.ndarray, " kinds"]:

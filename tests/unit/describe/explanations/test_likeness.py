@@ -9,7 +9,7 @@ from everyscope.describe.explanations.firings import Firings
 from everyscope.describe.explanations.likeness import BATCH, RIDGE, Fit, Likeness
 from everyscope.describe.explanations.offline import Ground, learn_labels, score_labels, windows_passing
 from everyscope.describe.explanations.passages import LEARN, SCORE
-from everyscope.describe.explanations.space import DECAY, DIMENSIONS, PARTS
+from everyscope.describe.explanations.space import DECAY, DIMENSIONS
 
 
 def alike(ground: Ground, seed: int, share: float) -> np.ndarray:
@@ -21,8 +21,7 @@ def alike(ground: Ground, seed: int, share: float) -> np.ndarray:
 
 
 def fit_of(ground: Ground, fires: np.ndarray) -> Fit:
-    tokens = np.flatnonzero(fires & ground.is_learning)
-    (fit,) = ground.likeness.fits([(tokens, np.ones(len(tokens)))])
+    (fit,) = ground.likeness.fits([np.flatnonzero(fires & ground.is_learning)])
     assert fit is not None
     return fit
 
@@ -58,21 +57,22 @@ def test_the_direction_is_fishers(ground: Ground):
     fires = alike(ground, 0, 0.1)
     rule, space = fit_of(ground, fires).rule, ground.traits.space
     learn = ground.passages.tokens_of(LEARN)
-    z, every = space.z(learn).astype(np.float64), space.slices(PARTS)
+    z, every = space.z(learn).astype(np.float64), space.slices
     covariance = np.cov(z.T, bias=True)
     covariance += RIDGE * np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
     chosen = np.concatenate([np.arange(every[part].start, every[part].stop) for part in rule.parts])
     away = z[fires[learn]].mean(0) - z.mean(0)
     want = np.linalg.solve(covariance[np.ix_(chosen, chosen)], away[chosen])
     assert rule.parts[0] == "own"
-    assert rule.direction == pytest.approx(want, rel=1e-3, abs=1e-3 * abs(want).max())
+    assert np.array_equal(np.flatnonzero(rule.direction), np.sort(chosen))
+    assert rule.direction[chosen] == pytest.approx(want, rel=1e-3, abs=1e-3 * abs(want).max())
 
 
 def test_the_threshold_is_the_best_of_all(ground: Ground):
     noisy = alike(ground, 1, 0.2) & (np.random.default_rng(2).random(ground.passages.input_ids.size) < 0.3)
     rule = fit_of(ground, noisy).rule
     tokens, begins = ground.learn.stretches(np.arange(len(ground.learn)))
-    peaks = np.maximum.reduceat(ground.traits.space.weigh(tokens, rule.parts, rule.direction), begins)
+    peaks = np.maximum.reduceat(ground.traits.space.z(tokens) @ rule.direction, begins)
     active = np.logical_or.reduceat(noisy[tokens], begins)
 
     def worth(threshold: float) -> float:
