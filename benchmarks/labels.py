@@ -37,7 +37,8 @@ def line_of(rows: Sequence[dict]) -> str:
     low, high = np.percentile(np.median(scores[drawn], axis=1), [2.5, 97.5])
     return (
         f"{len(labelled):,} of {len(alive):,} labelled ({100 * len(labelled) / len(alive):.0f} %), "
-        f"detection {np.median(scores):.3f} [{low:.3f}, {high:.3f}], null {np.median(nulls):.3f}, fuzzing {np.median(fuzzing):.3f}"
+        f"detection {np.median(scores):.3f} [{low:.3f}, {high:.3f}], null {np.median(nulls):.3f}, "
+        f"fuzzing {np.median(fuzzing):.3f}"
     )
 
 

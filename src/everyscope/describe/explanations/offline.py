@@ -104,9 +104,9 @@ def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) 
         liked = [latent for latent, rule in zip(latents, found, strict=True) if isinstance(rule, Fit)]
         trained = [_fires(firings, latent, ground.is_training)[0] for latent in liked]
         again = {
-            latent: rule
+            latent: like
             for latent, tokens, fit in zip(liked, trained, ground.both.fits(trained), strict=True)
-            if fit is not None and all((rule := ground.both.named(fit, tokens)).named.values())  # else nothing could be said
+            if fit is not None and all((like := ground.both.named(fit, tokens)).named.values())  # else nothing could be said
         }
         for latent, (tokens, _), rule in zip(latents, learnt, found, strict=True):
             labels.append(_label(ground, latent, tokens, again.get(latent) if isinstance(rule, Fit) else rule))
