@@ -30,7 +30,7 @@ SUSTAINED = 0.5
 """Share of a large product's rate that forward passes, training steps and encoders reach; assumed [1]."""
 LOSS_BYTES, MEMORY_RATE = 40, 5e9
 """What the losses of one pass move for each logit, and how fast; assumed [bytes], [bytes/s]."""
-LABEL_SECONDS = 0.01
+LABEL_SECONDS = 0.014
 """A core's time for one latent's label: the search for its rule, and its scores [s]."""
 PUBLISH_RATE = 100e6
 """Weights that publishing writes in all its formats and describes; assumed [bytes/s]."""
