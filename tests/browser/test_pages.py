@@ -1,6 +1,7 @@
 """Every page in a real browser: nothing from elsewhere, no complaint in the console, keys, colours, phones, hostile tokens.
 
 EVERYSCOPE_SCREENSHOTS=FOLDER keeps the screenshots; EVERYSCOPE_CHROMIUM names the browser where it is not called chromium.
+EVERYSCOPE_AXE names axe-core's axe.min.js, as the package axe-playwright-python brings it: every page is then held to its rules.
 """
 
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 CHROMIUM = os.environ.get("EVERYSCOPE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+AXE = os.environ.get("EVERYSCOPE_AXE", "")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: install Debian's chromium, or set EVERYSCOPE_CHROMIUM"
 )
@@ -143,6 +145,30 @@ def test_every_page_in_every_light(watched: Watched, tmp_path: Path, request: py
     watched.wrong[:] = [entry for entry in watched.wrong if "404" not in entry]  # the browser notes the page that is missing
 
 
+@pytest.mark.skipif(not AXE, reason="EVERYSCOPE_AXE names no axe.min.js")
+@pytest.mark.parametrize("watched", list(VIEWS.values()), indirect=True, ids=list(VIEWS))
+def test_axe_finds_nothing(watched: Watched):
+    found = []
+    for name, address in ADDRESSES.items():
+        watched.go(address)
+        watched.page.evaluate(Path(AXE).read_text(encoding="utf-8"))
+        violations = watched.page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((all) => all.violations)")
+        found += [(name, one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in violations]
+    assert not found
+    watched.wrong[:] = [entry for entry in watched.wrong if "404" not in entry]
+
+
+SMALLEST = """() => Math.min(99, ...[...document.querySelectorAll("main svg text")].filter((text) => text.getClientRects().length)
+  .map((text) => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a))"""
+
+
+@pytest.mark.parametrize("watched", [VIEWS["desktop light"], VIEWS["phone light"]], indirect=True, ids=["desktop", "phone"])
+def test_type_in_figures_can_be_read(watched: Watched):
+    for name in ("suite", "sae", "latent", "compare"):
+        watched.go(ADDRESSES[name])
+        assert watched.page.evaluate(SMALLEST) >= 11, name
+
+
 @pytest.mark.parametrize("watched", [{"color_scheme": "light"}], indirect=True)
 def test_keys(watched: Watched):
     page = watched.page
@@ -186,9 +212,14 @@ def test_tabs_tables_and_the_plot(watched: Watched):
     watched.go("/")
     page.click("label[for=heat-delta_loss]")
     assert page.locator(".tabs .tabbed:visible").first.inner_text().startswith("Rise of")
-    page.click("table.sortable th:nth-child(4) button")
-    numbers = [float(text.split()[0]) for text in page.locator("table.sortable td:nth-child(4)").all_inner_texts()]
-    assert numbers == sorted(numbers)
+    page.locator("table.sortable th:nth-child(3) button").first.click()
+    for is_again in (False, True):  # the address keeps the order
+        for table in page.locator("table.sortable").all():
+            numbers = [float(text.split()[0]) for text in table.locator("td:nth-child(3)").all_inner_texts()]
+            assert len(numbers) > 4
+            assert numbers == sorted(numbers)
+        if not is_again:
+            page.reload()
     plot = page.locator("svg.pareto:visible").first
     plot.scroll_into_view_if_needed()
     ticks, places = plot.locator(".tick").all_text_contents(), plot.locator(".point").evaluate_all(TRANSFORMS)

@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from everyscope.base.progress import human_count
+from everyscope.browse.labels import dot, kind_in_words, label_html, label_plain
 from everyscope.browse.links import Links
 from everyscope.browse.queries import Index
 from everyscope.browse.views.suite import tip
@@ -44,6 +45,10 @@ def environment() -> Environment:
         share=share,
         share_of_tokens=share_of_tokens,
         fixed=fixed,
+        label=label_html,
+        label_plain=label_plain,
+        dot=dot,
+        kind_in_words=kind_in_words,
     )
     return made
 

@@ -136,12 +136,12 @@ def _html(found: list[Run]) -> Markup:
 def running(pieces: list[Piece]) -> Markup:
     """Tokens side by side as one text: characters that several tokens share are whole, single spaces stay spaces.
 
-    Special tokens and overlong ones stand by themselves.
+    Special tokens and overlong ones stand by themselves, the latter cut: such text is often inside what can be clicked itself.
     """
     html, pending = Markup(""), b""
     for piece in pieces:
         if piece.is_special or len(piece.raw) > LONGEST:
-            html += marked_text(pending) + piece.html
+            html += marked_text(pending) + piece.short
             pending = b""
         else:
             pending += piece.raw

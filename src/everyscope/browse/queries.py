@@ -342,6 +342,11 @@ class Index:
         first, second, third = (found[0][0] if found else None for found in (before, after, shuffled))
         return first, second, third
 
+    def living(self, sae: SaeFacts, latents: Iterable[int]) -> set[int]:
+        """Those of an SAE's latents that fire."""
+        question = "SELECT latent FROM latents WHERE firings > 0 AND latent IN"
+        return {latent for (latent,) in self._by_ids(sae.number, question, list(latents))}
+
     def frequencies(self, sae: SaeFacts) -> np.ndarray:
         """How often each latent fires [1]; nothing where no one has counted."""
         found = self.rows(sae.number, "SELECT frequency FROM latents")

@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 
 from everyscope.publish.drawing.scales import bars, scale_log, scale_value
 from everyscope.publish.sections.fidelity import band
-from everyscope.publish.sections.positions import position_delta_loss, position_fvu, relative_error, stretches
 from everyscope.publish.sections.transfer import transfer_pairs
 from everyscope.publish.sections.widths import middle_groups
+from everyscope.suite.positions import position_delta_loss, position_fvu, relative_error, stretches
 
 
 def test_a_baselines_band_is_the_extremes_and_the_middle_of_the_layers_where_all_of_them_are():

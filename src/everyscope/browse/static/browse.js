@@ -85,20 +85,40 @@ function keyOf(row, column) {
   return row.cells[column].dataset.key ?? row.cells[column].textContent;
 }
 
-document.addEventListener("click", (event) => {
-  const head = event.target.closest("table.sortable th");
-  if (!head) return;
-  const table = head.closest("table");
-  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+function sortTable(table, column, sign) {
   table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+  table.tHead.rows[0].cells[column].setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
   const rows = [...table.tBodies[0].rows].sort((one, other) => {
-    const [a, b] = [keyOf(one, head.cellIndex), keyOf(other, head.cellIndex)];
+    const [a, b] = [keyOf(one, column), keyOf(other, column)];
     const difference = Number(a) - Number(b);
     return sign * (Number.isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
   });
   table.tBodies[0].append(...rows);
+}
+
+// Tables of the same columns are sorted together; the address keeps how, after a reload too: sort=group.column.up
+function sorted(table) {
+  const group = table.closest("[data-sorted-together]");
+  return group ? [...group.querySelectorAll("table.sortable")] : [table];
+}
+
+const sortable = [...document.querySelectorAll("table.sortable")];
+document.addEventListener("click", (event) => {
+  const head = event.target.closest("table.sortable th");
+  if (!head) return;
+  const together = sorted(head.closest("table"));
+  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  for (const table of together) sortTable(table, head.cellIndex, sign);
+  const place = sortable.indexOf(together[0]);
+  if (place < 0) return; // it came later, with an answer of the language model
+  const address = new URL(location.href);
+  address.searchParams.set("sort", `${place}.${head.cellIndex}.${sign > 0 ? "up" : "down"}`);
+  history.replaceState(null, "", address);
 });
+const kept = /^(\d+)\.(\d+)\.(up|down)$/.exec(new URLSearchParams(location.search).get("sort") ?? "");
+if (kept && sortable[kept[1]]?.tHead.rows[0].cells[kept[2]]) {
+  for (const table of sorted(sortable[kept[1]])) sortTable(table, Number(kept[2]), kept[3] === "up" ? 1 : -1);
+}
 
 // Opening: overlong tokens, and all examples at once
 

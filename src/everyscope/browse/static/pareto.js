@@ -84,11 +84,11 @@ function drawTicks(frame, x, y) {
   for (const value of y.ticks()) {
     const place = y.place(value).toFixed(1);
     frame.append(make("line", { class: "grid", x1: x.start, x2: x.stop, y1: place, y2: place }));
-    frame.append(make("text", { class: "tick", x: x.start - 5, y: Number(place) + 3, "text-anchor": "end" }, Number(value.toPrecision(6))));
+    frame.append(make("text", { class: "tick", x: x.start - 5, y: Number(place) + 4, "text-anchor": "end" }, Number(value.toPrecision(6))));
   }
   for (const value of x.ticks()) {
     const place = x.place(value).toFixed(1);
-    frame.append(make("text", { class: "tick", x: place, y: y.start + 13, "text-anchor": "middle" }, Number(value.toPrecision(6))));
+    frame.append(make("text", { class: "tick", x: place, y: y.start + 16, "text-anchor": "middle" }, Number(value.toPrecision(6))));
   }
 }
 

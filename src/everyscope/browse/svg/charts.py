@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from everyscope.base.progress import human_count
-from everyscope.browse.svg.elements import Scale, element, frame, linear_ticks, padded, picture, tick_text
+from everyscope.browse.svg.elements import Scale, element, frame, linear_ticks, log_ticks, padded, picture, tick_text
 
-WIDTH, HEIGHT = 360.0, 200.0
+WIDTH, HEIGHT = 360.0, 214.0
 """Of a figure in its own pixels; the page scales it [px]."""
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 20.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 8.0, 24.0, 42.0
 SERIES = 6
 """Classes of curves, s0 to s5."""
 
@@ -43,7 +43,8 @@ def histogram(
     bars = []
     for place, value in enumerate(height):
         left, right = x(edges[place]), x(edges[place + 1])
-        tip = f"{edges[place]:.3g} to {edges[place + 1]:.3g}: {counts[place]:,.0f}"
+        unit = y_label[:-1] if counts[place] == 1 and y_label.endswith("s") else y_label
+        tip = f"{counts[place]:,.0f} {unit} at {x_label} {edges[place]:.3g} to {edges[place + 1]:.3g}"
         top = min(y(value), y.start - (1.0 if counts[place] else 0.0))
         bar = element("rect", class_="bar", x=left + 0.5, y=top, width=max(0.5, right - left - 1), height=y.start - top)
         hit = element("rect", class_="hit", x=left, y=TOP, width=max(0.5, right - left), height=y.start - TOP, data_tip=tip)
@@ -66,7 +67,7 @@ def _count_frame(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
         count = round(10**step - 1)
         lines.append(element("line", class_="grid", x1=x.start, x2=x.stop, y1=y(step), y2=y(step)))
         text = human_count(count)
-        lines.append(element("text", text, class_="tick", x=x.start - 5, y=y(step) + 3, text_anchor="end"))
+        lines.append(element("text", text, class_="tick", x=x.start - 5, y=y(step) + 4, text_anchor="end"))
     return Markup("").join([*lines, bare])
 
 
@@ -120,23 +121,23 @@ def estimates(found: Sequence[Estimate], x_label: str, label: str) -> Markup:
     known = [item.value for item in found if item.value is not None]
     known += [end for item in found if item.interval for end in item.interval]
     is_log = bool(known) and min(known) > 0 and max(known) / min(known) > 20
-    row, left = 22.0, 118.0
-    height = row * len(found) + 34
+    row, left = 24.0, 130.0
+    height = row * len(found) + 42
     x = Scale(*padded(known, is_log=is_log, from_zero=True), left, WIDTH - 58, is_log)
     parts = []
-    for tick in x.ticks if is_log else linear_ticks(x.low, x.high, 4):
+    for tick in (log_ticks if is_log else linear_ticks)(x.low, x.high, 4):
         parts.append(element("line", class_="grid", x1=x(tick), x2=x(tick), y1=4, y2=row * len(found) + 4))
-        parts.append(element("text", tick_text(tick), class_="tick", x=x(tick), y=height - 17, text_anchor="middle"))
-    parts.append(element("text", x_label, class_="axis", x=(left + WIDTH - 58) / 2, y=height - 3, text_anchor="middle"))
+        parts.append(element("text", tick_text(tick), class_="tick", x=x(tick), y=height - 22, text_anchor="middle"))
+    parts.append(element("text", x_label, class_="axis", x=(left + WIDTH - 58) / 2, y=height - 5, text_anchor="middle"))
     for place, item in enumerate(found):
         y = row * place + 15.0
-        parts.append(element("text", item.name, class_="name", x=left - 8, y=y + 3.5, text_anchor="end"))
+        parts.append(element("text", item.name, class_="name", x=left - 8, y=y + 4.5, text_anchor="end"))
         if item.interval:
             parts.append(element("line", class_="interval", x1=x(item.interval[0]), x2=x(item.interval[1]), y1=y, y2=y))
         if item.value is not None:
             parts.append(element("circle", class_="hollow" if item.is_baseline else "dot", cx=x(item.value), cy=y, r=4))
         text = "–" if item.value is None else f"{item.value:.3g}"
-        parts.append(element("text", text, class_="value", x=WIDTH - 4, y=y + 3.5, text_anchor="end"))
+        parts.append(element("text", text, class_="value", x=WIDTH - 4, y=y + 4.5, text_anchor="end"))
     return picture(WIDTH, height, label, *parts, class_="chart")
 
 

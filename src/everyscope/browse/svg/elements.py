@@ -117,11 +117,11 @@ def frame(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
     for value in y.ticks:
         place = y(value)
         parts.append(element("line", class_="grid", x1=x.start, x2=x.stop, y1=place, y2=place))
-        parts.append(element("text", tick_text(value), class_="tick", x=x.start - 5, y=place + 3, text_anchor="end"))
+        parts.append(element("text", tick_text(value), class_="tick", x=x.start - 5, y=place + 4, text_anchor="end"))
     for value in x.ticks:
-        parts.append(element("text", tick_text(value), class_="tick", x=x(value), y=y.start + 13, text_anchor="middle"))
+        parts.append(element("text", tick_text(value), class_="tick", x=x(value), y=y.start + 16, text_anchor="middle"))
     parts.append(element("line", class_="base", x1=x.start, x2=x.stop, y1=y.start, y2=y.start))
     middle = (x.start + x.stop) / 2
-    parts.append(element("text", x_label, class_="axis", x=middle, y=y.start + 27, text_anchor="middle"))
-    parts.append(element("text", y_label, class_="axis", x=2, y=y.stop - 7))
+    parts.append(element("text", x_label, class_="axis", x=middle, y=y.start + 34, text_anchor="middle"))
+    parts.append(element("text", y_label, class_="axis", x=2, y=y.stop - 9))
     return element("g", *parts, class_="frame")

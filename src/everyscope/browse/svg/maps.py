@@ -33,7 +33,7 @@ def heat_map(
     rows: Sequence[str], columns: Sequence[str], cells: Sequence[HeatmapCell], ends: tuple[float, float], label: str
 ) -> Markup:
     """Cells shaded from the lowest to the highest of `ends`, their values written in."""
-    left, top, wide, tall = 54.0, 20.0, 78.0, 30.0 if len(rows) <= 16 else 20.0
+    left, top, wide, tall = 62.0, 22.0, 78.0, 30.0 if len(rows) <= 16 else 20.0
     parts = [
         element("text", name, class_="axis", x=left + wide * (place + 0.5), y=13, text_anchor="middle")
         for place, name in enumerate(columns)
@@ -99,8 +99,8 @@ def pareto(
     """`value` against L0, both logarithmic where every value of `ends` is positive; `baseline` are lines to stay below."""
     width, height = 380.0, 300.0
     (x_low, x_high), (y_low, y_high) = ends
-    x = Scale(x_low, x_high, 48, width - 10, is_log=True)
-    y = Scale(y_low, y_high, height - 36, 22, is_log=y_low > 0)
+    x = Scale(x_low, x_high, 52, width - 10, is_log=True)
+    y = Scale(y_low, y_high, height - 42, 26, is_log=y_low > 0)
     shape = {
         "data_x": f"{x.low:.6g} {x.high:.6g} {x.start:g} {x.stop:g} log",
         "data_y": f"{y.low:.6g} {y.high:.6g} {y.start:g} {y.stop:g} {'log' if y.is_log else 'linear'}",

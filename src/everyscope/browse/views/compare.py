@@ -7,7 +7,7 @@ import numpy as np
 from everyscope.browse.links import Links
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.svg.charts import Curve, curves, histogram
-from everyscope.browse.views.sae import numbers
+from everyscope.browse.views.sae import numbers, position_curves
 
 SHOWN = 40
 """Matched latents listed [latents]."""
@@ -53,15 +53,12 @@ def _numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any
 
 
 def _positions(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any]]:
+    second = dict(position_curves(theirs))
     figures = []
-    for name, unit in (("fvu", "FVU [1]"), ("delta_loss", "delta loss [nats/token]")):
-        lines = []
-        for title, metrics in (("A", ours), ("B", theirs)):
-            measured = metrics.get("by_position") or {}
-            pairs = zip(measured.get("position") or [], measured.get(name) or [], strict=False)
-            lines.append(Curve(title, [(float(place), value) for place, value in pairs if place > 0]))
-        if all(any(value is not None for _, value in line.points) for line in lines):
-            figures.append((unit, curves(lines, "position [tokens]", unit, f"{unit} of A and B by position", x_log=True)))
+    for unit, points in position_curves(ours):
+        if unit in second:
+            lines = [Curve("A, token", points), Curve("B, token", second[unit])]
+            figures.append((unit, curves(lines, "token of the block", unit, f"{unit} of A and B by position", x_log=True)))
     return figures
 
 

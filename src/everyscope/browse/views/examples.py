@@ -1,15 +1,20 @@
-"""A latent's examples: tokens of a block, those that it fires on shaded by how strongly, cut short until they are opened."""
+"""A latent's examples: tokens of a block, those that it fires on shaded by how strongly, cut short until they are opened.
+
+An example whose shown tokens an earlier one has shown is left out, and counted: licences and tables repeat.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from everyscope.browse.pieces import Piece, marked, running
+from everyscope.browse.pieces import LONGEST, Piece, marked, running
 from everyscope.browse.queries import Index
 
 BEFORE, AFTER = 12, 8
 """Tokens shown around the chosen one while an example is closed [tokens]."""
+ALIKE_BEFORE, ALIKE_AFTER = 8, 4
+"""Tokens around the chosen one in which two examples must be alike to count as repeated [tokens]."""
 AROUND = 48
 """Further tokens of the block shown on each side of the recorded window when it is open [tokens]."""
 LEVELS = 10
@@ -47,12 +52,18 @@ class Example:
     """Characters of `text` up to the chosen token's end."""
 
 
-def example_groups(index: Index, details: dict[str, Any]) -> list[dict[str, Any]]:
-    """All examples of a latent, in their groups; empty where it has none or the text is not stored."""
+def example_groups(index: Index, details: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """The examples of a latent in their groups, each of them strongest first, and how many repeat an earlier one.
+
+    No groups where it has no examples or the text is not stored.
+    """
     examples = [example for example in details.get("examples") or [] if example.get("activations")]
     blocks = index.sequences(example["sequence"] for example in examples)
-    spans = [_span(example, len(blocks[example["sequence"]][2])) for example in examples if example["sequence"] in blocks]
     kept = [example for example in examples if example["sequence"] in blocks]
+    kept.sort(key=lambda example: (example["group"], -_peak(example)))
+    num_stored = len(kept)
+    kept = _without_repeats(kept, blocks)
+    spans = [_span(example, len(blocks[example["sequence"]][2])) for example in kept]
     wanted: set[int] = set()
     for example, (first, last) in zip(kept, spans, strict=True):
         wanted.update(blocks[example["sequence"]][2][first:last].tolist())
@@ -66,10 +77,30 @@ def example_groups(index: Index, details: dict[str, Any]) -> list[dict[str, Any]
         source = " · ".join(part for part in (document, (split or "").replace("_", " ")) if part)
         row = [pieces[token] for token in ids[span[0] : span[1]].tolist()]
         groups.setdefault(example["group"], []).append(_example(example, span[0], row, top, source))
-    return [
+    listed = [
         {"title": GROUPS[number] if 0 <= number < len(GROUPS) else f"Group {number}", "number": number, "examples": found}
         for number, found in sorted(groups.items())
     ]
+    return listed, num_stored - len(kept)
+
+
+def _peak(example: dict[str, Any]) -> float:
+    """Its activation on the chosen token."""
+    place = example["position"] - example["start"]
+    return (example["activations"][place] if 0 <= place < len(example["activations"]) else None) or 0.0
+
+
+def _without_repeats(examples: list[dict[str, Any]], blocks: dict[int, Any]) -> list[dict[str, Any]]:
+    """The examples whose tokens around the chosen one no earlier example has."""
+    seen: set[tuple[int, ...]] = set()
+    kept = []
+    for example in examples:
+        ids, position = blocks[example["sequence"]][2], example["position"]
+        around = tuple(ids[max(0, position - ALIKE_BEFORE) : position + ALIKE_AFTER + 1].tolist())
+        if around not in seen:
+            seen.add(around)
+            kept.append(example)
+    return kept
 
 
 def _span(example: dict[str, Any], length: int) -> tuple[int, int]:
@@ -124,7 +155,7 @@ def shaded_token(piece: Piece, value: float, top: float, *, is_chosen: bool = Fa
     """One token, shaded by `value` as a share of `top`, with both in its tooltip."""
     classes = f"t a{level(value, top)}" + (" chosen" if is_chosen else "")
     # Spaces inside a shaded token are dots: there they are part of what the latent fires on.
-    inside = piece.html if piece.is_special else marked(piece.raw, dots_from=1)
+    inside = piece.short if piece.is_special or len(piece.raw) > LONGEST else marked(piece.raw, dots_from=1)
     return Markup('<span class="{}" data-tip="{}">{}</span>').format(classes, f"{piece.plain}  {value:.3g}", inside)
 
 

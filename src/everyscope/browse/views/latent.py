@@ -12,6 +12,7 @@ from everyscope.browse.pieces import Piece
 from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.svg.charts import gauge, histogram, profile
 from everyscope.browse.views.examples import example_groups
+from everyscope.suite.latents import UNLABELLED
 
 SAME, WIDER, NARROWER, EARLIER, LATER = range(5)
 """Relations of neighbours."""
@@ -25,7 +26,7 @@ SHOWN = 6
 """Neighbours listed for each relation [latents]."""
 DEPTH, BRANCHES = 3, 3
 """Of the tree of widths, each way [widths, latents]."""
-UNKNOWN: dict[str, Any] = {"label": None, "top": []}
+UNKNOWN: dict[str, Any] = {"label": None, "quality": None, "top": []}
 """The caption of a latent whose SAE could not be read."""
 QUANTILES = (10, 25, 50, 75, 90, 99)
 """The shares of firings that `quantiles` stand for [%]."""
@@ -55,6 +56,7 @@ def latent_view(
         for relation, title in RELATIONS.items()
     ]
     together = relatives.listed([{**item, "sae": sae.number} for item in cofiring if _is_latent(sae, item)])
+    groups, num_repeated = example_groups(index, details)
     widths = {"up": relatives.tree(neighbours, NARROWER, DEPTH), "down": relatives.tree(neighbours, WIDER, DEPTH)}
     return {
         "sae": sae,
@@ -62,7 +64,12 @@ def latent_view(
         "details": details,
         "is_dead": not details.get("firings"),
         "explanations": [_scores(row) for row in explanations],
-        "groups": example_groups(index, details),
+        "title": explanations[0] if explanations and explanations[0]["kind"] not in UNLABELLED else None,
+        "quality": _quality(explanations),
+        "num_read": sae.contents.facts.get("num_tokens"),
+        "twin": _twin(index, sae, neighbours, relatives) if not details["firings"] else None,
+        "groups": groups,
+        "num_repeated": num_repeated,
         "model": model,
         "tried": tried,
         "histogram": _histogram(details, tried["firings"] if tried else ()),
@@ -117,6 +124,21 @@ def _is_known(index: Index, item: dict[str, Any]) -> bool:
 def _is_latent(sae: SaeFacts, item: dict[str, Any]) -> bool:
     latent = item.get("latent")
     return isinstance(latent, int) and 0 <= latent < sae.width
+
+
+def _quality(explanations: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the dot beside the title says: the best label and its quality."""
+    best = explanations[0] if explanations else {"label": None, "kind": None, "detection": None, "detection_null": None}
+    if best["kind"] in UNLABELLED or None in (best["detection"], best["detection_null"]):
+        return {"label": None if best["kind"] in UNLABELLED else best["label"], "quality": None}
+    return {"label": best["label"], "quality": best["detection"] - best["detection_null"]}
+
+
+def _twin(index: Index, sae: SaeFacts, neighbours: list[dict[str, Any]], relatives: "_Relatives") -> dict[str, Any] | None:
+    """The living latent of the same SAE whose decoder row is nearest; None where none of the nearest is alive."""
+    near = [item for item in neighbours if item["relation"] == SAME]
+    living = index.living(sae, [item["latent"] for item in near])
+    return next(iter(relatives.listed([item for item in near if item["latent"] in living][:1])), None)
 
 
 def _scores(row: dict[str, Any]) -> dict[str, Any]:

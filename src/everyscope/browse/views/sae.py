@@ -12,6 +12,7 @@ from everyscope.browse.svg.charts import Curve, Estimate, curves, estimates, his
 from everyscope.browse.table_page import PAGE, TablePage, TableRequest, latent_page, sorted_by
 from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import width_label
+from everyscope.suite.positions import position_delta_loss, position_fvu
 from everyscope.suite.records import beaten_by
 
 BASELINES = {
@@ -143,18 +144,25 @@ def _baselines(metrics: dict[str, Any]) -> list[tuple[str, Markup]]:
 
 
 def _positions(metrics: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """FVU and delta loss by position in the sequence."""
-    measured = metrics.get("by_position") or {}
-    places = measured.get("position") or []
+    """FVU and delta loss over stretches of positions."""
     figures = []
-    for name, unit in (("fvu", "FVU [1]"), ("delta_loss", "delta loss [nats/token]")):
-        values = measured.get(name) or []
-        points = [(float(place), value) for place, value in zip(places, values, strict=False) if place > 0]
-        if any(value is not None for _, value in points):
-            figures.append(
-                (unit, curves([Curve("position", points)], "position [tokens]", unit, f"{unit} by position", x_log=True))
-            )
+    for unit, points in position_curves(metrics):
+        svg = curves([Curve("token", points)], "token of the block", unit, f"{unit} by position", x_log=True)
+        figures.append((unit, svg))
     return figures
+
+
+def position_curves(metrics: dict[str, Any]) -> list[tuple[str, list[tuple[float, float | None]]]]:
+    """Unit and points of each curve over positions that was measured."""
+    found = []
+    for unit, of in (("FVU [1]", position_fvu), ("delta loss [nats/token]", position_delta_loss)):
+        try:
+            tokens, values = of(metrics)
+        except (KeyError, TypeError, ValueError):  # a suite of somebody else's, or of an earlier form
+            continue
+        if len(tokens):
+            found.append((unit, list(zip(tokens.tolist(), values.tolist(), strict=True))))
+    return found
 
 
 def _firing(index: Index, sae: SaeFacts, metrics: dict[str, Any]) -> dict[str, Any] | None:

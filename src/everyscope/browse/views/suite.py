@@ -51,7 +51,7 @@ def suite_view(index: Index, links: Links) -> dict[str, Any]:
         "marks": [(width_label(width), _legend_mark(place)) for place, width in enumerate(widths)],
         "has_massive": any(sae.headline["num_massive_tokens"] for sae in index.saes),
         "has_canonical": any(sae.is_canonical for sae in index.saes),
-        "rows": [_row(sae, links) for sae in index.saes],
+        "groups": _groups(index, links),
         "problems": [sae for sae in index.saes if sae.problem],
     }
 
@@ -176,13 +176,27 @@ def _legend_mark(place: int) -> Markup:
     return element("svg", mark(place), viewBox="-8 -8 16 16", class_="mark", aria_hidden="true")
 
 
-def _row(sae: SaeFacts, links: Links) -> dict[str, Any]:
-    return {
-        "sae": sae,
-        "href": links.sae(sae.folder),
-        "width": width_label(sae.width),
-        "intervals": sae.headline.get("intervals") or {},
-    }
+def _groups(index: Index, links: Links) -> list[dict[str, Any]]:
+    """The SAEs by kind of site, as rows of a table."""
+    highest = {name: max(sae.headline[name] for sae in index.saes) for name in ("fvu_usual", "delta_loss")}
+
+    def row(sae: SaeFacts) -> dict[str, Any]:
+        where = "" if sae.site.kind == "embed" else f"layer {sae.site.layer}, "
+        shares = {name: sae.headline[name] / (highest[name] or 1.0) for name in highest}
+        return {
+            "sae": sae,
+            "href": links.sae(sae.folder),
+            "title": f"{where}width {width_label(sae.width)}",
+            "intervals": sae.headline.get("intervals") or {},
+            "fvu_tenths": round(10 * min(1.0, max(0.0, shares["fvu_usual"]))),
+            "delta_tenths": round(10 * min(1.0, max(0.0, shares["delta_loss"]))),
+        }
+
+    kinds = [kind for kind in SITE_KINDS if any(sae.site.kind == kind for sae in index.saes)]
+    return [
+        {"kind": kind, "title": SITE_TITLES[kind], "rows": [row(sae) for sae in index.saes if sae.site.kind == kind]}
+        for kind in kinds
+    ]
 
 
 def sae_numbers(index: Index) -> Mapping[str, SaeFacts]:
