@@ -27,10 +27,9 @@ from everyscope.describe.config import DescribeConfig
 from everyscope.describe.directions import logit_columns, neighbour_column
 from everyscope.describe.lens import Lens
 from everyscope.describe.measures import QUANTILES, Measures, TextFacts, group_words, histogram_edges, text_facts
-from everyscope.describe.sequences import Sequences, read_sequences, write_sequences
+from everyscope.describe.sequences import Sequences, read_sequences, write_sequences, write_vocabulary
 from everyscope.describe.table import held_out_columns, measured_before, write_latents
 from everyscope.describe.targets import DescribeTarget, described_text_identity, find_targets, read_facts
-from everyscope.describe.vocabulary import write_vocabulary
 from everyscope.sae.files import read_sae
 from everyscope.sae.folded import Sae
 from everyscope.sae.threads import single_threaded_pool

@@ -28,6 +28,22 @@ from everyscope.text.config import Split
 from everyscope.text.corpora import read_documents
 from everyscope.text.documents import Document
 from everyscope.text.markers import Markers, markers_of
+from everyscope.text.pieces import special_tokens, token_pieces
+
+
+def write_vocabulary(path: Path, tokenizer: Any) -> None:
+    """vocabulary.parquet: token, its bytes, the same as text (with U+FFFD where they are none), and whether it is special."""
+    pieces, special = token_pieces(tokenizer), special_tokens(tokenizer)
+    table = pyarrow.table(
+        {
+            "token": pyarrow.array(range(len(pieces)), pyarrow.int32()),
+            "piece": pyarrow.array(pieces, pyarrow.binary()),
+            "text": pyarrow.array([piece.decode("utf-8", "replace") for piece in pieces], pyarrow.string()),
+            "is_special": pyarrow.array([token in special for token in range(len(pieces))], pyarrow.bool_()),
+        }
+    )
+    write_table(path, table, compression="zstd")
+
 
 NO_HALF = -1
 """Stands where a token is in no half: it does not count."""

@@ -9,8 +9,7 @@ import pytest
 
 from everyscope.cli.commands import COMMANDS
 from everyscope.cli.flags import flags_of
-from everyscope.cli.help import MAIN_FIELDS
-from everyscope.cli.main import main
+from everyscope.cli.main import MAIN_FIELDS, main
 from everyscope.run.find import find_recipe
 
 

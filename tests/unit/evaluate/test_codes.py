@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_scope import build_scope
 
-from everyscope.evaluate.codes import codes_of
+from everyscope.evaluate.comparisons.splitting import codes_of
 from everyscope.evaluate.held_out import ranges_of, read_held_out
 from everyscope.evaluate.passes import clean_pass
 from everyscope.evaluate.targets import load_targets
@@ -15,7 +15,7 @@ from everyscope.sites.names import Site
 def test_codes_are_those_of_the_clean_activations(tmp_path, monkeypatch: pytest.MonkeyPatch):
     config = build_scope(tmp_path, (Site("attn_out", 1), Site("resid_post", 0)))
     targets, model = load_targets(config), load_language_model(config.model).model
-    monkeypatch.setattr("everyscope.evaluate.codes.CHUNK_ACTIVATIONS", 32 * 17)
+    monkeypatch.setattr("everyscope.evaluate.comparisons.splitting.CHUNK_ACTIVATIONS", 32 * 17)
     held_out = read_held_out(config.model_copy(update={"num_sequences": 10}))
     batches = held_out.batches(ranges_of(10, (10, config.batch_blocks)), torch.device("cpu"))
     total = 0

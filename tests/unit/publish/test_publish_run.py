@@ -10,7 +10,7 @@ from small_scope import tree_bytes
 
 from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import sha256, write_sealed
-from everyscope.publish import report
+from everyscope.publish import pages
 from everyscope.publish import run as publish
 from everyscope.publish.config import PublishConfig
 from everyscope.sites.names import Site
@@ -77,7 +77,7 @@ def test_one_sae_of_each_site_and_width_is_canonical(few: PublishConfig, wanted,
 
 
 def test_publishing_twice_does_nothing_and_bytes_do_not_vary(few: PublishConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(report, "SECTIONS", (report.depth_section, report.firing_section))  # two pictures stand for all
+    monkeypatch.setattr(pages, "SECTIONS", (pages.depth_section, pages.firing_section))  # two pictures stand for all
     publish.run(few)
     bytes_before = tree_bytes(few.out)
     publish.run(few.model_copy(update={"out": few.out.parent / "elsewhere"}))

@@ -1,16 +1,17 @@
 """Writing a suite's transcoders for circuit-tracer: the set that it loads, and the feature files that its viewer shows."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from everyscope.base.files import human_bytes, make_folder
+from everyscope.base.errors import ConfigError, DataError
+from everyscope.base.files import human_bytes, make_folder, read_object, write_json
 from everyscope.base.progress import meter
 from everyscope.base.table_trial import Tried
-from everyscope.publish.circuit_tracer.choice import chosen
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.features import Layer, write_index, write_layer
-from everyscope.publish.circuit_tracer.graphs import label_graph
 from everyscope.publish.described import REMEDY, SuiteText, latent_tables, read_text, text_tables
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.folded import Sae
@@ -20,8 +21,67 @@ from everyscope.sites.norms import mlp_norm_of
 from everyscope.suite.formats.circuit_tracer import write as write_set
 from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, suite_folder
 from everyscope.suite.reader import load_sae, model_of
-from everyscope.suite.records import SaeRecord, read_index
+from everyscope.suite.records import SaeRecord, SuiteIndex, read_index
 from everyscope.suite.verify import verify_file
+
+FEATURE = "cross layer transcoder"
+"""The type of nodes that are latents, of transcoders of one layer too."""
+NODE = re.compile(r"(\d+)_(\d+)_\d+")
+"""A latent's node: layer, latent, position."""
+
+
+def label_graph(path: Path, labels: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
+    """Write labels, by layer and latent, on nodes of a graph file that have none; how many got one, of how many latents' nodes.
+
+    DataError where the file is no graph.
+    """
+    graph = read_object(path)
+    nodes = graph.get("nodes")
+    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+        raise DataError(f"{path}: has no list of nodes; give a graph file of circuit-tracer, as graph_files/<slug>.json")
+    latents = [node for node in nodes if node.get("feature_type") == FEATURE]
+    labelled = 0
+    for node in latents:
+        found = NODE.fullmatch(str(node.get("node_id")))
+        label = labels.get(found[1], {}).get(found[2]) if found else None
+        if label is not None and not node.get("clerp"):
+            node["clerp"] = label
+            labelled += 1
+    write_json(path, graph)
+    return labelled, len(latents)
+
+
+SITE = "transcoder"
+
+
+def chosen(config: CircuitTracerConfig, index: SuiteIndex, num_layers: int) -> list[SaeRecord]:
+    """One transcoder for each of the model's layers, all of one width; ConfigError where a layer has none."""
+    found = [record for record in index.saes if record.site == SITE and fnmatchcase(record.name, config.saes)]
+    if not found:
+        kinds = ", ".join(sorted({record.site for record in index.saes}))
+        named = "" if config.saes == "*" else f" with a name like {config.saes}"
+        raise ConfigError(
+            f"the suite has no transcoder{named}, only SAEs of {kinds}; train at the site transcoder, or change --saes"
+        )
+    widths = sorted({record.width for record in found})
+    if config.width not in (None, *widths) or (config.width is None and len(widths) > 1):
+        raise ConfigError(f"the transcoders have widths {', '.join(map(str, widths))}; choose one with --width")
+    found = [record for record in found if config.width in (None, record.width)]
+    by_layer = {layer: [record for record in found if record.layer == layer] for layer in range(num_layers)}
+    if missing := [layer for layer, records in by_layer.items() if not records]:
+        raise ConfigError(
+            f"circuit-tracer needs a transcoder of each of the model's {num_layers} layers; there is none of width "
+            f"{found[0].width} for layers {', '.join(map(str, missing))}: train those too"
+        )
+    return [_one(config, records) for records in by_layer.values()]
+
+
+def _one(config: CircuitTracerConfig, records: Sequence[SaeRecord]) -> SaeRecord:
+    if config.l0 is None:
+        return min(records, key=lambda record: not record.metrics.is_canonical)
+    wanted = config.l0
+    return min(records, key=lambda record: abs(record.metrics.l0 - wanted))
+
 
 FEATURES_FOLDER = "features"
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from everyscope.base.errors import DataError
-from everyscope.evaluate.comparisons.logistic import fit_probe
+from everyscope.evaluate.comparisons.probes import fit_probe
 
 
 def rows(num: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

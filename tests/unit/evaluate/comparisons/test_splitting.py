@@ -6,11 +6,10 @@ import pytest
 import torch
 from small_scope import tree_bytes
 
-from everyscope.evaluate.codes import RowCodes, codes_of
 from everyscope.evaluate.comparisons import canonical, splitting, widths
 from everyscope.evaluate.comparisons.config import SplittingConfig, WidthsConfig
 from everyscope.evaluate.comparisons.scored import read_scored
-from everyscope.evaluate.comparisons.splitting import FiringCounts
+from everyscope.evaluate.comparisons.splitting import FiringCounts, RowCodes, codes_of
 from everyscope.evaluate.config import EvaluateConfig
 
 

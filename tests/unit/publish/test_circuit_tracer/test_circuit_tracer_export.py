@@ -19,7 +19,7 @@ from everyscope.cli.main import dispatch
 from everyscope.publish.circuit_tracer import run as export
 from everyscope.publish.circuit_tracer.config import CircuitTracerConfig
 from everyscope.publish.circuit_tracer.features import GROUPS, percentiles, read_feature
-from everyscope.publish.circuit_tracer.graphs import label_graph
+from everyscope.publish.circuit_tracer.run import label_graph
 from everyscope.sae.conventions import to_convention
 from everyscope.sae.folded import Sae
 from everyscope.sites import norms
