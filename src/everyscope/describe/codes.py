@@ -6,6 +6,7 @@ files of some batches each, so that a killed run resumes after the last one, and
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,12 @@ def collect(
     saes: Sequence[tuple[DescribeTarget, Sae]],
     folder: CodesFolder,
     passed: Callable[[int, bool], None],
+    pool: ThreadPoolExecutor,
 ) -> None:
-    """Write the portions that are missing; `passed` is called with tokens, and whether an earlier run had passed them."""
+    """Write the portions that are missing; `passed` is called with tokens, and whether an earlier run had passed them.
+
+    The threads of `pool` share the SAEs of a batch.
+    """
     size = config.portion_blocks
     for number in range(folder.num_portions):
         blocks = range(number * size, min((number + 1) * size, len(sequences.input_ids)))
@@ -151,11 +156,10 @@ def collect(
         parts: list[list[LatentCodes]] = [[] for _ in saes]
         massive: list[list[np.ndarray]] = [[] for _ in saes]
         for rows in _batches(config, model, sequences, blocks, [target for target, _ in saes]):
-            for part, places, (target, sae) in zip(parts, massive, saes, strict=True):
-                activations, is_large = rows.activations[target.site.inputs[0].folder], _is_large(rows, target)
-                usual = ~is_large.cpu().numpy()
-                part.append(encode_rows(sae, activations[~is_large], rows.places[usual]))
-                places.append(rows.places[~usual].astype(np.int32))
+            encoded = pool.map(_encoded, [rows] * len(saes), *zip(*saes, strict=True))
+            for part, places, (codes, left_out) in zip(parts, massive, encoded, strict=True):
+                part.append(codes)
+                places.append(left_out)
             passed(len(rows.places), False)
         tensors = {}
         for name, (part, places) in enumerate(zip(parts, massive, strict=True)):
@@ -163,6 +167,13 @@ def collect(
             tensors |= {f"{name}.{field}": torch.from_numpy(getattr(codes, field)) for field in ("starts", "places", "values")}
             tensors[f"{name}.massive"] = torch.from_numpy(np.concatenate(places))
         write_tensors(folder.portion(number), tensors, is_sealed=True)
+
+
+def _encoded(rows: "_Rows", target: DescribeTarget, sae: Sae) -> tuple[LatentCodes, Int32[np.ndarray, " massive"]]:
+    """The codes of an SAE on usual rows, and the places of massive ones."""
+    activations, is_large = rows.activations[target.site.inputs[0].folder], _is_large(rows, target)
+    usual = ~is_large.cpu().numpy()
+    return encode_rows(sae, activations[~is_large], rows.places[usual]), rows.places[~usual].astype(np.int32)
 
 
 def _is_large(rows: "_Rows", target: DescribeTarget) -> Bool[Tensor, " n"]:

@@ -186,12 +186,15 @@ def _collect(
     missing = [number for number in range(codes.num_portions) if not codes.portion(number).exists()]
     require_free_space(config.out, int(needs * len(missing) / codes.num_portions), "keeping the firings until they are described")
     saes = [(target, _checked(described.model, target).to(device)) for target in group] if missing else []
-    with meter("describe", described.sequences.num_tokens * len(group), "tokens x SAEs") as progress:
+    with (
+        meter("describe", described.sequences.num_tokens * len(group), "tokens x SAEs") as progress,
+        single_threaded_pool(min(MOST_AT_ONCE, os.cpu_count() or 1) if device.type == "cpu" else 1) as pool,
+    ):
 
         def passed(num_tokens: int, is_resumed: bool) -> None:
             progress.advance(num_tokens * len(group), is_resumed=is_resumed)
 
-        collect(config, described.model.model, described.sequences, saes, codes, passed)
+        collect(config, described.model.model, described.sequences, saes, codes, passed, pool)
 
 
 def _checked(model: LanguageModel, target: DescribeTarget) -> Sae:
