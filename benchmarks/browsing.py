@@ -1,18 +1,24 @@
-"""How long the pages of a suite take while its language model steers: three tabs that read, and one that never stops asking.
+"""How long the pages of a suite take: those that ask its language model, and the others while it steers.
 
     python benchmarks/browsing.py runs/tiny             a finished run, or its suite
+    python benchmarks/browsing.py runs/tiny --busy 1    beside a program that keeps one core busy
     python benchmarks/browsing.py runs/tiny --quick     some seconds, to see that it runs
 
-It starts a server of its own. Each tab asks for another page as soon as somebody has looked at the last one: the suite, an SAE, a
-latent, a search. Rounds without and with steering take turns. At first a page of another site asks for a steering: it gets 403,
-and no model is loaded. The table shows each tab, then each kind of page; `results.json` lies in `--out`. What else runs on the
-machine counts: its load is printed beside the numbers.
+It starts a server of its own. First one client steers, token by token as the page does, and reads texts, each time another one:
+the table shows the wait for the first token, for all of them, and the server's CPU time. A sweep over latents chosen at random
+then shows how many continuations repeat themselves at each strength, which is what the form's default is chosen by.
+
+Then three tabs read while one never stops steering. Each tab asks for another page as soon as somebody has seen the last one: the
+suite, an SAE, a latent, a search. Rounds without and with steering take turns. At first a page of another site asks for a
+steering: it gets 403, and no model is loaded. The table shows each tab, then each kind of page; `results.json` lies in `--out`.
+What else runs on the machine counts: its load is printed beside the numbers.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +43,15 @@ LOOK_SECONDS = (0.05, 0.3)
 """How long somebody looks at a page, at random between the two [s]."""
 PROMPT, TOKENS = "def f(x):", 200
 """Continued with and without a latent, by so many tokens each, which is the most that a page asks for [tokens]."""
+STEER_TOKENS = 40
+"""Of the continuations that one client waits for [tokens]."""
+TEXT_WORDS = 96
+"""Of the texts that it reads, about 100 tokens [words]."""
+SENTENCE = "the value of each name in this list was read from a file and written to another one when it had changed"
+SWEPT_PROMPTS = ("def read(self, path):\n", "The first time that I saw the city")
+FAR = 1.0
+"""KL divergence of a continuation above which it counts as far from the model's own text [nats per token]."""
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0
 FOREIGN = {"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}
 
 
@@ -76,6 +91,25 @@ class Server:
         with urllib.request.urlopen(f"{self.address}/state") as answer:
             return json.loads(answer.read())
 
+    def stream(self, fields: dict[str, Any]) -> tuple[float, float, list[dict[str, Any]]]:
+        """Seconds until the first token and until all are there, and every line."""
+        start, first, lines = time.perf_counter(), 0.0, []
+        body = urlencode(fields).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{self.address}/steer/stream", data=body)) as answer:
+            for line in answer:
+                first = first or time.perf_counter() - start
+                if line.startswith(b"data: "):
+                    lines.append(json.loads(line[len(b"data: ") :]))
+        return first, time.perf_counter() - start, lines
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the server has taken [s]; 0 where the system does not say."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        if not stat.is_file():
+            return 0.0
+        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / TICKS
+
 
 @contextmanager
 def serving(folder: Path, cache: Path) -> Iterator[Server]:
@@ -91,6 +125,80 @@ def serving(folder: Path, cache: Path) -> Iterator[Server]:
 def steering() -> str:
     """The address that continues the prompt."""
     return f"/steer?prompt={quote(PROMPT)}&tokens={TOKENS}&latent=3&strength=2"
+
+
+def words(random_: random.Random, count: int) -> str:
+    """A text that nobody has read yet."""
+    return " ".join(random_.choice(SENTENCE.split(" ")) for _ in range(count))
+
+
+def wait_for_model(server: Server, suite: Suite, count: int) -> list[dict[str, Any]]:
+    """One client that steers and reads, `count` times each: a row for each kind of wait."""
+    random_, waits, cpu = random.Random(0), {}, {}
+    sae = max(suite.index.saes, key=lambda record: (record.site == "resid_post", -abs(record.layer - 2))).folder
+
+    def timed(name: str, wait: float, before: float) -> None:
+        waits.setdefault(name, []).append(wait)
+        cpu.setdefault(name, []).append(server.cpu_seconds() - before)
+
+    lengths: list[int] = []
+    for number in range(count + 1):
+        before = server.cpu_seconds()
+        fields = {"prompt": words(random_, 12), "sae": sae, "latent": random_.randrange(64), "tokens": STEER_TOKENS}
+        first, whole, _ = server.stream({**fields, "strength": 0.5, "temperature": 1, "seed": number})
+        if number:  # the first reads the SAE
+            timed("steer, first token", first, before)
+            timed(f"steer, {STEER_TOKENS} tokens twice", whole, before)
+        for name, address in (("all layers", "/text?"), ("one SAE", f"/text?sae={quote(sae)}&")):
+            before, text = server.cpu_seconds(), words(random_, TEXT_WORDS)
+            start = time.perf_counter()
+            with urllib.request.urlopen(f"{server.address}{address}text={quote(text)}") as answer:
+                page = answer.read().decode()
+            if number:
+                lengths.append(1 + max(map(int, re.findall(r'aria-label="token (\d+),', page))))
+                timed(f"text, {name}", time.perf_counter() - start, before)
+    waits = {name.replace("text,", f"text of {min(lengths)} to {max(lengths)} tokens,"): wait for name, wait in waits.items()}
+    cpu = dict(zip(waits, cpu.values(), strict=True))
+    return [{"what": name, **row_of(waits[name]), "cpu": 1000 * statistics.median(cpu[name])} for name in sorted(waits)]
+
+
+def sweep(server: Server, suite: Suite, count: int) -> list[dict[str, Any]]:
+    """Continuations at each strength of a sweep, of `count` latents: how many repeat themselves, and their divergence."""
+    random_, found = random.Random(1), {}
+    records = [record for record in suite.index.saes if record.site == "resid_post"] or list(suite.index.saes)
+    for number in range(count):
+        record = random_.choice(records)
+        fields = {"sae": record.folder, "latent": random_.randrange(record.width), "strength": 1, "sweep": 1, "seed": number}
+        prompt = SWEPT_PROMPTS[number % len(SWEPT_PROMPTS)]
+        *steps, last = server.stream({**fields, "prompt": prompt, "tokens": STEER_TOKENS})[2]
+        if len(steps) < STEER_TOKENS:
+            continue  # a column that ended has nothing to repeat
+        columns = zip(steps[0]["titles"], steps[-1]["repeats"], last["html"].split("<h3>")[1:], strict=True)
+        for title, repeats, card in columns:
+            kl = re.search(r"<dt>KL</dt><dd>([\d.]+)", card)
+            found.setdefault(title, []).append((repeats, float(kl[1]) if kl else 0.0))
+    return [
+        {
+            "strength": title,
+            "continuations": len(rows),
+            "repeating": sum(repeats for repeats, _ in rows) / len(rows),
+            "kl": statistics.median(kl for _, kl in rows),
+            "far": sum(kl > FAR for _, kl in rows) / len(rows),
+        }
+        for title, rows in found.items()
+    ]
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """As many programs that each keep a core busy, while the block runs."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.terminate()
+            program.wait()
 
 
 def refuse_strangers(server: Server) -> None:
@@ -170,37 +278,66 @@ def tables(visits: Sequence[Visit]) -> list[dict[str, Any]]:
     return rows
 
 
+def shown(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
+    """A table; `columns` gives each name its format."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(format(value, form) for value, form in zip(row.values(), columns.values(), strict=True)))
+    return table
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a finished run, or its suite")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each round of tabs")
+    parser.add_argument("--rounds", type=int, default=3, help="of tabs")
+    parser.add_argument("--count", type=int, default=20, help="steerings and texts that one client waits for")
+    parser.add_argument("--latents", type=int, default=100, help="that are swept")
+    parser.add_argument("--busy", type=int, default=0, help="programs beside it that keep a core busy")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / ".cache" / "browsing")
     options = parser.parse_args()
     if options.quick:
-        options.seconds, options.rounds = 1.0, 1
+        options.seconds, options.rounds, options.count, options.latents = 1.0, 1, 2, 2
     folder = options.folder / "suite" if (options.folder / "suite").is_dir() else options.folder
     suite, visits, num_steered = load_suite(folder), [], 0
     options.out.mkdir(parents=True, exist_ok=True)
-    with serving(folder, options.out / "index") as server:
+    console = Console()
+    with serving(folder, options.out / "index") as server, busy(options.busy):
         refuse_strangers(server)
-        server.get(steering())  # loads the model
+        server.stream({"prompt": PROMPT, "tokens": 1})  # loads the model
         load = os.getloadavg()[0]
+        beside = f"{options.busy} busy programs beside, load {load:.1f} before, {os.cpu_count()} cores"
+        live = wait_for_model(server, suite, options.count)
+        columns = {
+            "one client": "",
+            "times": "d",
+            "p50 [ms]": ".0f",
+            "p95 [ms]": ".0f",
+            "max [ms]": ".0f",
+            "CPU, p50 [ms]": ".0f",
+        }
+        console.print(shown(f"{suite.index.title}; {beside}", columns, live))
+        swept = sweep(server, suite, options.latents)
+        columns = {
+            "strength": "",
+            "continuations": "d",
+            "repeat themselves": ".1%",
+            "KL, p50 [nats/token]": ".2f",
+            f"KL above {FAR:g}": ".1%",
+        }
+        console.print(shown(f"{suite.index.title}: sweeps", columns, swept))
         for number in range(options.rounds):
             for is_steering in (False, True):
                 found, steered = visit(server, suite, options.seconds, is_steering, number)
                 visits, num_steered = visits + found, num_steered + steered
     rows = tables(visits)
-    title = f"{suite.index.title}: {num_steered} steers of {2 * TOKENS} tokens; load {load:.1f} before, {os.cpu_count()} cores"
-    table = Table("steering", "what", "pages", "p50 [ms]", "p95 [ms]", "max [ms]", title=title)
-    for row in rows:
-        figures = [f"{row[name]:.0f}" for name in ("p50", "p95", "max")]
-        table.add_row("yes" if row["steering"] else "no", row["what"], str(row["pages"]), *figures)
-    Console().print(table)
+    columns = {"steering": "", "what": "", "pages": "d", "p50 [ms]": ".0f", "p95 [ms]": ".0f", "max [ms]": ".0f"}
+    listed = [{**row, "steering": "yes" if row["steering"] else "no"} for row in rows]
+    console.print(shown(f"{suite.index.title}: {num_steered} steers of {TOKENS} tokens twice; {beside}", columns, listed))
     results = {"command": sys.argv, "load": load, "cores": os.cpu_count(), "steered": num_steered, "rows": rows}
-    results["visits"] = [asdict(one) for one in visits]
+    results |= {"live": live, "swept": swept, "visits": [asdict(one) for one in visits]}
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
 
 

@@ -195,6 +195,8 @@ def test_all_layers_on_a_phone(watched: Watched, tmp_path: Path):
     width, inside = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width <= inside
     assert page.locator("#pane").bounding_box()["width"] <= inside
+    cell, pane = page.locator('.matrix [value="2.1"]').bounding_box(), page.locator("#pane").bounding_box()
+    assert cell["y"] + cell["height"] <= pane["y"] < page.evaluate("innerHeight")  # both are seen
     screenshot(watched, tmp_path, "layers_phone")
     page.locator("#pane .free").tap()
     assert page.locator("#pane.pane").count() == 0

@@ -8,6 +8,7 @@ that are half a character stand as ⟨E2 80⟩. Everything leaves escaped, as Ma
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from markupsafe import Markup, escape
 
@@ -34,13 +35,13 @@ class Piece:
     is_special: bool
     """Whether it marks something, as BOS does, and is no text."""
 
-    @property
+    @cached_property
     def plain(self) -> str:
         """Readable in one line, cut to a tooltip's length; not escaped."""
         shown = "".join(text for _, text in runs(self.raw, dots_from=1)) or "⟨empty⟩"
         return shown if len(shown) <= TIP else f"{shown[: TIP - 1]}…"
 
-    @property
+    @cached_property
     def short(self) -> Markup:
         """Readable in a table: cut, without a button; the tooltip has more."""
         found = list(runs(self.raw, dots_from=1))
@@ -48,7 +49,7 @@ class Piece:
             return self.html
         return Markup('<span data-tip="{}">{}…</span>').format(self.plain, _html(_cut(found, SHORT)[0]))
 
-    @property
+    @cached_property
     def html(self) -> Markup:
         """Readable, with every space a dot."""
         if self.is_special:

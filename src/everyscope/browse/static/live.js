@@ -125,6 +125,7 @@ async function look(button) {
   byId("pane").replaceWith(page.getElementById("pane"));
   document.querySelectorAll(`.matrix [value="${CSS.escape(button.value)}"]`).forEach((here) => here.classList.add("looked"));
   remember(addressOf(reader, fields), false);
+  if (matchMedia("(max-width: 62rem)").matches) document.querySelector(".matrix").scrollIntoView({ block: "start" }); // above its pane
 }
 
 // A pane that is pinned stays until it is let go; pointing at tokens only previews while none is
