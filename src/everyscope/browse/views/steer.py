@@ -30,8 +30,8 @@ from everyscope.browse.views.fields import (
 PUSHES = 4
 """Latents that the steering form takes at once [latents]."""
 DEFAULT_STRENGTH, MAX_STRENGTH = 0.5, 1000.0
-"""Of steering, in multiples of a latent's highest activation [1]. The default is the largest strength of a sweep at which at most 5 %
-of the continuations repeat themselves, over latents of the residual stream (benchmarks/browsing.py)."""
+"""Of steering, in multiples of a latent's highest activation [1]. The default is the largest strength of a sweep at which at most
+5 % of the continuations repeat themselves, over latents of the residual stream (benchmarks/browsing.py)."""
 SWEEP = (-0.5, 0.0, 0.25, 0.5, 1.0)
 """Strengths of the first latent in a sweep [1]; the others keep their ratio to it."""
 LOWEST_TEMPERATURE = 0.01
