@@ -28,8 +28,8 @@ LEAST_PART = 0.1
 """Share of the separation that a part must carry to be in the rule [1]."""
 MOST_PARTS = 3
 """Parts of a rule at most: a label of more would not be read."""
-NAMED = {"own": 3, "before": 2, "after": 2, "near": 3}
-"""Tokens named for each part at most [tokens]."""
+NAMED, ALONE = {"own": 4, "before": 2, "after": 2, "near": 2}, 6
+"""Tokens named for each part at most, and where it is the only one: eight in all can still be read [tokens]."""
 REACH = 16
 """Tokens before a firing among which those of `near` are named [tokens]."""
 CHUNK = 1 << 14
@@ -127,7 +127,7 @@ class LikenessSearch:
             seen = np.bincount(rows, weights, minlength=len(space.vectors))[:-1]
             beyond = np.maximum(seen - seen.sum() * self._counts[:-1], 0)
             adds = beyond * table[:-1]
-            order = np.argsort(-adds, kind="stable")[: NAMED[part]]
+            order = np.argsort(-adds, kind="stable")[: NAMED[part] if len(fit.tables) > 1 else ALONE]
             named[part] = tuple(space.tokens[order[adds[order] > 0]].tolist())
         return replace(fit.rule, named=named)
 

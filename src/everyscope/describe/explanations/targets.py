@@ -25,7 +25,7 @@ DECIDING_ENDPOINT_FIELDS = {
     "temperature",
 }
 """Fields of the endpoint on which its labels depend; where it stands, and what it may cost, are not among them."""
-VERSION = 4
+VERSION = 5
 """Part of every identity; raised when the same inputs would give other explanations."""
 
 

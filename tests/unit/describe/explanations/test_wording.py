@@ -3,7 +3,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from everyscope.describe.explanations.likeness import NAMED, Likeness
+from everyscope.describe.explanations.likeness import ALONE, MOST_PARTS, NAMED, Likeness
 from everyscope.describe.explanations.offline import Ground
 from everyscope.describe.explanations.rules import OneOf, Rule
 from everyscope.describe.explanations.space import PARTS, Space
@@ -85,7 +85,7 @@ def test_a_rule_of_likeness_in_words(ground: Ground):
     alone = likeness({"near": (other,)})
     assert phrase_of(alone, ground.traits) == "in text with `return`"
     assert kind_of(alone) == "topic"
-    assert sum(sorted(NAMED.values())[-3:]) <= 8
+    assert max(sum(sorted(NAMED.values())[-MOST_PARTS:]), ALONE) <= 8
     long = sorted(by_text.values(), key=lambda token: -len(ground.traits.pieces[token]))[:8]
     cut = phrase_of(likeness({"own": tuple(long[:3]), "before": tuple(long[3:5]), "near": tuple(long[5:])}), ground.traits)
     assert is_safe(cut)
