@@ -45,7 +45,7 @@ def suite_cache(suite: Path, cache: Path | None) -> Path:
 
 
 def ensure(path: Path, build: Callable[[Path], None]) -> None:
-    """See that the database `path` is there: `build` writes it if it is missing. StorageError where that cannot be done."""
+    """Ensure that the database `path` exists: `build` writes it if it is missing. StorageError where that fails."""
     if path.exists():
         return
     try:

@@ -31,7 +31,7 @@ from everyscope.browse.views.text import text_view
 from everyscope.circuits.files import read_graph
 
 MARK = ".everyscope-export"
-"""A file that an export carries: only a folder that has it is ever replaced."""
+"""A file in every export: only a folder that has it is ever replaced."""
 
 
 @dataclass(frozen=True)

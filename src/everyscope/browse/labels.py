@@ -20,7 +20,7 @@ KINDS = {
     "position": "tells by the place in the text",
     "mixed": "tells by several things",
 }
-"""What a rule speaks of, in words."""
+"""What a rule is about, in words."""
 _RUN = re.compile(r"([␣⏎⇥␍])×(\d{1,6})")
 _SIGNS = re.compile(f"[{''.join(GLYPHS.values())}]+")
 
@@ -77,5 +77,5 @@ def dot(item: dict[str, Any]) -> Markup:
 
 
 def kind_in_words(kind: str | None) -> str:
-    """What a rule speaks of."""
+    """What a rule is about."""
     return KINDS.get(kind or "", kind or "")

@@ -64,7 +64,7 @@ def href(address: str | None) -> Markup:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number in so many digits; a dash where there is none."""
+    """A number with `digits` digits; a dash for None."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
@@ -76,7 +76,7 @@ def percent(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """How often something happens, as people compare it: in per cent, or as one in so many."""
+    """How often something happens, as people compare it: in per cent, or as one in N."""
     if value is None:
         return "–"
     if value >= 0.001 or value <= 0:

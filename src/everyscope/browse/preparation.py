@@ -79,7 +79,7 @@ class Preparation:
         return 1.0 if part.ready.is_set() else min(0.99, part.done / width)
 
     def is_ready(self, number: int) -> bool:
-        """Whether a part is there."""
+        """Whether a part is built."""
         return self._parts[number].ready.is_set()
 
     @property

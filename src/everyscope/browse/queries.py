@@ -253,7 +253,7 @@ class Index:
         return dict(read_slices(self._folder))
 
     def find(self, folder: str) -> SaeFacts | None:
-        """The SAE of that name, which may be anything that a stranger typed."""
+        """The SAE of that name, which may be any text typed by anyone."""
         return self._by_folder.get(folder)
 
     def metrics(self, sae: SaeFacts) -> dict[str, Any]:

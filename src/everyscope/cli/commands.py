@@ -59,7 +59,7 @@ def run_command(options: argparse.Namespace, fields: list[str]) -> None:
 
 
 def watches(options: argparse.Namespace) -> "list[Watch]":
-    """Who hears of jobs besides the person at the terminal: a program that reads standard output."""
+    """Receivers of job events beside the terminal: a program that reads standard output."""
     from everyscope.run.jobs.watch import printed
 
     return [printed] if options.json and options.engine == "ray" else []

@@ -1,6 +1,6 @@
 """The blocks that descriptions rest on: half from training documents, half from held-out ones, each read once and kept.
 
-Blocks of one document lie side by side and show the same thing, so that of the training split only every so many-th is taken.
+Blocks of one document lie side by side and show the same thing, so of the training split only one in `train_stride` is taken.
 A place is block * ctx + position: one number for a token, whatever batches the model reads them in.
 """
 

@@ -34,7 +34,7 @@ BASELINE_FOLDER = "baselines"
 PROGRESS_FILE = "progress_baselines.safetensors"
 """The saved sums of an unfinished sweep, in the scores folder."""
 BASELINE_VERSION = 2
-"""Part of what a kept file says that it was made from."""
+"""Version in the inputs that a kept file records."""
 
 
 @dataclass

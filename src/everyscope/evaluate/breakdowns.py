@@ -1,4 +1,4 @@
-"""One SAE's numbers taken apart: by position, by who speaks, by how often latents fire; and what massive rows hold. Plain JSON
+"""One SAE's numbers taken apart: by position, by speaker, by firing frequency; and what massive rows hold. Plain JSON
 values.
 
 The FVU of a part is that part's own: its errors over its variance about its own mean, as if it were the whole data set.
@@ -19,9 +19,9 @@ from everyscope.sae.metrics import ReconstructionSums
 FIRING_EDGES = tuple(step / 4 for step in range(-32, 1))
 """Edges of the histogram of latents' frequencies [log10 of the share of tokens]."""
 DENSE = {"dense_1": 0.01, "dense_10": 0.1}
-"""Names of the shares of latents that fire on more than so many of the tokens [1]."""
+"""Names of the shares of latents that fire on more than these shares of the tokens [1]."""
 ROUNDING = 1e-12
-"""A variance that is a smaller share of what it is the rest of is rounding error [1]."""
+"""A remaining variance below this share of the total is rounding error [1]."""
 
 
 def ratio(above: float, below: float) -> float | None:

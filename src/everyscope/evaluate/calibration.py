@@ -34,7 +34,7 @@ from everyscope.text.tokenizer import load_tokenizer
 
 CALIBRATION_FILE = "calibration.safetensors"
 CALIBRATION_VERSION = 2
-"""Part of what a kept file says that it was made from."""
+"""Version in the inputs that a kept file records."""
 CHUNK_ROWS = 1 << 14
 """Rows read from shards at once [rows]."""
 KEPT_ROWS = 2048

@@ -18,7 +18,7 @@ SaeDtype = Literal["float32", "bfloat16", "int8"]
 MOST_CALIBRATION_BLOCKS, LEAST_CALIBRATION_TOKENS = 64, 8192
 """Without shards, by default [blocks], [tokens]."""
 SAE_BLOCKS_PER_BASELINE, LEAST_BASELINE_BLOCKS = 16, 2
-"""By default baselines, five for a site of one SAE, are spliced in one block of so many; but in so many at least [blocks]."""
+"""By default baselines, five for a site of one SAE, are spliced in one of this many blocks, in at least this many [blocks]."""
 
 
 class EvaluateConfig(Schema):
@@ -42,17 +42,17 @@ class EvaluateConfig(Schema):
     site_kind: SiteKind | None = None
     """The kind of site of SAEs whose path does not tell it; the layer is always read from the path."""
     max_norm: float | None = Field(default=MAX_NORM, ge=TAIL)
-    """Rows of a site with more than so many times its median norm are massive: they are not reconstructed, and left out of every
+    """Rows of a site above this multiple of its median norm are massive: they are not reconstructed, and left out of every
     number but plain FVU. None reconstructs every row [1]."""
     num_sequences: int = Field(default=2048, gt=0)
     """Held-out blocks that are measured, from the first on; fewer where the text ends early [blocks]."""
     stride: int = Field(default=1, gt=0)
-    """Of every so many held-out blocks one is read: where documents are long, more of them are seen, and intervals are better
+    """One of this many held-out blocks is read: where documents are long, more of them are seen, and intervals are better
     for it [blocks]."""
     batch_blocks: int = Field(default=16, gt=0)
     """Blocks per forward pass [blocks]."""
     checkpoint_batches: int = Field(default=16, gt=0)
-    """The sums are saved every so many batches [batches]."""
+    """Interval at which the sums are saved [batches]."""
     saes_at_once: int | None = Field(default=None, gt=0)
     """SAEs held in memory at once; more are taken in turns, each with clean passes of its own. None holds all [SAEs]."""
     sae_dtype: SaeDtype = "float32"
@@ -68,7 +68,7 @@ class EvaluateConfig(Schema):
     """Blocks per forward pass among those: their passes keep what a backward pass needs [blocks]."""
     baseline_sequences: int | None = Field(default=None, ge=0)
     """Blocks, from the first on, in which ablations and baselines are spliced, for their delta loss and the share of loss
-    recovered; 0 leaves these out. None takes so many that they cost at most a third of what the SAEs do [blocks]."""
+    recovered; 0 leaves these out. None bounds their cost to a third of the SAEs' [blocks]."""
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples of the documents behind each interval [resamples]."""
     interval_level: float = Field(default=0.95, gt=0, lt=1)

@@ -38,7 +38,7 @@ class Batch:
     units: Int[Tensor, "batch ctx"]
     """Unit of resampling, int64."""
     segments: Int[Tensor, "batch ctx"]
-    """Who speaks, int64; all 0 where the text has no turns."""
+    """Speaker of each token, int64; 0 everywhere in text without turns."""
 
     @property
     def row_groups(self) -> Groups:

@@ -31,7 +31,7 @@ from everyscope.text.tokenizer import load_tokenizer
 
 LINEAR_FILE = "linear.safetensors"
 LINEAR_VERSION = 1
-"""Part of what a kept file says that it was made from."""
+"""Version in the inputs that a kept file records."""
 LEAST_VARIANCE = 1e-9
 """Directions of the inputs with a smaller share of the largest variance are left out: rounding rules there [1]."""
 

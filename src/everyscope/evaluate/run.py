@@ -108,7 +108,7 @@ def _pending(config: EvaluateConfig, targets: list[EvaluateTarget]) -> list[_Gro
 
 
 def _groups(targets: list[EvaluateTarget], size: int | None) -> Iterator[list[EvaluateTarget]]:
-    """`targets`, which come by site, so many at a time; the same groups whether or not some are scored already."""
+    """`targets`, which come by site, in groups of a fixed size; the same groups whether or not some are scored already."""
     size = size or len(targets)
     return (targets[start : start + size] for start in range(0, len(targets), size))
 

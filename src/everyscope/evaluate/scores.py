@@ -32,7 +32,7 @@ from everyscope.text.config import TextConfig
 
 @dataclass(frozen=True)
 class Findings:
-    """All that one SAE's scores are made of."""
+    """The measurements behind one SAE's scores."""
 
     config: EvaluateConfig
     held_out: HeldOut

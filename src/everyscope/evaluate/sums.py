@@ -22,7 +22,7 @@ from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.names import Site
 
 SAVE_SECONDS, SAVE_SHARE = 1.0, 20.0
-"""Sums are saved after so long [s], and so many times what the last saving took [1], whatever the batches."""
+"""Sums are saved at this interval [s], and no sooner than this multiple of the last saving's time [1]."""
 
 
 @dataclass

@@ -52,7 +52,7 @@ class EvaluateTarget:
     digest: str
     """SHA-256 of that file, by which scores know the weights they are of."""
     identity: str
-    """Hash of all that decides the scores: SAE, model, text, sizes, calibration."""
+    """Hash of everything that determines the scores: SAE, model, text, sizes, calibration."""
     is_of_unscaled_embeddings: bool = False
     """Whether it was trained on rows of the embedding matrix, which some models multiply before the first block."""
 

@@ -15,7 +15,7 @@ class Counter(Protocol):
     """What counts blocks: a bar, or a share of one."""
 
     def advance(self, amount: int, /, *, is_resumed: bool = False) -> None:
-        """Count so many more blocks; `is_resumed` where an earlier run read them."""
+        """Count more blocks; `is_resumed` where an earlier run read them."""
 
 
 class Work:

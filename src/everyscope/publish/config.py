@@ -17,7 +17,7 @@ class PublishConfig(Schema):
     descriptions: Path | None = None
     """Folder written by `everyscope describe` and `everyscope explain`; None, or one that is not there, publishes none."""
     out: Path
-    """The suite's folder: copy it anywhere, upload it as it is."""
+    """The suite's folder; it can be copied anywhere and uploaded unchanged."""
     title: str
     """The suite's name, for people, as in `Tiny scope`."""
     model: str

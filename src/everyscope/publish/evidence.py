@@ -1,4 +1,4 @@
-"""All that a report is made from, and the choices that its sections share."""
+"""The data behind a report, and the choices that its sections share."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

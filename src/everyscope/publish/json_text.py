@@ -23,7 +23,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """A finite number with so many significant digits."""
+    """A finite number with `digits` significant digits."""
     return f"{value + 0.0:.{digits}g}"  # + 0.0: there is one zero
 
 
@@ -39,7 +39,7 @@ def array(texts: Iterable[str]) -> str:
 
 
 def numbers(values: Iterable[float], digits: int) -> str:
-    """A JSON array of numbers with so many significant digits."""
+    """A JSON array of numbers with `digits` significant digits."""
     return array(number(value, digits) for value in values)
 
 

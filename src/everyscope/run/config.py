@@ -50,7 +50,7 @@ from everyscope.text.config import TextConfig
 from everyscope.train.config import TrainConfig, TrainSettings, sae_name
 
 LIVE_HOLD_SECONDS = 60.0
-"""How long, without a disk, a trainer that lags may keep rows from being replaced: to make them again is dear [s]."""
+"""How long, without a disk, a trainer that lags may keep rows from being replaced: computing them again is costly [s]."""
 LIVE_CHUNKS = 8
 """The least into which a bucket is cut there, where chunks would not be larger than usual [chunks]."""
 LOGIT_BYTES = 16

@@ -111,7 +111,7 @@ class HarvestSettings(Schema):
 
 
 class EvaluateSettings(Schema):
-    """How much held-out text scores rest on."""
+    """How much held-out text is evaluated."""
 
     num_sequences: int = Field(default=2048, ge=1)
     """Held-out blocks read [blocks]."""

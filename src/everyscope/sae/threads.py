@@ -22,7 +22,7 @@ def single_threaded_pool(count: int) -> ThreadPoolExecutor:
     pool, ready = ThreadPoolExecutor(count), threading.Barrier(count)
 
     def settle() -> int:
-        own = torch.get_num_threads()  # asked first: a thread takes up the process's count at its first question
+        own = torch.get_num_threads()  # asked first: a thread copies the process's count when first asked
         ready.wait()  # so that each thread settles, and none settles twice
         torch.set_num_threads(1)
         return own

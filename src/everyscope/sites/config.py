@@ -17,7 +17,7 @@ class ModelConfig(Schema):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and forward passes."""
     device: str = "cpu"
-    """Torch device that the model runs on, as in cpu or cuda:0; with device_map, that of what works on its activations."""
+    """Torch device that the model runs on, as in cpu or cuda:0; with device_map, the device of work on its activations."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """How accelerate spreads the blocks of a model that no device holds over all of this machine's GPUs, then its memory, then
     its disk; None keeps the model on `device`."""

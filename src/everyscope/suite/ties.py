@@ -21,7 +21,7 @@ def is_tie(one: Estimate, other: Estimate) -> bool:
 
 
 def rank_spans(estimates: Sequence[Estimate], is_more_better: bool = False) -> list[tuple[int, int]]:
-    """The best and the worst place of each estimate, from 1: behind all that are surely better, before all surely worse.
+    """The best and the worst place of each estimate, from 1: behind all surely better ones, before all surely worse ones.
 
     Intervals of SAEs that were measured on the same documents move together, so some ties would fall in a paired comparison;
     no span is too narrow for that.

@@ -94,9 +94,9 @@ def train_saes(
 
     All SAEs see the same batches of `batch_rows` rows: `num_tokens` rows in all, or `num_passes` times all rows; give one of the
     two. `seed` shuffles an array once. Rows whose norm is above `max_norm` times the median norm are left out; None keeps all.
-    `preset`, as "fast" for 10^5 to 10^8 rows, sets the field `preset` of all configs. `callback` hears of every step, `report_to`
-    sends losses to "wandb" or "tensorboard" every `log_steps` steps. `precision` is that of products on CUDA, bfloat16 unless
-    float32 is asked for. `site` and `model` go into the SAEs' metadata.
+    `preset`, as "fast" for 10^5 to 10^8 rows, sets the field `preset` of all configs. `callback` is called every step,
+    `report_to` sends losses to "wandb" or "tensorboard" every `log_steps` steps. `precision` is that of products on CUDA,
+    bfloat16 unless float32 is asked for. `site` and `model` go into the SAEs' metadata.
 
     ConfigError for numbers that cannot be, ShapeMismatch and NonFinite for arrays that are no activations, DataError where all
     rows are equal, MissingExtra for a sink that is not installed.
@@ -161,7 +161,7 @@ def train_transcoders(
 
 @dataclass(frozen=True)
 class _Reporting:
-    """Who hears of steps."""
+    """Callbacks after each step."""
 
     callback: Callback | None
     report_to: tuple[SinkName, ...]

@@ -194,7 +194,7 @@ class TrainConfig(Schema):
 
     @property
     def group_id(self) -> str:
-        """An identity of what is trained and how, whatever folders and log intervals are."""
+        """An identity of what is trained and how, independent of folders and log intervals."""
         what = [[config.as_json() for config in self.saes], self.num_tokens, self.settings.batch_rows, self.max_norm]
         return content_id([*self._sides, what])
 

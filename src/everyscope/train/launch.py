@@ -58,7 +58,7 @@ def launch(
     max_restarts: int = MAX_RESTARTS,
     first_pause: float = FIRST_PAUSE,
 ) -> None:
-    """Run `work` in `ranks` processes until all have finished; `progress` hears of steps done, each once.
+    """Run `work` in `ranks` processes until all have finished; `progress` is called with steps done, each once.
 
     The cores that torch has here are divided among them. Raises a rank's own error, once; EveryscopeError where ranks keep dying;
     SystemExit, after the ranks have saved what they do, on SIGTERM.

@@ -28,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class LostPeer(EveryscopeError):
-    """Another rank has gone: what is under way cannot be finished, the last checkpoint can be gone on from."""
+    """Another rank has gone: what is under way cannot be finished; training can resume from the last checkpoint."""
 
 
 class ProcessGroup:

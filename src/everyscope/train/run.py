@@ -56,8 +56,7 @@ STOP_STEPS = 8
 
 
 def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: None) -> None:
-    """Train every SAE of the training group that is not finished; `progress` hears of steps done. Idempotent, resumes to the same
-    bits.
+    """Train every unfinished SAE of the training group; `progress` is called with steps. Idempotent, resumes to the same bits.
 
     In this process, or in as many as the settings ask for; these start again by themselves when one dies. SIGTERM saves a
     checkpoint and leaves with SystemExit. Raises DamagedData for shards that changed, ConfigError where the folder holds SAEs of
@@ -70,7 +69,7 @@ def run(config: TrainConfig, progress: Callable[[int], None] = lambda steps: Non
 
 
 def run_counting_rows(config: TrainConfig, progress: Callable[[int], None]) -> None:
-    """`run`, whose `progress` hears of rows, not of every step alone."""
+    """`run`, whose `progress` is called with rows, not after every step."""
     waiting = 0
 
     def count(steps: int) -> None:

@@ -24,7 +24,7 @@ from everyscope.text.identity import text_identity
 LIVE_FILE = "live.json"
 """The file's name, in the folder where a harvest would write its shards."""
 SAVED_BUCKETS = 64
-"""The file is written every so many buckets while the text is read."""
+"""Interval at which the file is written while the text is read [buckets]."""
 
 
 class BucketRecord(Schema):
@@ -37,7 +37,7 @@ class BucketRecord(Schema):
 
 
 class BucketIndex(Schema):
-    """All that is known of a live harvest before the model runs, and the statistics, which take one bucket of it."""
+    """What is known of a live harvest before the model runs, and the statistics, which need one bucket of it."""
 
     asked: str
     """Content id of the config and the model."""

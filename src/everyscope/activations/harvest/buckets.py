@@ -2,7 +2,7 @@
 
 A bucket is known in full before the model runs, so the place of each of its rows in the shard is known too, and rows can
 be written to their places as they come. Nothing larger than two batches of activations is ever in memory. Where buckets end
-follows from the config, the text, and `stops`: the rows at which earlier harvests, since gone on with, had ended.
+follows from the config, the text, and `stops`: the rows at which earlier harvests, since extended, had ended.
 """
 
 import json

@@ -26,7 +26,7 @@ class HarvestConfig(Schema):
     sites: tuple[Site, ...] = Field(min_length=1)
     """The sites to keep; all are captured in the same forward pass."""
     num_tokens: int = Field(gt=0)
-    """Rows wanted per site; fewer where the text ends first. A folder with fewer is gone on with [tokens]."""
+    """Rows wanted per site; fewer where the text ends first. A folder with fewer is extended [tokens]."""
     bucket_rows: int = Field(default=2**20, gt=0)
     """Rows shuffled together, which make one shard; rounded up to whole blocks of text [rows]."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -39,7 +39,7 @@ class HarvestConfig(Schema):
     """(index, count): this process writes the buckets index, index + count, ... Processes with other indices write the rest
     of the same folder, at the same time or not; whichever is last seals it [1]."""
     max_bytes: int | None = Field(default=None, gt=0)
-    """Disk that the folder may take; the harvest ends early, and whole, before it would take more. None: no limit [bytes]."""
+    """Limit of the folder's size; the harvest ends early, and valid, before exceeding it. None: no limit [bytes]."""
     shuffle_bytes: int = Field(default=SHUFFLE_BYTES, gt=0)
     """Memory for shuffling. Shards of a bucket that take more together are shuffled on disk by pieces, to the same bytes
     [bytes]."""

@@ -101,7 +101,7 @@ def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Captu
 
 
 def _made(device: torch.device) -> "torch.cuda.Event | None":
-    """What tells that everything asked of a GPU so far is done; None elsewhere, where it is."""
+    """An event after everything queued on a GPU so far; None on other devices."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

@@ -305,7 +305,7 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     try:
         fields = {name: value for name, value in config.items() if name != "stops"}
         return HarvestConfig.model_validate(fields | {"out": Path()}).record() | stops
-    except ValidationError:  # of a later everyscope, or damaged: then it speaks for itself
+    except ValidationError:  # of a later everyscope, or damaged: then the message is clear without it
         return config
 
 

@@ -1,4 +1,4 @@
-"""Import: activations that somebody else has stored, of whatever model, to one shuffled folder of shards.
+"""Import: activations stored by other tools, of any model, into one shuffled folder of shards.
 
 The table is read once, in order (once for every 256 shards), and each row goes to its place in a shuffle over all shards that is
 computed, not stored. Shards that do not fit in memory together take their rows in the order in which they come and are put

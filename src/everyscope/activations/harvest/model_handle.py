@@ -28,7 +28,7 @@ from everyscope.text.tokenizer import load_tokenizer
 Capture = Callable[[tuple[Site, ...], Int[Tensor, "batch ctx"]], dict[Site, Tensor]]
 """Sites and token ids to the activations at each site, [batch ctx d_in]."""
 FINGERPRINTED = (".safetensors", ".bin", ".json", ".model")
-"""Endings of the files that make a model what it is."""
+"""Endings of the files that determine a model."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class ActivationTable:
     identity: str
     """A fingerprint of the files."""
     chunks: Callable[[int], Iterator[Float[Tensor, "sequences positions d_in"]]]
-    """All of it in order, so many sequences at a time or fewer; may be called again."""
+    """All of it in order, at most `count` sequences at a time; may be called again."""
 
     @property
     def chunk_sequences(self) -> int:

@@ -16,7 +16,7 @@ class Timings:
     """Seconds by part of the work; several threads may add."""
 
     def __init__(self, tell: Callable[[int], None] = lambda rows: None) -> None:
-        """Nothing spent yet. `tell` hears of rows of this process's partition, those included that were there already."""
+        """Nothing spent yet. `tell` is called with rows of this process's partition, existing ones included."""
         self.tell = tell
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._lock, self._start = threading.Lock(), time.perf_counter()

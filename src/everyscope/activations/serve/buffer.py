@@ -40,7 +40,7 @@ class Buffer:
     """Chunks of an origin in bounded memory, for many waiting requests."""
 
     def __init__(self, origin: Origin, ring: Ring, read_threads: int, on_event: Callable[..., None]) -> None:
-        """`on_event(what, **details)` hears of leases and errors, for the log; `ring` is the buffer's alone from now on."""
+        """`on_event(what, **details)` receives leases and errors, for the log; `ring` is the buffer's alone from now on."""
         self._origin, self._ring, self._on_event = origin, ring, on_event
         self._rows: dict[ChunkKey, tuple[np.ndarray, str]] = {}
         self._granted: dict[int, ChunkKey] = {}

@@ -22,17 +22,17 @@ class ServeConfig(Schema):
     buffer_bytes: int = Field(default=2 << 30, ge=1)
     """Memory for chunks, those under way to trainers included [bytes]."""
     in_flight: int = Field(default=4, ge=1, le=64)
-    """Chunks that one trainer may have under way [chunks]."""
+    """Chunks in flight per trainer [chunks]."""
     lease_seconds: float = Field(default=60.0, gt=0)
-    """After so much silence a trainer is forgotten [s]."""
+    """A trainer that is silent for longer loses its lease [s]."""
     hold_seconds: float = Field(default=0.0, ge=0)
-    """How long a trainer that has asked for nothing new may keep what it will want soon from being replaced; 0 for never [s]."""
+    """How long chunks that an idle trainer will need soon are kept from being replaced; 0 never keeps them [s]."""
     wait_seconds: float = Field(default=5.0, gt=0)
     """A request whose chunk is not ready by then gets the answer to ask again [s]."""
     read_threads: int = Field(default=1, ge=1, le=64)
     """Chunks read from disk at the same time."""
     offer_files: bool = True
-    """Tell trainers on this host where the files lie, so that they read them without the server."""
+    """Tell trainers on this host the files' paths, so that they read them without the server."""
     token_file: Path | None = None
     """A file with the token that clients must send; None takes EVERYSCOPE_TOKEN, where it is set."""
     tls_certificate: Path | None = None

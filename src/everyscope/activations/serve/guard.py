@@ -98,7 +98,7 @@ class TokenGate(flight.ServerMiddlewareFactory):
     """Looks at the token of every call before anything else does. Only made where there is a token."""
 
     def __init__(self, token: str, on_refusal: Callable[[str, str], None]) -> None:
-        """`on_refusal(reason, message)` hears of calls without the right token."""
+        """`on_refusal(reason, message)` receives calls without the right token."""
         super().__init__()
         self._expected = f"Bearer {token}".encode()
         self._on_refusal = on_refusal

@@ -55,7 +55,7 @@ class Lease:
         return not self.seen_in(epoch)[chunk - self.slice.start]
 
     def seen_in(self, epoch: int) -> Bool[np.ndarray, " slice"]:
-        """Any order: what it had in `epoch`; an epoch that is over for good counts as had in full."""
+        """Any order: the chunks it had in `epoch`; an epoch that has ended counts as complete."""
         if epoch < self.epoch:
             return np.ones(len(self.slice), bool)
         if epoch not in self.seen:

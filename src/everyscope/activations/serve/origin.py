@@ -53,7 +53,7 @@ class Origin(Protocol):
     def read(self, key: ChunkKey) -> Mapping[ChunkKey, np.ndarray]:
         """The rows of `group(key)`: arrays [rows, d_in] in the carrier type, which stay as they are.
 
-        A chunk's rows are a function of its key, however often and in whatever order chunks are read. Jumping may be dear, so the
+        A chunk's rows are a function of its key, however often and in whatever order chunks are read. Jumps may be costly, so the
         server goes forward where it has the choice. Any EveryscopeError is raised in the readers that wait.
         """
         ...

@@ -191,7 +191,7 @@ class Ring:
         self._entries[key].pins -= 1
 
     def step(self, now: float) -> Decision:
-        """Decide all that can be decided."""
+        """Make every decision that is possible now."""
         decision = Decision()
         for lease in self.leases.expired(now):
             self.leases.end(lease)
@@ -250,7 +250,7 @@ class Ring:
         decision.grants.append(Grant(number, key))
 
     def _try_to_load(self, wait: _Wait, covered: set[ChunkKey], now: float, decision: Decision) -> None:
-        """See to it that what the request waits for is being loaded, if there is room; `covered` is for the lease's others."""
+        """Start loading what the request waits for, if there is room; `covered` is for the lease's others."""
         lease = wait.lease
         coming = {key for keys in self._loading.values() for key in keys}
         if wait.chunk is not None:

@@ -58,7 +58,7 @@ class Hasher:
 
 
 def checksums_of(path: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> Checksums:
-    """Both checksums of a file, read once, a block at a time; `advance` hears of the bytes done.
+    """Both checksums of a file, read once, a block at a time; `advance` is called with the bytes done.
 
     The system is asked for what comes next (POSIX_FADV_WILLNEED), so that the disk reads while the processor hashes.
     """

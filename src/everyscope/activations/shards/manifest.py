@@ -108,7 +108,7 @@ class Manifest(Schema):
     """SHA-256 of statistics.json; None for tokens."""
 
     def layout(self, rows: int) -> Layout:
-        """How a shard of so many rows of this folder is laid out."""
+        """The layout of a shard with `rows` rows in this folder."""
         return layout_of(rows, self.d_in, self.dtype)
 
     @property

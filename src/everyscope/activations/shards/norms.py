@@ -2,7 +2,7 @@
 
 Language models have *massive* rows: a few tokens (attention sinks, separators) whose norm is ten to a thousand times the median
 and which hold most of a site's sum of squares (Sun et al., arXiv 2402.17762). Scaling by the root mean square, or reporting the
-variance explained, then speaks of those few alone. So norms are counted in a histogram of quarter octaves, and its upper bins
+variance explained, then measures those few alone. So norms are counted in a histogram of quarter octaves, and its upper bins
 keep the sums of their rows: figures of the *usual* rows follow for any limit without reading a row again. Torch-free.
 """
 
@@ -23,7 +23,7 @@ MAX_NORM = 8.0
 BINS_PER_OCTAVE = 4
 """Bins of the norms' histogram while a norm doubles."""
 MAX_BINS = 40
-"""Bins with rows that are kept apart; norms below the highest so many are counted in the lowest of these."""
+"""Bins with rows that are kept apart; lower norms are counted in the lowest of these."""
 TAIL = 2.0
 """Rows above this many times the median norm have sums of their own, so a limit may not be lower [1]."""
 TAIL_BINS = 12

@@ -110,7 +110,7 @@ class ActivationWriter:
         return self._segments is None
 
     def finish(self) -> Checksums:
-        """Put the last things in order, sum up the bytes and write them: all that takes a processor. Once is enough."""
+        """Put the last things in order, sum up the bytes and write them: all the work of the CPU. Idempotent."""
         if self._checksums is None:
             assert self.num_put == self._rows, f"{self._name}: {self.num_put} rows put, {self._rows} expected"
             if self._segments is None:

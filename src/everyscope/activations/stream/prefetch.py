@@ -162,7 +162,7 @@ class JournalledSequence:
             return self._rows.pop((epoch, chunk))
 
     def _top_up(self) -> None:
-        """Ask for as many chunks as may be ahead; the lock is held."""
+        """Request chunks up to the limit ahead; the lock is held."""
         while self._tracker.num_ahead < self._ahead and not self._is_closed and self._fatal is None:
             now = time.monotonic()
             request = self._tracker.next_request([now >= time_ for time_ in self._not_before])

@@ -99,7 +99,7 @@ class Described(Schema):
     slice_count: int = Field(gt=0)
     """How many slices there are."""
     lease_seconds: float = Field(gt=0)
-    """After so much silence a trainer is forgotten [s]."""
+    """A trainer that is silent for longer loses its lease [s]."""
     in_flight: int = Field(gt=0)
     """Chunks that one trainer may have under way at most [chunks]."""
     folder: str | None

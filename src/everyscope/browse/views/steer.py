@@ -230,7 +230,7 @@ def _push_rows(index: Index, query: Query) -> list[PushRow]:
 
 
 def highest_activation(index: Index, row: PushRow) -> float:
-    """The latent's highest activation [raw units]; 1 where nobody has measured it. The form speaks in multiples of it."""
+    """The latent's highest activation [raw units]; 1 where it was not measured. The form uses multiples of it."""
     details = index.details(row.sae, row.latent or 0, ["max_activation"]) or {}
     return details.get("max_activation") or 1.0
 

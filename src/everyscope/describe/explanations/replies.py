@@ -51,7 +51,7 @@ class Reply:
     prompt_tokens: int
     """As the endpoint counted them, else estimated; 0 where nothing was answered [tokens]."""
     completion_tokens: int
-    """Likewise [tokens]."""
+    """The same of completions [tokens]."""
 
     @property
     def is_paid(self) -> bool:

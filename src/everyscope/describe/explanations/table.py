@@ -47,7 +47,7 @@ class Explanation:
     method: str
     """`offline statistics`, or the name of the language model that wrote the label."""
     kind: str
-    """What the label speaks of (token, context, syntax, position, mixed, text); none: no rule; rare: too few firings."""
+    """What the label is about (token, context, syntax, position, mixed, text); none: no rule; rare: too few firings."""
     detection: Score | None = None
     detection_null: float | None = None
     """Balanced accuracy of other latents' labels on the same windows [1]."""

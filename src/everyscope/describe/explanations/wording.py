@@ -117,11 +117,11 @@ LIKENESS = {
 }
 """How each part of a rule of likeness is said."""
 LIKE_SUBJECTS = {"own": "word class", "before": "context", "after": "context", "near": "topic"}
-"""What each part speaks of."""
+"""What each part is about."""
 
 
 def kind_of(rule: Rule | Likeness) -> str:
-    """What a rule speaks of, in a word: token, word class, context, topic, syntax, position, or mixed."""
+    """What a rule is about, in a word: token, word class, context, topic, syntax, position, or mixed."""
     if isinstance(rule, Likeness):
         kinds = {LIKE_SUBJECTS[part] for part in rule.parts}
     else:
@@ -157,7 +157,7 @@ SUBJECTS = {
     "place in line": "position",
     "place in sentence": "position",
 }
-"""What each family speaks of."""
+"""What each family is about."""
 
 
 def _conjunction(tests: tuple[OneOf, ...], traits: Traits) -> str:

@@ -11,7 +11,7 @@ from everyscope.sites.config import ModelConfig
 from everyscope.text.config import TextConfig, TextSource
 
 BLOCKS_PER_VARIANT, LEAST_BLOCKS = 8, 8
-"""By default a condition reads one block of so many that the scores rest on; but so many at least [blocks]."""
+"""By default a condition reads one of this many of the scores' blocks, and at least this many [blocks]."""
 SLICES, WORK = "slices", "comparisons"
 """Folders below the scores: what is published, and the scores that it was made from."""
 
@@ -43,7 +43,7 @@ class VariantsConfig(ComparisonConfig):
 
     @property
     def base(self) -> EvaluateConfig:
-        """The evaluation with so many blocks."""
+        """The evaluation with this many blocks."""
         num_sequences = self.num_sequences
         if num_sequences is None:
             num_sequences = max(min(LEAST_BLOCKS, self.evaluate.num_sequences), self.evaluate.num_sequences // BLOCKS_PER_VARIANT)

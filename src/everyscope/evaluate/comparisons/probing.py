@@ -88,7 +88,7 @@ def run(config: ProbingConfig) -> Path:
 
 
 def _common(config: ProbingConfig) -> str:
-    """Hash of all that decides the results of any SAE."""
+    """Hash of everything that determines the results of any SAE."""
     settings = config.model_dump(mode="json", exclude={"evaluate", "canonical_l0", "sites_at_once", "labels", "text"})
     about = [config.evaluate.model.as_json(), config.packing.as_json()]
     return content_id([VERSION, settings, about, None if config.labels is None else sha256(config.labels)])

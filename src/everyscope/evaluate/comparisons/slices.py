@@ -8,7 +8,7 @@ from everyscope.base.files import read_sealed, write_sealed
 from everyscope.base.progress import say
 
 INPUTS = "inputs"
-"""Key of the hash of all that decides a slice."""
+"""Key of the hash of a slice's inputs."""
 
 
 def is_current(path: Path, inputs: str) -> bool:

@@ -4,8 +4,8 @@ A pair of SAEs sits at one site, has adjacent widths and nearly one L0. Each wid
 direction as its parent, and a relation: new, matched or split (dictionaries.relations). Nearness is judged against random
 dictionaries of the wide one's size, for in few dimensions something always lies near. Firings on held-out text stand beside.
 
-`same_number` is the share of wide latents whose parent has their own number, by chance 1 / wide. More than that is kinship by
-birth: SAEs that were drawn from one seed start with the same first directions.
+`same_number` is the share of wide latents whose parent has their own number, by chance 1 / wide. More than that comes
+from the start: SAEs drawn from one seed begin with the same first directions.
 """
 
 import json
@@ -111,7 +111,7 @@ class Pair:
     table: Path
     """The pair's Parquet file."""
     inputs: str
-    """Hash of all that decides it."""
+    """Hash of everything that determines it."""
 
     @property
     def is_made(self) -> bool:

@@ -99,7 +99,7 @@ def run(config: NeuronpediaConfig) -> NeuronpediaResult:
 
 
 def identity(config: NeuronpediaConfig, index: SuiteIndex, source: NeuronpediaSource) -> str:
-    """Hash of all that decides a source's files."""
+    """Hash of everything that determines a source's files."""
     text = {name: checksum for name, checksum in index.files.items() if name.startswith("text/")}
     described = index.model_copy(update={"saes": (), "files": {}, "inputs": ""}).as_json()
     own = {"id": source.id, "model": source.model_id, "record": source.record.as_json()}

@@ -68,7 +68,7 @@ class Bridge:
             name = names[id(attempt)]
             try:
                 event = json.loads(self._ray.get(next(attempt)))
-            except StopIteration:  # the last event has been handed on
+            except StopIteration:  # the last event has been passed on
                 self._running.pop(name, None)
                 continue
             except self._ray.exceptions.TaskCancelledError:

@@ -38,13 +38,13 @@ def attribute(f, gradient, W_dec, y, firing):
 @compiled
 def count_firings(pre, level, counts):
     """Add the rows in which each pre-activation is above its level to `counts`, int64 [d_sae]; whether all are finite."""
-    spoilt = np.float32(0)
+    nonfinite = np.float32(0)
     for row in range(pre.shape[0]):
         values = pre[row]
         for latent in range(values.shape[0]):
             counts[latent] += np.int64(values[latent] > level[latent])
-            spoilt += values[latent] * np.float32(0)
-    return spoilt == 0
+            nonfinite += values[latent] * np.float32(0)
+    return nonfinite == 0
 
 
 @compiled

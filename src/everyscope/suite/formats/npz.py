@@ -18,7 +18,7 @@ from everyscope.base.files import human_bytes, require_file, unreadable
 NPZ_FILE = "params.npz"
 """The file of weights of Gemma Scope, and of our suites beside SAELens' pair."""
 MAX_EXPANSION, ALWAYS_ALLOWED = 32, 1 << 26
-"""Arrays may take so many times the bytes of their file [1], or so many bytes where that is more [bytes]."""
+"""Arrays may take this multiple of their file's bytes [1], or this many bytes where that is more [bytes]."""
 SUFFIX = ".npy"
 CHUNK_BYTES = 1 << 24
 MAX_HEADER = 10_000
