@@ -94,7 +94,7 @@ def test_built_in_subsets_keep_the_blocks_of_the_text():
     text = TextConfig(context=77, prefix="a", suffix="b", held_out_fraction=0.2)
     for subset in built_in_subsets(text):
         assert subset.text.model_copy(update={"source": "standard_library"}) == text
-    with pytest.raises(ValidationError, match="'own' is there twice"):
+    with pytest.raises(ValidationError, match="'own' is named twice"):
         SubsetsConfig(evaluate=evaluation(), subsets=(Subset(name="own", text=text),) * 2)
     with pytest.raises(ValidationError, match="name"):
         Subset(name="../elsewhere", text=text)
