@@ -5,7 +5,8 @@
     python benchmarks/browsing.py runs/tiny --quick     some seconds, to see that it runs
 
 It starts a server of its own. First one client steers, token by token as the page does, and reads texts, each time another one:
-the table shows the wait for the first token, for all of them, and the server's CPU time. A sweep over latents chosen at random
+the table shows the wait for the first token, for all of them, and the server's CPU time. Bare generations of the same model, in
+this process, take turns with what the pages write. A sweep over latents chosen at random
 then shows how many continuations repeat themselves at each strength, which is what the form's default is chosen by.
 
 Then three tabs read while one never stops steering. Each tab asks for another page as soon as somebody has seen the last one: the
@@ -29,14 +30,19 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from everyscope.suite.reader import Suite, load_suite
+from everyscope.browse.live import Push
+from everyscope.browse.live_model import SuiteModel
+from everyscope.sites.model import load_language_model
+from everyscope.suite.reader import Suite, load_suite, model_of
 
 TABS = 3
 LOOK_SECONDS = (0.05, 0.3)
@@ -132,10 +138,15 @@ def words(random_: random.Random, count: int) -> str:
     return " ".join(random_.choice(SENTENCE.split(" ")) for _ in range(count))
 
 
+def chosen(suite: Suite) -> str:
+    """The SAE whose latents are pushed: one of the residual stream, where there is one."""
+    return max(suite.index.saes, key=lambda record: (record.site == "resid_post", -abs(record.layer - 2))).folder
+
+
 def wait_for_model(server: Server, suite: Suite, count: int) -> list[dict[str, Any]]:
     """One client that steers and reads, `count` times each: a row for each kind of wait."""
     random_, waits, cpu = random.Random(0), {}, {}
-    sae = max(suite.index.saes, key=lambda record: (record.site == "resid_post", -abs(record.layer - 2))).folder
+    sae = chosen(suite)
 
     def timed(name: str, wait: float, before: float) -> None:
         waits.setdefault(name, []).append(wait)
@@ -187,6 +198,37 @@ def sweep(server: Server, suite: Suite, count: int) -> list[dict[str, Any]]:
         }
         for title, rows in found.items()
     ]
+
+
+@torch.no_grad()
+def beside_bare(folder: Path, sae: str, rounds: int) -> list[dict[str, Any]]:
+    """CPU time of one thread for two bare generations, and for both columns and a sweep of five as the pages write them."""
+    live, before = SuiteModel(folder), torch.get_num_threads()
+    live.threads = dict.fromkeys(live.threads, 1)
+    model: Any = load_language_model(model_of(folder, load_suite(folder).index.model)).model
+    columns = [[Push(sae, 0, strength)] for strength in (0.0, 1.0, -1.0, 2.0, 3.0)]
+
+    def bare() -> None:
+        for _ in range(2):
+            cache, fed = None, torch.full((1, 12), 5)
+            for _ in range(STEER_TOKENS):
+                output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+                cache, fed = output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    def written(count: int) -> None:
+        live.write(PROMPT, columns[:count], num_tokens=STEER_TOKENS, temperature=0.7, seed=0)
+
+    ways = {"two bare generations": bare, "two columns": partial(written, 2), "a sweep of five": partial(written, 5)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    torch.set_num_threads(1)
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.process_time()
+            way()
+            if number:
+                seconds[name].append(1000 * (time.process_time() - start))
+    torch.set_num_threads(before)
+    return [{"what": name, "rounds": rounds, "cpu": statistics.median(found)} for name, found in seconds.items()]
 
 
 @contextmanager
@@ -319,6 +361,9 @@ def main() -> None:
             "CPU, p50 [ms]": ".0f",
         }
         console.print(shown(f"{suite.index.title}; {beside}", columns, live))
+        paired = beside_bare(folder, chosen(suite), max(1, options.count // 4))
+        columns = {f"{STEER_TOKENS} tokens each": "", "rounds": "d", "CPU, p50 [ms]": ".0f"}
+        console.print(shown(f"{suite.index.title}: one thread, in turns", columns, paired))
         swept = sweep(server, suite, options.latents)
         columns = {
             "strength": "",
@@ -337,7 +382,7 @@ def main() -> None:
     listed = [{**row, "steering": "yes" if row["steering"] else "no"} for row in rows]
     console.print(shown(f"{suite.index.title}: {num_steered} steers of {TOKENS} tokens twice; {beside}", columns, listed))
     results = {"command": sys.argv, "load": load, "cores": os.cpu_count(), "steered": num_steered, "rows": rows}
-    results |= {"live": live, "swept": swept, "visits": [asdict(one) for one in visits]}
+    results |= {"live": live, "paired": paired, "swept": swept, "visits": [asdict(one) for one in visits]}
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
 
 

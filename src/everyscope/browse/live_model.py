@@ -64,7 +64,7 @@ TOP_TOKENS, TOP_CHANGED = 6, 24
 """Next tokens before and after an ablation, and downstream latents that it changes [tokens, latents]."""
 GAIN = 1.3
 """How much faster all cores must be than one to be taken [1]: what else runs on the machine slows many threads more than one."""
-UNTIMED_SECONDS = 0.5
+UNTIMED_SECONDS = 3.0
 """A pass on all cores that takes longer is not timed on one [s]."""
 TIMED_TOKENS = {"reading": 64, "writing": 1}
 """Tokens of the passes that are timed: products of matrices, and of matrices with vectors [tokens]."""
