@@ -45,6 +45,8 @@ ADDRESSES = {
     "compare": f"/compare?a={OTHER}&b={SAE}",
     "choose": "/compare",
     "comparisons": "/comparisons",
+    "mine": "/mine",
+    "help": "/help",
     "text": f"/text?sae={SAE}&text={TEXT}",
     "steer": f"/steer?prompt=def&sae={SAE}&latent=27&strength=2",
     "missing": "/sae/a/b/c/d/",

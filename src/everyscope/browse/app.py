@@ -140,6 +140,8 @@ class Browser:
             "/": self._suite,
             "/comparisons": self._comparisons,
             "/search": self._search,
+            "/mine": lambda request, index: self._page("mine", index),
+            "/help": lambda request, index: self._page("help", index),
             "/compare": self._compare,
             "/circuits": self._circuits,
             "/circuit/new": self._new_circuit,
@@ -356,10 +358,21 @@ class Browser:
         if request.headers.get("accept") == "application/json":
             answer: Response = JSONResponse({"error": str(error)}, status)
         else:
-            answer = self._page("error", self._preparation.index, status, title=title, message=str(error))
+            leads = self._leads(request)
+            answer = self._page("error", self._preparation.index, status, title=title, message=str(error), leads=leads)
         if status == 503:
             answer.headers["retry-after"] = "5"
         return answer
+
+    def _leads(self, request: Request) -> list[tuple[str, str | None]]:
+        """From an address that leads nowhere: the SAE that it names, and the latent nearest the one that is not there."""
+        found = request.path_params
+        index = self._preparation.index
+        sae = index.find("/".join(str(found.get(name)) for name in ("site", "layer", "width", "l0")))
+        if sae is None:
+            return []
+        near = [] if sae.problem or "latent" not in found else [min(found["latent"], sae.width - 1)]
+        return [(sae.title, self._links.sae(sae.folder)), *((f"Latent {n}", self._links.latent(sae.folder, n)) for n in near)]
 
     def _damaged(self, request: Request, error: Exception) -> Response:
         """The index, which is a file in the user's cache, was changed after it was written."""

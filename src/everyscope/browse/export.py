@@ -116,6 +116,8 @@ class _Export:
         index, links = self._index, self._links(0)
         self._page("index.html", "suite", links, suite_view(index, links))
         self._page("comparisons.html", "comparisons", links, comparisons_view(index, links))
+        self._page("mine.html", "mine", links, {})
+        self._page("help.html", "help", links, {})
         self._page("compare.html", "compare", links, compare_view(index, links, None, None))
         self._page("text.html", "text", links, text_view(index, links, self._live, {}))
         self._page("steer.html", "steer", links, steer_view(index, links, self._live, {}))

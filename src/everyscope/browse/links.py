@@ -48,6 +48,18 @@ class Links(Protocol):
         """What was measured over the whole suite."""
         ...
 
+    def mine(self) -> str | None:
+        """The reader's own latents."""
+        ...
+
+    def help(self, name: str = "") -> str | None:
+        """What the words mean, or one of them."""
+        ...
+
+    def latent_pattern(self) -> str:
+        """Where a latent is, for scripts: {folder}, {latent}, and {thousand}, the latent's number over 1,000."""
+        ...
+
     def circuits(self) -> str | None:
         """The list of attribution graphs."""
         ...
@@ -101,6 +113,18 @@ class Served:
     def comparisons(self) -> str:
         """See Links."""
         return "/comparisons"
+
+    def mine(self) -> str:
+        """See Links."""
+        return "/mine"
+
+    def help(self, name: str = "") -> str:
+        """See Links."""
+        return f"/help#{name}" if name else "/help"
+
+    def latent_pattern(self) -> str:
+        """See Links."""
+        return "/sae/{folder}/{latent}"
 
     def circuits(self) -> str:
         """See Links."""

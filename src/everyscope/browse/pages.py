@@ -13,6 +13,7 @@ from everyscope.browse.links import Links
 from everyscope.browse.queries import Index
 from everyscope.browse.views.suite import tip
 from everyscope.suite.layout import width_label
+from everyscope.suite.terms import TERMS
 
 HERE = Path(__file__).parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
@@ -35,6 +36,7 @@ def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.globals["terms"] = TERMS
     made.filters.update(
         href=href,
         significant=significant,

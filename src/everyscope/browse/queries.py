@@ -18,6 +18,7 @@ import numpy as np
 
 from everyscope.base.errors import DamagedData, DataError
 from everyscope.base.files import read_sealed
+from everyscope.base.ids import content_id
 from everyscope.browse.build import below
 from everyscope.browse.latent_rows import Rows
 from everyscope.browse.parts import PATIENCE, TEXT, Parts
@@ -170,6 +171,8 @@ class Index:
         self._pieces: dict[int, Piece] = {}
         self._scales: dict[int, np.ndarray] = {}
         self.suite: dict[str, Any] = record.model_copy(update={"saes": (), "files": {}}).as_json()
+        self.key = content_id([self.suite["title"], self.suite["model"]])[:16]
+        """What a reader's own things are kept under: the same when the suite is published again, or exported."""
         self.text_problem: str | None = None
         has_text = any(name.startswith("text/") for name in record.files) or (suite / "text").is_dir()
         self.saes: list[SaeFacts] = []

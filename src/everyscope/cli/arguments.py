@@ -4,7 +4,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -108,6 +108,20 @@ def parser_of(name: str, command: Command) -> OneLineParser:
     if command.takes_recipe:
         add("--help-all", action="store_true", help="show every field of the recipe, each of which is a flag")
     return parser
+
+
+def set_apart(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line words without the flags of a config's fields and their values, and those: argparse, which does not know them,
+    would take a value that stands before the path, as in `browse --port 9000 runs/tiny`, for the path.
+    """
+    fields = {} if command.takes_recipe or command.config is None else command.config.model_fields
+    flags = {f"--{name.replace('_', '-')}" for name, field in fields.items() if field.annotation is not bool}
+    rest, apart = list(arguments), []
+    for place in reversed(range(len(rest) - 1)):
+        if rest[place] in flags:
+            apart = rest[place : place + 2] + apart
+            del rest[place : place + 2]
+    return rest, apart
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, name: str) -> None:

@@ -13,7 +13,7 @@ from everyscope.base.errors import ConfigError, EveryscopeError, first_line
 from everyscope.base.progress import printable
 from everyscope.base.schema import one_line
 from everyscope.base.signals import EXIT_CODE, leave_on_termination
-from everyscope.cli.arguments import WHAT_IT_IS, Command, OneLineParser, command_named, overview, parser_of
+from everyscope.cli.arguments import WHAT_IT_IS, Command, OneLineParser, command_named, overview, parser_of, set_apart
 from everyscope.cli.commands import COMMANDS
 from everyscope.cli.flags import flags_of, parse_fields
 from everyscope.cli.recipe import is_model, resolve
@@ -73,7 +73,9 @@ def dispatch(arguments: Sequence[str]) -> None:
     name = arguments[0]
     command = command_named(name, COMMANDS)
     parser = parser_of(name, command)
-    options, fields = parser.parse_known_args(arguments[1:])
+    words, apart = set_apart(command, arguments[1:])
+    options, fields = parser.parse_known_args(words)
+    fields += apart
     options.command, options.flags = name, parser.flags()
     first = options.recipe if command.takes_recipe else options.path
     if command.config is None and not command.takes_recipe and fields:

@@ -25,7 +25,7 @@ NUMBERS = (
     "massive",
 )
 """Numbers that rows have, beside intervals and the baselines' FVUs."""
-HEADS = ("SAE", "L0", "FVU", "plain\nFVU", "FVU of\nPCA", "delta\nloss", "reco-\nvered", "dead")
+HEADS = ("SAE", "L0", "FVU", "plain\nFVU", "FVU of\nPCA", "delta\nloss", "recov.", "dead")
 """Short enough, with their numbers, for 80 columns beside names that take two lines."""
 
 

@@ -22,6 +22,7 @@ from everyscope.browse.app import HEADERS, Browser
 from everyscope.browse.light import Light
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index
+from everyscope.suite.terms import TERMS
 
 SAE = "resid_post/layer_1/width_256/average_l0_11"
 OTHER = "resid_post/layer_1/width_64/average_l0_11"
@@ -32,6 +33,8 @@ PAGES = [
     f"/compare?a={OTHER}&b={SAE}",
     "/compare?a=../../etc&b=%00",
     "/search",
+    "/mine",
+    "/help",
     "/search?q=return",
     "/search?q=%3Cscript%3Ealert('x')%3C%2Fscript%3E",
     "/text",
@@ -145,6 +148,22 @@ def test_an_address_that_leads_nowhere_is_a_page_that_says_so(get: Callable, add
     assert answer.status == 404
     assert HEADERS.items() <= answer.headers.items()
     assert "root:" not in answer.text
+
+
+def test_pages_of_errors_lead_on(get: Callable):
+    found = get(f"/sae/{SAE}/9999")
+    assert found.status == 404
+    assert {f"/sae/{SAE}/", f"/sae/{SAE}/255", "/"} <= set(Checked(found.text).links)
+
+
+def test_every_number_on_pages_is_in_the_dictionary(get: Callable):
+    """And every word that leads to the help is there."""
+    known = set(re.findall(r'<div id="(\w+)">', get("/help").text))
+    assert known == set(TERMS)
+    for address in ("/", f"/sae/{SAE}/", f"/sae/{SAE}/27"):
+        words = {link.partition("#")[2] for link in Checked(get(address).text).links if link.startswith("/help#")}
+        assert len(words) > 5
+        assert words <= known
 
 
 def test_files_of_the_pages_have_their_types(get: Callable):

@@ -65,6 +65,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("/comparisons", "comparisons.html"),
         ("/compare", "compare.html"),
         (f"/compare?a={NARROW}&b={WIDE}", "compare/0-1.html"),
+        ("/mine", "mine.html"),
+        ("/help", "help.html"),
         ("/text", "text.html"),
         ("/steer", "steer.html"),
         (f"/sae/{WIDE}/", f"sae/{WIDE}/index.html"),

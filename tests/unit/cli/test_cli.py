@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from everyscope.cli.arguments import set_apart
 from everyscope.cli.commands import COMMANDS
 from everyscope.cli.flags import flags_of
 from everyscope.cli.main import MAIN_FIELDS, main
@@ -174,3 +175,17 @@ def test_a_terminal_that_lacks_letters_loses_no_work():
     )
     assert child.returncode == 0, child.stderr
     assert b"Traceback" not in child.stderr
+
+
+def test_a_flag_before_the_path_keeps_its_value():
+    for given, want in (
+        (["--port", "9000", "runs/a"], (["runs/a"], ["--port", "9000"])),
+        (
+            ["runs/a", "--port", "9000", "--no-open", "--cache", "c"],
+            (["runs/a", "--no-open"], ["--port", "9000", "--cache", "c"]),
+        ),
+        (["--port"], (["--port"], [])),
+        ([], ([], [])),
+    ):
+        assert set_apart(COMMANDS["browse"], given) == want
+    assert set_apart(COMMANDS["run"], ["--out", "x", "tiny"]) == (["--out", "x", "tiny"], [])

@@ -77,6 +77,17 @@ function tipped(event) {
 }
 document.addEventListener("pointerover", tipped);
 document.addEventListener("focusin", tipped);
+
+// A finger's first tap on a word shows its tip, the second leads to the help
+let told = null;
+document.addEventListener("click", (event) => {
+  const term = event.target.closest?.("a.term");
+  if (term && event.pointerType === "touch" && told !== term) {
+    event.preventDefault();
+    showTip(term);
+  }
+  told = term;
+});
 document.addEventListener("scroll", hideTip, { passive: true, capture: true });
 
 // Tables that sort in the page

@@ -14,6 +14,7 @@ from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import width_label
 from everyscope.suite.positions import position_delta_loss, position_fvu
 from everyscope.suite.records import beaten_by
+from everyscope.suite.terms import TERMS
 
 BASELINES = {
     "zero": "zero",
@@ -26,39 +27,39 @@ BASELINES = {
 }
 """The baselines that metrics.json may have, and what to call them."""
 NUMBERS = (
-    ("l0", "L0 [latents]"),
-    ("fvu_usual", "FVU [1]"),
-    ("fvu", "Plain FVU, massive tokens too [1]"),
-    ("delta_loss", "Delta loss [nats/token]"),
-    ("loss_recovered", "Loss recovered [1]"),
-    ("kl", "KL [nats/token]"),
-    ("cosine", "Cosine [1]"),
-    ("l2_ratio", "Norm ratio [1]"),
-    ("mse", "Squared error [units²]"),
-    ("fvu_uncentred", "FVU about zero [1]"),
-    ("reconstruction_bias", "Reconstruction bias [1]"),
-    ("dead_fraction", "Dead latents [1]"),
-    ("dense_fraction", "Dense latents [1]"),
-    ("loss_clean", "Loss, untouched [nats/token]"),
-    ("loss_spliced", "Loss, spliced [nats/token]"),
-    ("loss_mean_ablated", "Loss, mean instead [nats/token]"),
-    ("loss_zero_ablated", "Loss, zero instead [nats/token]"),
+    "l0",
+    "fvu_usual",
+    "fvu",
+    "delta_loss",
+    "loss_recovered",
+    "kl",
+    "cosine",
+    "l2_ratio",
+    "mse",
+    "fvu_uncentred",
+    "reconstruction_bias",
+    "dead_fraction",
+    "dense_fraction",
+    "loss_clean",
+    "loss_spliced",
+    "loss_mean_ablated",
+    "loss_zero_ablated",
 )
 """Rows of the table of numbers, where they were measured."""
 COLUMNS = (
-    ("latent", "Latent", "", "Its number"),
-    ("", "Label", "wide", "What it seems to represent"),
-    ("", "Most on", "left", "The tokens on which it fires most"),
-    ("frequency", "Frequency", "", "Share of tokens on which it fires"),
-    ("max_activation", "Max", "", "Highest activation seen"),
-    ("mean_activation", "Mean", "", "Mean activation while it fires"),
-    ("entropy", "Entropy", "", "Entropy of the tokens on which it fires [nats]"),
-    ("predictability", "Token", "", "How well the current token alone predicts whether it fires; 0.5 is chance"),
-    ("nearest", "Nearest", "", "Highest cosine with another decoder row of this SAE"),
-    ("detection", "Detection", "", "Balanced accuracy of the label in predicting where it fires; 0.5 is chance"),
-    ("fuzzing", "Fuzzing", "", "Balanced accuracy of the label in recognising correctly marked tokens; 0.5 is chance"),
+    ("latent", "Latent", "", "latent"),
+    ("", "Label", "wide", "labels"),
+    ("", "Most on", "left", ""),
+    ("frequency", "Frequency", "", "frequency"),
+    ("max_activation", "Max", "", "max_activation"),
+    ("mean_activation", "Mean", "", "mean_activation"),
+    ("entropy", "Entropy", "", "entropy"),
+    ("predictability", "Token", "", "predictability"),
+    ("nearest", "Nearest", "", "nearest"),
+    ("detection", "Detection", "", "detection"),
+    ("fuzzing", "Fuzzing", "", "fuzzing"),
 )
-"""Columns of the table of latents: what they sort by, title, class, explanation."""
+"""Columns of the table of latents: what they sort by, title, class, and their name among TERMS."""
 
 
 def sae_view(index: Index, links: Links, sae: SaeFacts, request: TableRequest) -> dict[str, Any]:
@@ -102,8 +103,8 @@ def numbers(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The table of numbers: name, value and interval."""
     intervals = metrics.get("intervals") or {}
     return [
-        {"name": name, "title": title, "value": metrics[name], "interval": intervals.get(name)}
-        for name, title in NUMBERS
+        {"name": name, "title": TERMS[name].heading.removesuffix(" [1]"), "value": metrics[name], "interval": intervals.get(name)}
+        for name in NUMBERS
         if metrics.get(name) is not None and (name != "fvu" or metrics["fvu"] != metrics["fvu_usual"])
     ]
 
@@ -231,7 +232,7 @@ def _columns(sae: SaeFacts, page: TablePage, request: TableRequest, links: Links
                 "name": name,
                 "title": title,
                 "kind": kind,
-                "note": note,
+                "note": TERMS[note].means if note else "The tokens on which it fires most",
                 "is_here": is_here,
                 "href": links.sae(sae.folder, query) if name else None,
             }
