@@ -17,13 +17,12 @@ from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from everyscope.base.errors import EveryscopeError
 from everyscope.browse.circuit_file import circuit_file
@@ -35,6 +34,8 @@ from everyscope.browse.pages import TYPES, environment, render, stamps, static_f
 from everyscope.browse.parts import TEXT, Preparing
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
+from everyscope.browse.report import report_answer, report_files
+from everyscope.browse.safe import SafeHeaders
 from everyscope.browse.search import SearchRequest, jump
 from everyscope.browse.streaming import Say, streamed, until_left
 from everyscope.browse.table_page import TableRequest
@@ -59,35 +60,9 @@ from everyscope.browse.views.try_text import tried_view
 from everyscope.circuits.files import read_graph
 from everyscope.circuits.graph import Graph
 
-HEADERS = {
-    "content-security-policy": (
-        "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-}
 HOSTS = ["127.0.0.1", "localhost"]
 """The names under which this server answers: a stranger's domain that points at this machine is none of them."""
 SAE_PATH = "/sae/{site}/{layer}/{width}/{l0}"
-
-
-class SafeHeaders:
-    """Adds HEADERS to every answer, errors too."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        """Around `app`."""
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand on, with the headers."""
-
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        await self._app(scope, receive, send_safely)
 
 
 class NoSuchPage(EveryscopeError):
@@ -128,7 +103,7 @@ class Browser:
         self._preparation = preparation
         self._live = LiveModel(live)
         self._files = static_files()
-        self._links = Served(stamps(self._files))
+        self._links = Served(stamps(self._files), has_report="index.html" in report_files(preparation.suite))
         self._templates = environment()
         self._cached: tuple[int, str] | None = None
         self._lock = threading.Lock()
@@ -140,6 +115,8 @@ class Browser:
             "/": self._suite,
             "/comparisons": self._comparisons,
             "/search": self._search,
+            "/report/": self._report,
+            "/report/{name}": self._report,
             "/mine": lambda request, index: self._page("mine", index),
             "/help": lambda request, index: self._page("help", index),
             "/compare": self._compare,
@@ -243,6 +220,13 @@ class Browser:
                 self._links.sae(sae.folder) if latent is None else self._links.latent(sae.folder, latent), 303
             )
         return self._page("search", index, **search_view(index, self._links, query))
+
+    def _report(self, request: Request, index: Index) -> Response:
+        name = request.path_params.get("name", "index.html")
+        answer = report_answer(report_files(self._preparation.suite), name, index, self._links)
+        if answer is None:
+            raise NoSuchPage("the report of this suite has no such file; `everyscope publish` writes it")
+        return answer
 
     def _compare(self, request: Request, index: Index) -> Response:
         one, other = (index.find(request.query_params.get(name, "")) for name in ("a", "b"))

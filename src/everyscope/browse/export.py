@@ -20,6 +20,7 @@ from everyscope.browse.live import LiveModel
 from everyscope.browse.pages import environment, render, static_files
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, SaeFacts
+from everyscope.browse.report import report_files, report_page
 from everyscope.browse.table_page import PAGE, TableRequest
 from everyscope.browse.views.circuit import circuit_view, circuits_view
 from everyscope.browse.views.compare import compare_view
@@ -54,7 +55,8 @@ def run(config: ExportConfig) -> ExportResult:
     with storage_errors(config.out):
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(partial)
-        num_pages = _Export(index, partial, config.max_latents, _graphs(preparation.graphs)).write()
+        report = report_files(preparation.suite)
+        num_pages = _Export(index, partial, config.max_latents, _graphs(preparation.graphs), report).write()
         (partial / MARK).write_text("Replaced by the next export into this folder.\n", encoding="utf-8")
         if config.out.exists():
             shutil.rmtree(config.out)
@@ -78,8 +80,10 @@ def _graphs(paths: Mapping[str, Path]) -> dict[str, Path]:
 class _Export:
     """Writes every page below one folder; files need not be whole one by one, for the folder is."""
 
-    def __init__(self, index: Index, out: Path, max_latents: int | None, graphs: Mapping[str, Path]) -> None:
-        self._index, self._out, self._graphs = index, out, graphs
+    def __init__(
+        self, index: Index, out: Path, max_latents: int | None, graphs: Mapping[str, Path], report: Mapping[str, Path]
+    ) -> None:
+        self._index, self._out, self._graphs, self._report = index, out, graphs, report
         self._templates, self._live = environment(), LiveModel(None).asking()
         readable = [sae for sae in index.saes if sae.problem is None]
         self._widths = {sae.folder: min(sae.width, max_latents or sae.width) for sae in readable}
@@ -104,7 +108,7 @@ class _Export:
         return self._count
 
     def _links(self, depth: int) -> Exported:
-        return Exported(depth, self._widths, self._pages, self._pairs, self._graphs)
+        return Exported(depth, self._widths, self._pages, self._pairs, self._graphs, "index.html" in self._report)
 
     def _page(self, path: str, name: str, links: Exported, view: dict[str, object]) -> None:
         file = self._out / path
@@ -122,6 +126,13 @@ class _Export:
         self._page("text.html", "text", links, text_view(index, links, self._live, {}))
         self._page("steer.html", "steer", links, steer_view(index, links, self._live, {}))
         deeper = self._links(1)
+        for name, path in self._report.items():
+            make_folder(self._out / "report")
+            if path.suffix == ".html":
+                page = report_page(path, index, deeper, is_served=False)
+                (self._out / "report" / name).write_text(page, encoding="utf-8")
+            else:
+                shutil.copyfile(path, self._out / "report" / name)
         if self._graphs:
             self._page("circuits.html", "circuits", links, circuits_view(self._graphs, links))
         for name, path in self._graphs.items():

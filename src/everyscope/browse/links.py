@@ -48,6 +48,10 @@ class Links(Protocol):
         """What was measured over the whole suite."""
         ...
 
+    def report(self) -> str | None:
+        """The suite's report."""
+        ...
+
     def mine(self) -> str | None:
         """The reader's own latents."""
         ...
@@ -77,6 +81,8 @@ class Served:
 
     stamps: Mapping[str, str]
     """Of each file of static/ a hash, so that browsers may keep it."""
+    has_report: bool = False
+    """Whether the suite has one."""
 
     def asset(self, name: str) -> str:
         """See Links."""
@@ -114,6 +120,10 @@ class Served:
         """See Links."""
         return "/comparisons"
 
+    def report(self) -> str | None:
+        """See Links."""
+        return "/report/" if self.has_report else None
+
     def mine(self) -> str:
         """See Links."""
         return "/mine"
@@ -149,6 +159,8 @@ class Exported:
     """By pair of SAEs that are compared, the name of that page."""
     graphs: Collection[str] = ()
     """Names of the attribution graphs."""
+    has_report: bool = False
+    """Whether the suite has one."""
 
     def _at(self, path: str) -> str:
         return "../" * self.depth + path
@@ -195,6 +207,22 @@ class Exported:
     def comparisons(self) -> str:
         """See Links."""
         return self._at("comparisons.html")
+
+    def report(self) -> str | None:
+        """See Links."""
+        return self._at("report/index.html") if self.has_report else None
+
+    def mine(self) -> str:
+        """See Links."""
+        return self._at("mine.html")
+
+    def help(self, name: str = "") -> str:
+        """See Links."""
+        return self._at(f"help.html#{name}" if name else "help.html")
+
+    def latent_pattern(self) -> str:
+        """See Links; pages that were not written lead nowhere."""
+        return self._at("sae/{folder}/{thousand}/{latent}.html")
 
     def circuits(self) -> str | None:
         """See Links."""

@@ -18,10 +18,11 @@ from browser.invented_suite import SCRIPT, Shape, vocabulary, write_invented_sui
 from invented_suite import GOLDEN, write_suite
 
 from everyscope.base.errors import MissingExtra
-from everyscope.browse.app import HEADERS, Browser
+from everyscope.browse.app import Browser
 from everyscope.browse.light import Light
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index
+from everyscope.browse.safe import HEADERS
 from everyscope.suite.terms import TERMS
 
 SAE = "resid_post/layer_1/width_256/average_l0_11"

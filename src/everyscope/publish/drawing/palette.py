@@ -1,7 +1,7 @@
 """Colours, markers and matplotlib settings of every figure.
 
-Layers run from blue over teal and amber to red, sites have a hue and a marker each: both sets stay apart for red-green blind eyes
-and stand out on white as on black. Text and axes have two marker colours of their own, which become CSS variables in SVG.
+Layers run from blue over mauve to orange, as on pages; sites have a hue and a marker each. Both sets stay apart for red-green
+blind eyes and stand out on white as on black. Text and axes have two marker colours of their own, CSS variables in SVG.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from everyscope.sites.names import SITE_KINDS, SiteKind
 
 INK, FAINT, NEUTRAL = "#1c2330", "#c9ced6", "#8d939d"
 """Text, grid, and what no site or layer owns; the first two become var(--ink) and var(--rule) in SVG."""
-LAYERS = LinearSegmentedColormap.from_list("layers", ["#3f66c9", "#3aa6c9", "#cf9a2e", "#c2452d"])
+LAYERS = LinearSegmentedColormap.from_list("layers", ["#2f7fd0", "#8a74b0", "#c0708a", "#dc7436"])
 MARKERS = ("o", "s", "^", "D", "v", "P")
 """Width markers, narrow to wide."""
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 1.6)), (0, (5, 2, 1, 2)))
