@@ -27,7 +27,7 @@ NARROW, WIDE = "resid_post/layer_0/width_60/average_l0_5", "resid_post/layer_0/w
 class Dom(HTMLParser):
     """What a page holds, apart from where its links lead and what only a server can do."""
 
-    LINKS: ClassVar[set[str]] = {"href", "src", "action", "hidden"}
+    LINKS: ClassVar[set[str]] = {"href", "src", "action", "hidden", "data-address"}
 
     def __init__(self, page: str) -> None:
         super().__init__()
