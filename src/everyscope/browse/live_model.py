@@ -187,7 +187,8 @@ class SuiteModel:
 
         config = AttributionConfig(max_seconds=GRAPH_SECONDS)
         coders = coders_of(self._suite)
-        graph = attribute(self._model, coders, input_ids, target=target, config=config, tokenizer=self._tokenizer, say=report)
+        more: dict[str, Any] = {"target": target, "config": config, "tokenizer": self._tokenizer, "say": report}
+        graph = attribute(self._in_float32(), coders, input_ids, **more)
         write_graph(path, graph)
 
     def ablate(self, graph: Graph, request: AblationRequest) -> Sequence[Ablation]:
@@ -197,8 +198,14 @@ class SuiteModel:
         entries = [self._entry(coder.name) for coder in graph.facts.coders]
         edits = [[LatentEdit(latent, request.factor) for latent in some] for some in request.variants]
         held = {"freezes_attention": request.freezes_attention, "freezes_norms": request.freezes_norms}
-        effects = intervene(self._model, entries, graph, [[], *edits], **held)
+        effects = intervene(self._in_float32(), entries, graph, [[], *edits], **held)
         return [self._ablation(effects, variant) for variant in range(1, len(edits) + 1)]
+
+    def _in_float32(self) -> Any:
+        """The model, from now on in float32: in bfloat16 a graph's sums would not hold."""
+        if self._model.dtype != torch.float32:
+            self._model.float()
+        return self._model
 
     def _ablation(self, effects: Effects, variant: int) -> Ablation:
         before, after = (torch.from_numpy(effects.logits[place]).double().softmax(-1) for place in (0, variant))

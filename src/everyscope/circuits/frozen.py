@@ -142,9 +142,16 @@ class FrozenModel:
     """The frozen blocks of a model on one prompt, and its clean logits at the last position."""
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, input_ids: Int[Tensor, "1 ctx"]) -> None:
-        """Make the clean pass; the model is left as it was. ConfigError for more than one sequence."""
+        """Make the clean pass; the model is left as it was.
+
+        ConfigError for more than one sequence, and for a model in a number format too coarse for sums to hold.
+        """
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise ConfigError(f"input_ids have shape {tuple(input_ids.shape)}; a graph is of one prompt: give [1, ctx]")
+        dtype = next(model.parameters()).dtype
+        if dtype not in (torch.float32, torch.float64):
+            known = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"the model is in {known}, too coarse for a graph's sums; load it with dtype='float32'")
         self.model, self.adapter = model, adapter
         self.input_ids = input_ids.to(next(model.parameters()).device)
         self.blocks = [FrozenBlock(block, adapter.attention(layer).module) for layer, block in enumerate(adapter.blocks)]

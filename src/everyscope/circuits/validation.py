@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import nn
 
 from everyscope.base.errors import ConfigError
@@ -31,26 +31,33 @@ class Validation:
     weight: Float[np.ndarray, " targets"]
 
     @property
+    def is_finite(self) -> Bool[np.ndarray, " latents"]:
+        """Whether the pass without each latent gave numbers: with norms held, nothing keeps a deep model's later MLPs small."""
+        return np.isfinite(self.measured).all(1)
+
+    @property
     def effect(self) -> Float[np.ndarray, " latents"]:
         """Sizes of the measured changes, weighted by the targets."""
         return np.abs(self.measured) @ self.weight
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's, of influence and effect [1]."""
-        return spearman(self.influence, self.effect)
+        """Spearman's, of influence and effect, over passes that did not overflow [1]."""
+        return spearman(self.influence[self.is_finite], self.effect[self.is_finite])
 
     @property
     def prediction_correlation(self) -> float:
         """Spearman's, of predicted and measured changes of the first target, signs included [1]."""
-        return spearman(self.predicted[:, 0], self.measured[:, 0])
+        return spearman(self.predicted[self.is_finite, 0], self.measured[self.is_finite, 0])
 
     @property
     def words(self) -> str:
         """Both in a line."""
+        overflows = int((~self.is_finite).sum())
+        left_out = f" ({overflows} passes overflowed and are left out)" if overflows else ""
         return (
             f"{len(self.latents)} latents removed one by one: rank correlation of influence and effect "
-            f"{self.rank_correlation:.2f}, of predicted and measured change {self.prediction_correlation:.2f}"
+            f"{self.rank_correlation:.2f}, of predicted and measured change {self.prediction_correlation:.2f}{left_out}"
         )
 
 

@@ -75,7 +75,7 @@ def computed(options: argparse.Namespace, suite: Path) -> tuple[Graph, str, Test
     loaded = load_suite(suite)
     coders = coders_of(loaded, options.through, width=options.width, l0=options.l0)
     known = model_of(suite, loaded.index.model) if options.model is None else ModelConfig(name=options.model)
-    model = load_language_model(known)
+    model = load_language_model(known.model_copy(update={"dtype": "float32"}))
     graph = attribute(model, coders, options.prompt, target=target, config=AttributionConfig(**chosen))
     tested: Tested = {}
     if options.validate:

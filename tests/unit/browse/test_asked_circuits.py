@@ -11,8 +11,9 @@ from browser.invented_suite import Shape, write_invented_suite
 from invented_graph import invented_graph
 
 from everyscope.browse.app import Browser
-from everyscope.browse.live import CircuitRequest
+from everyscope.browse.live import Ablation, AblationRequest, CircuitRequest
 from everyscope.browse.preparation import Preparation
+from everyscope.browse.views.asked_circuit import ablation_json
 from everyscope.circuits.circuit_tracer import node_id
 from everyscope.circuits.config import Contrast, Latent, TargetTokens
 from everyscope.circuits.files import ENDING, FOLDER, graphs_in
@@ -153,3 +154,10 @@ def test_odd_ablations_are_one_line(post, live, form, words):
     assert answer.headers["content-type"] == "application/json"
     assert words in answer.text
     assert not live.ablated
+
+
+def test_what_overflows_is_no_number_and_no_fault():
+    nan = float("nan")
+    answer = Ablation(((nan, -1.0),), ((b"a", 0.5, nan),), ((BY_INFLUENCE[0], nan, 0.0),))
+    (found,) = ablation_json(GRAPH, AblationRequest(((),)), [answer])
+    assert found == {"targets": [[None, -1.0]], "tokens": [["a", 0.5, None]], "latents": [[LATENTS[0], None, 0.0]]}

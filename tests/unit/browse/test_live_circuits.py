@@ -101,3 +101,10 @@ def test_ablation_removes_latents_in_the_model(live, tmp_path):
     for one in (nothing, same):  # but for what passes of other sizes round differently
         np.testing.assert_allclose(one.targets, 0.0, atol=1e-5)
         assert all(before == pytest.approx(after, abs=1e-6) for _, before, after in one.tokens)
+
+
+def test_a_model_in_bfloat16_gives_graphs_in_float32(live, tmp_path, tiny_random_model_folder):
+    coarse = SuiteModel(live._suite.root, ModelConfig(name=str(tiny_random_model_folder), dtype="bfloat16"))
+    graph = drawn(coarse, CircuitRequest(PROMPT), tmp_path / "graph")
+    assert graph.largest_violation < 1e-5
+    assert len(coarse.ablate(graph, AblationRequest(((),)))) == 1

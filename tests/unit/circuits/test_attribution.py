@@ -1,5 +1,7 @@
 """Graphs: what they hold, what was left out of them, and their targets."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +140,8 @@ def test_layers_without_transcoder_are_errors(gemma2, prompt):
 def test_what_cannot_be_attributed_is_one_line(gemma2, prompt, coders, target, words):
     with pytest.raises(ConfigError, match=words):
         attribute(gemma2, coders, prompt, target=target)
+
+
+def test_a_number_format_too_coarse_for_sums_is_refused(gemma2, prompt):
+    with pytest.raises(ConfigError, match="in bfloat16, too coarse"):
+        attribute(copy.deepcopy(gemma2).bfloat16(), CODERS, prompt)

@@ -10,7 +10,7 @@ from everyscope.circuits.attribution import attribute
 from everyscope.circuits.config import Contrast, Latent, TargetTokens
 from everyscope.circuits.graph import LATENT, LOGIT, Graph
 from everyscope.circuits.intervene import Edit, intervene, predicted
-from everyscope.circuits.validation import ranks, spearman, validate
+from everyscope.circuits.validation import Validation, ranks, spearman, validate
 from everyscope.sites.splice import splice
 
 CODERS = [transcoder(layer, 32, 48, has_skip=layer == 1) for layer in range(3)]
@@ -143,3 +143,12 @@ def test_a_graph_of_one_latent_has_no_logits_to_validate(gemma2, prompt, graph):
     assert not (of_latent.kind == LOGIT).any()
     with pytest.raises(ConfigError, match="and 0 logits"):
         validate(gemma2, CODERS, of_latent)
+
+
+def test_passes_that_overflow_are_counted_and_left_out_of_correlations():
+    latents = tuple(Latent(0, 1, index) for index in range(4))
+    values = np.array([[1.0], [np.nan], [3.0], [4.0]])
+    found = Validation(latents, np.array([1.0, 9.0, 3.0, 4.0]), values, np.array([[1.0], [5.0], [3.0], [4.0]]), np.ones(1))
+    assert found.rank_correlation == pytest.approx(1)
+    assert found.prediction_correlation == pytest.approx(1)
+    assert "1 passes overflowed" in found.words

@@ -239,7 +239,9 @@ async function ablate(event) {
 function pair(parent, measured, predicted, most) {
   const { element, signed } = Circuit;
   for (const [kind, value] of [["measured", measured], ["predicted", predicted]]) {
-    const cell = element("td", null, parent, kind), bar = element("span", null, cell, `bar ${value < 0 ? "lowers" : "raises"}`);
+    const cell = element("td", null, parent, kind);
+    if (value === null) { element("span", "overflowed", cell, "soft"); continue; }
+    const bar = element("span", null, cell, `bar ${value < 0 ? "lowers" : "raises"}`);
     bar.style.width = `${(60 * Math.abs(value)) / most}px`;
     element("span", value === 0 ? "0" : signed(value), cell, "num");
   }
@@ -270,6 +272,7 @@ function tell(chosen) {
   element("h3", answer.length > 1 ? `Without ${one.name}` : "What follows", box).textContent = `Next tokens: ${one.name}`;
   const shown = element("p", null, box, "shift");
   for (const [text, before, after] of one.tokens) {
+    if (before === null || after === null) continue;
     element("code", text, shown, "chip");
     element("span", ` ${(100 * before).toFixed(1)} % → ${(100 * after).toFixed(1)} %  `, shown, after < before ? "fell" : "rose");
   }

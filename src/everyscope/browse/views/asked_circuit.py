@@ -9,7 +9,7 @@ from everyscope.base.errors import ConfigError
 from everyscope.browse.live import MAX_TEXT, Ablation, AblationRequest, Asking, CircuitRequest
 from everyscope.browse.pieces import Piece
 from everyscope.browse.preparation import Preparation
-from everyscope.browse.queries import Index
+from everyscope.browse.queries import Index, finite
 from everyscope.browse.views.circuit import FOREIGN_EDGE_SHARE, FOREIGN_NODE_SHARE
 from everyscope.browse.views.fields import MAX_DIGITS, Query, example, first
 from everyscope.circuits.circuit_tracer import node_id
@@ -95,7 +95,9 @@ def _latent(graph: Graph, node: int) -> Latent:
 
 
 def ablation_json(graph: Graph, request: AblationRequest, answers: Sequence[Ablation]) -> list[dict[str, Any]]:
-    """For the script, one entry for each variant. Latents that the variant itself scales are left out of `latents`."""
+    """For the script, one entry for each variant, None for numbers that overflowed. `latents` leaves out those that the variant
+    itself scales.
+    """
     found = []
     for edited, answer in zip(request.variants, answers, strict=True):
         latents = [row for row in answer.latents if _latent(graph, row[0]) not in edited]
@@ -106,7 +108,7 @@ def ablation_json(graph: Graph, request: AblationRequest, answers: Sequence[Abla
                 "latents": [[node_id(graph, node), measured, predicted] for node, measured, predicted in latents],
             }
         )
-    return found
+    return finite(found)
 
 
 def foreign_request(graph: Graph, query: Query) -> tuple[Graph, float, float]:
