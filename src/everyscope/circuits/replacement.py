@@ -24,6 +24,8 @@ from everyscope.sites.names import Site
 from everyscope.sites.norms import mlp_norm_of
 from everyscope.sites.registry import HookPoint, ModelAdapter
 
+BUFFERS = 8
+"""Copies of a row's gradient on the stream that pulling it back through a block takes at most."""
 GATHERED_BYTES = 1 << 26
 """Decoder rows that are gathered at once [bytes]."""
 
@@ -112,8 +114,12 @@ class LocalReplacement(Sources):
 
     @property
     def row_bytes(self) -> int:
-        """Of the gradient that one row takes through the layers [bytes]."""
-        return self.frozen.embed.nbytes
+        """Of the gradient that one row takes through the layers, and of two copies of attention's pattern, which batched
+        products make for each row [bytes].
+        """
+        heads = self.frozen.adapter.config.num_attention_heads
+        pattern = heads * self.frozen.context**2 * self.frozen.embed.element_size()
+        return self.frozen.embed.nbytes + 2 * pattern // BUFFERS
 
     @property
     def logits(self) -> Float[Tensor, " vocab"]:

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from everyscope.circuits.config import AttributionConfig
 from everyscope.circuits.influence import Edges, influence
-from everyscope.circuits.replacement import Direction, Rows
+from everyscope.circuits.replacement import BUFFERS, Direction, Rows
 
-BUFFERS = 8
-"""Copies of a row's gradient on the stream that pulling it back through a block takes at most."""
 ITEM_BYTES = 8
 """Of one entry of a row at most [bytes]."""
 MAX_ROWS = 256
