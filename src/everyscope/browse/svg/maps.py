@@ -50,7 +50,9 @@ def heat_map(
         text = element("text", f"{cell.value:.3f}", x=x + wide / 2, y=y + tall / 2 + 4, text_anchor="middle")
         shown = element("g", box, text, class_=f"cell h{max(0, min(STEPS, shade))}", data_tip=cell.tip)
         parts.append(element("a", shown, href=cell.href, aria_label=cell.tip))
-    return picture(left + wide * len(columns) + 4, top + tall * len(rows) + 4, label, *parts, is_static=False, class_="heat")
+    return picture(
+        left + wide * len(columns) + 4, top + tall * len(rows) + 4, label, *parts, is_static=False, class_=f"heat c{len(columns)}"
+    )
 
 
 @dataclass(frozen=True)
