@@ -143,7 +143,7 @@ def chosen(suite: Suite) -> str:
     return max(suite.index.saes, key=lambda record: (record.site == "resid_post", -abs(record.layer - 2))).folder
 
 
-def wait_for_model(server: Server, suite: Suite, count: int) -> list[dict[str, Any]]:
+def wait_for_model(server: Server, suite: Suite, count: int, text_words: int = TEXT_WORDS) -> list[dict[str, Any]]:
     """One client that steers and reads, `count` times each: a row for each kind of wait."""
     random_, waits, cpu = random.Random(0), {}, {}
     sae = chosen(suite)
@@ -155,13 +155,18 @@ def wait_for_model(server: Server, suite: Suite, count: int) -> list[dict[str, A
     lengths: list[int] = []
     for number in range(count + 1):
         before = server.cpu_seconds()
-        fields = {"prompt": words(random_, 12), "sae": sae, "latent": random_.randrange(64), "tokens": STEER_TOKENS}
+        fields = {
+            "prompt": words(random_, min(12, text_words)),
+            "sae": sae,
+            "latent": random_.randrange(64),
+            "tokens": STEER_TOKENS,
+        }
         first, whole, _ = server.stream({**fields, "strength": 0.5, "temperature": 1, "seed": number})
         if number:  # the first reads the SAE
             timed("steer, first token", first, before)
             timed(f"steer, {STEER_TOKENS} tokens twice", whole, before)
         for name, address in (("all layers", "/text?"), ("one SAE", f"/text?sae={quote(sae)}&")):
-            before, text = server.cpu_seconds(), words(random_, TEXT_WORDS)
+            before, text = server.cpu_seconds(), words(random_, text_words)
             start = time.perf_counter()
             with urllib.request.urlopen(f"{server.address}{address}text={quote(text)}") as answer:
                 page = answer.read().decode()
@@ -351,7 +356,7 @@ def main() -> None:
         server.stream({"prompt": PROMPT, "tokens": 1})  # loads the model
         load = os.getloadavg()[0]
         beside = f"{options.busy} busy programs beside, load {load:.1f} before, {os.cpu_count()} cores"
-        live = wait_for_model(server, suite, options.count)
+        live = wait_for_model(server, suite, options.count, 6 if options.quick else TEXT_WORDS)
         columns = {
             "one client": "",
             "times": "d",

@@ -97,7 +97,7 @@ def effects(model: LanguageModel, coders: Coders, prompt: str, target: Any, num_
 
 def cost(model: LanguageModel, coders: Coders | None, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """One graph of a prompt of random tokens, after one of eight tokens that warms up."""
-    network = model.model
+    network: Any = model.model
     random = torch.Generator().manual_seed(0)
     bos = network.config.get_text_config().bos_token_id or 0
     ids = torch.randint(10, network.config.get_text_config().vocab_size - 10, (1, tokens), generator=random)

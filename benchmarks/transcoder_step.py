@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,7 +41,7 @@ def rows(batch: int, d: int, seed: int) -> Tensor:
     return x / x.square().sum(1).mean().sqrt()
 
 
-def measured(shape: str, rounds: int, rounds_skips: bool) -> dict[str, object]:
+def measured(shape: str, rounds: int, rounds_skips: bool) -> dict[str, Any]:
     """Milliseconds, ratios and pairs of all kinds at one shape."""
     d, width, batch, l0 = map(int, shape.split(","))
     batches = [(rows(batch, d, 2 * i), rows(batch, d, 2 * i + 1)) for i in range(BATCHES)]

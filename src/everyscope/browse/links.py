@@ -243,7 +243,11 @@ class Nowhere:
     def _none(self, *names: object, **more: object) -> None:
         """See Links."""
 
-    suite = sae = latent = raw = search = live = compare = comparisons = circuits = circuit = _none
+    suite = sae = latent = raw = search = live = compare = comparisons = report = mine = help = circuits = circuit = _none
+
+    def latent_pattern(self) -> str:
+        """See Links; no latent has a page."""
+        return ""
 
 
 def sae_file(folder: str, page: int) -> str:

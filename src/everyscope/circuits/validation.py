@@ -33,7 +33,7 @@ class Validation:
     @property
     def is_finite(self) -> Bool[np.ndarray, " latents"]:
         """Whether the pass without each latent gave numbers: with norms held, nothing keeps a deep model's later MLPs small."""
-        return np.isfinite(self.measured).all(1)
+        return np.asarray(np.isfinite(self.measured).all(1))
 
     @property
     def effect(self) -> Float[np.ndarray, " latents"]:

@@ -2,10 +2,10 @@
 
 import pyarrow.parquet
 import pytest
-from everyscope.describe.vocabulary import write_vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from everyscope.describe.sequences import write_vocabulary
 from everyscope.text.pieces import byte_alphabet, special_tokens, token_pieces
 from everyscope.text.tokenizer import load_tokenizer
 

@@ -129,9 +129,10 @@ def _is_latent(sae: SaeFacts, item: dict[str, Any]) -> bool:
 def _quality(explanations: list[dict[str, Any]]) -> dict[str, Any]:
     """What the dot beside the title says: the best label and its quality."""
     best = explanations[0] if explanations else {"label": None, "kind": None, "detection": None, "detection_null": None}
-    if best["kind"] in UNLABELLED or None in (best["detection"], best["detection_null"]):
+    detection, null = best["detection"], best["detection_null"]
+    if best["kind"] in UNLABELLED or detection is None or null is None:
         return {"label": None if best["kind"] in UNLABELLED else best["label"], "quality": None}
-    return {"label": best["label"], "quality": best["detection"] - best["detection_null"]}
+    return {"label": best["label"], "quality": detection - null}
 
 
 def _twin(index: Index, sae: SaeFacts, neighbours: list[dict[str, Any]], relatives: "_Relatives") -> dict[str, Any] | None:

@@ -192,7 +192,7 @@ def _groups(index: Index, links: Links) -> list[dict[str, Any]]:
             "delta_tenths": round(10 * min(1.0, max(0.0, shares["delta_loss"]))),
         }
 
-    kinds = [kind for kind in SITE_KINDS if any(sae.site.kind == kind for sae in index.saes)]
+    kinds: list[SiteKind] = [kind for kind in SITE_KINDS if any(sae.site.kind == kind for sae in index.saes)]
     return [
         {"kind": kind, "title": SITE_TITLES[kind], "rows": [row(sae) for sae in index.saes if sae.site.kind == kind]}
         for kind in kinds

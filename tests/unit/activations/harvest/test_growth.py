@@ -211,7 +211,7 @@ def test_a_lost_owner_is_known_by_the_manifests(config, reap):
         reap(config, num_tokens=FIRST, seed=3)
     reap(config, num_tokens=1900)
     (config.out / "harvest.json").unlink()
-    with pytest.raises(ConfigError, match=r"harvest\.json: is lost"):
+    with pytest.raises(ConfigError, match=r"harvest\.json: is missing"):
         reap(config, num_tokens=1900)
     assert before.items() & tree(config.out).items()
 

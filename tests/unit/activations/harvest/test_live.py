@@ -192,11 +192,11 @@ def test_a_text_that_changed_is_refused(live, corpus, monkeypatch):
     buckets.rows(0)
     for path in sorted(corpus.iterdir()):  # as long as before: borders alone would not tell
         path.write_text(path.read_text().replace("return x + 1", "return x + 2"))
-    with pytest.raises(TextError, match=rf"has changed.*{LIVE_FILE}.*delete that file"):
+    with pytest.raises(TextError, match=rf"changed after it was read for .*{LIVE_FILE}.*delete that file"):
         live(bucket_rows=200)
     monkeypatch.setattr(bucket_index, "text_identity", lambda config: None)  # whose change no fingerprint shows
     changed = live(bucket_rows=200)
-    with pytest.raises(TextError, match=rf"has changed.*{LIVE_FILE}.*delete that file"):
+    with pytest.raises(TextError, match=rf"changed after it was read for .*{LIVE_FILE}.*delete that file"):
         list(map(changed.rows, range(len(changed.borders) - 1)))
 
 

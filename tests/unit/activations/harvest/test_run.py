@@ -245,7 +245,7 @@ def test_a_limit_on_files_is_one_clear_error_and_keeps_whole_shards_only(config,
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (14_000, hard))  # the first shards that are larger are those of attn_out
     try:
-        with pytest.raises(StorageError, match=r"attn_out/layer_0/shard_00000\.safetensors: files may not grow this large"):
+        with pytest.raises(StorageError, match=r"attn_out/layer_0/shard_00000\.safetensors: file size limit exceeded"):
             reap(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

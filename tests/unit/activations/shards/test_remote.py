@@ -145,7 +145,7 @@ def test_what_may_mend_itself_is_asked_for_again(web, patient, clock, replies, l
         (failing(416), DamagedData, "shard_00000.safetensors: ends before byte"),
         (failing(503), StorageError, "shard_00000.safetensors: no complete answer within 60 s, .*503"),
         (truncated, StorageError, "shard_00000.safetensors: no complete answer within 60 s"),
-        (without_ranges, StorageError, "shard_00000.safetensors: the server sends whole files"),
+        (without_ranges, StorageError, "shard_00000.safetensors: the server does not support byte ranges"),
         (shifted, DamagedData, "shard_00000.safetensors: sent bytes"),
         (flipped, DamagedData, "shard_00000.safetensors: block 0 of 4 MiB differs"),
     ],

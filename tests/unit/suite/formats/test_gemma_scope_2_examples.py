@@ -26,9 +26,9 @@ def language(tiny_random_model_folder):
 
 def coder_of(d: int) -> Sae:
     g = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(*shape, generator=g) / d**0.5 for shape in ((d, WIDTH), (WIDTH, d), (WIDTH,), (d,))]
+    W_enc, W_dec, b_enc, b_dec = (torch.randn(*shape, generator=g) / d**0.5 for shape in ((d, WIDTH), (WIDTH, d), (WIDTH,), (d,)))
     metadata = SaeMetadata(Site("mlp_in", 1), target=Site("mlp_out", 1), convention="mlp_input")
-    return Sae(*tensors, torch.full((WIDTH,), 0.3), metadata=metadata)
+    return Sae(W_enc, W_dec, b_enc, b_dec, torch.full((WIDTH,), 0.3), metadata=metadata)
 
 
 @torch.no_grad()
