@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
@@ -23,6 +24,8 @@ from everyscope.base.progress import Meter, meter, say, silence_meters
 from everyscope.run.jobs.job import Job
 
 POLL_SECONDS = 0.2
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+"""What numpy's library of products reads when it is loaded."""
 REPORTED_UNITS = 16
 """Units a worker counts before it tells its parent, so that telling costs less than the work."""
 
@@ -60,7 +63,8 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, progress: Meter) -> Non
     threads = threads_of(workers)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _Worker.start, (reports, threads))
     try:
-        pending: set[Future[None]] = {pool.submit(_Worker.run, job) for job in jobs}
+        with _blas_threads(threads):
+            pending: set[Future[None]] = {pool.submit(_Worker.run, job) for job in jobs}
         while pending:
             finished, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             while not reports.empty():
@@ -97,6 +101,22 @@ def _end(pool: ProcessPoolExecutor) -> None:
         for process in processes:  # reaping them is the pool's
             wait_for_any([process.sentinel])
         raise
+
+
+@contextmanager
+def _blas_threads(count: int) -> Iterator[None]:
+    """Processes that start within this take `count` threads for numpy's products too, which torch's setting does not reach: two
+    processes on two cores would each start two, that spin while they wait for one another.
+    """
+    before = os.environ.get(BLAS_THREADS)
+    os.environ[BLAS_THREADS] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BLAS_THREADS]
+        else:
+            os.environ[BLAS_THREADS] = before
 
 
 class _Worker:

@@ -44,9 +44,11 @@ def train(path, progress):
 
 
 def count_threads(path, progress):
+    import os
+
     import torch
 
-    path.write_text(str(torch.get_num_threads()))
+    path.write_text(f"{torch.get_num_threads()} {os.environ.get('OPENBLAS_NUM_THREADS')}")
 """
 
 
@@ -67,12 +69,14 @@ def test_every_job_runs(tmp_path: Path, work, workers):
 
 def test_threads_follow_from_the_workers_and_not_from_the_jobs_left(tmp_path: Path, work, monkeypatch):
     monkeypatch.setattr("everyscope.run.jobs.pool.os.cpu_count", lambda: 6)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     seen = {}
     for num_jobs in (1, 2, 3):
         paths = [tmp_path / f"{num_jobs}_{number}" for number in range(num_jobs)]
         run_jobs([Job(work.count_threads, path) for path in paths], 2, "jobs", num_jobs, "units")
         seen[num_jobs] = {path.read_text() for path in paths}
-    assert seen == {1: {"3"}, 2: {"3"}, 3: {"3"}}
+    assert seen == {1: {"3 3"}, 2: {"3 3"}, 3: {"3 3"}}
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
 
 
 def test_a_worker_killed_from_outside_is_one_clear_error(work):
