@@ -147,6 +147,7 @@ def wait_for_model(server: Server, suite: Suite, count: int, text_words: int = T
     """One client that steers and reads, `count` times each: a row for each kind of wait."""
     random_, waits, cpu = random.Random(0), {}, {}
     sae = chosen(suite)
+    width = min(64, next(record.width for record in suite.index.saes if record.folder == sae))
 
     def timed(name: str, wait: float, before: float) -> None:
         waits.setdefault(name, []).append(wait)
@@ -158,7 +159,7 @@ def wait_for_model(server: Server, suite: Suite, count: int, text_words: int = T
         fields = {
             "prompt": words(random_, min(12, text_words)),
             "sae": sae,
-            "latent": random_.randrange(64),
+            "latent": random_.randrange(width),
             "tokens": STEER_TOKENS,
         }
         first, whole, _ = server.stream({**fields, "strength": 0.5, "temperature": 1, "seed": number})

@@ -107,6 +107,7 @@ def test_reading_a_text_and_going_back(watched: Watched, tmp_path: Path):
     playwright.expect(page.locator(".stream")).to_contain_text(SCRIPT)
     assert page.url == first
     assert page.input_value("#text").startswith("if ")
+    page.wait_for_load_state("load")  # the page is loaded again: until its script runs, nobody hears of going on
     page.go_forward()
     playwright.expect(page.locator(".stream")).to_contain_text("another")
     screenshot(watched, tmp_path, "reading")
