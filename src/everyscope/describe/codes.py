@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from everyscope.base.errors import DataError
@@ -25,7 +25,7 @@ from everyscope.describe.sequences import Sequences
 from everyscope.describe.targets import DescribeTarget
 from everyscope.sae.firings import firings_by_latent
 from everyscope.sae.folded import Sae
-from everyscope.sae.normalisation import is_massive
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.capture import capture
 from everyscope.sites.names import places_of
 
@@ -171,16 +171,10 @@ def collect(
 
 def _encoded(rows: "_Rows", target: DescribeTarget, sae: Sae) -> tuple[LatentCodes, Int32[np.ndarray, " massive"]]:
     """The codes of an SAE on usual rows, and the places of massive ones."""
-    activations, is_large = rows.activations[target.site.inputs[0].folder], _is_large(rows, target)
-    usual = ~is_large.cpu().numpy()
-    return encode_rows(sae, activations[~is_large], rows.places[usual]), rows.places[~usual].astype(np.int32)
-
-
-def _is_large(rows: "_Rows", target: DescribeTarget) -> Bool[Tensor, " n"]:
-    """Which rows are massive for an SAE; for a transcoder, in what it reads or in what it predicts."""
-    reads, writes = target.site.inputs[0], target.site.outputs[0]
-    is_large = is_massive(rows.activations[writes.folder], target.norm_limit)
-    return is_large if reads == writes else is_large | is_massive(rows.activations[reads.folder], target.input_limit)
+    read, written = (rows.activations[place.folder] for place in (target.site.inputs[0], target.site.outputs[0]))
+    massive = NormLimits(target.input_limit, target.norm_limit).massive(read, written)
+    usual = ~massive.cpu().numpy()
+    return encode_rows(sae, read[~massive], rows.places[usual]), rows.places[~usual].astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from everyscope.base.tensors import opened_tensors, write_tensors
 from everyscope.evaluate.calibration import CHUNK_ROWS, Calibration, calibration_identity
 from everyscope.evaluate.config import EvaluateConfig
 from everyscope.evaluate.cost import Cost, keep_cost
-from everyscope.sae.normalisation import is_massive
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.capture import capture
 from everyscope.sites.model import LanguageModel
 from everyscope.sites.names import Site, places_of
@@ -89,7 +89,7 @@ def usual_pairs(
     x: Float[Tensor, "rows d_in"], y: Float[Tensor, "rows d_out"], of_input: Calibration, of_target: Calibration
 ) -> Bool[Tensor, " rows"]:
     """Which rows are massive on neither side."""
-    return ~(is_massive(x, float(of_input.norm_limit)) | is_massive(y, float(of_target.norm_limit)))
+    return ~NormLimits(float(of_input.norm_limit), float(of_target.norm_limit)).massive(x, y)
 
 
 def linear_maps(

@@ -79,7 +79,7 @@ def normalised_pair(
 
     Each side is centred, divided and shortened as its own normalisation says; by `means` that lie on the rows' device, if given.
     """
-    massive = is_massive(batch, of_input.norm_limit) | is_massive(target, of_target.norm_limit)
+    massive = NormLimits(of_input.norm_limit, of_target.norm_limit).massive(batch, target)
     if math.isfinite(of_input.norm_limit) or math.isfinite(of_target.norm_limit):
         batch, target = _replaced(batch, massive), _replaced(target, massive)
     all_rows = replace(of_input, norm_limit=math.inf), replace(of_target, norm_limit=math.inf)
@@ -91,6 +91,20 @@ def normalised_pair(
 def is_massive(rows: Float[Tensor, "*batch d_in"], norm_limit: float) -> Bool[Tensor, "*batch"]:
     """Whether each row's L2 norm is above the limit; one rule for training, metrics and descriptions."""
     return rows.float().square().sum(-1) > norm_limit**2
+
+
+@dataclass(frozen=True)
+class NormLimits:
+    """Norms above which rows are massive where a coder reads and where it writes; infinite where none is."""
+
+    read: float
+    written: float
+    """The same of an SAE, which writes the place that it reads."""
+
+    def massive(self, read: Float[Tensor, "n d_in"], written: Float[Tensor, "n d_out"]) -> Bool[Tensor, " n"]:
+        """Which rows are massive on either side; an SAE's, which are the same tensor on both, are looked at once."""
+        massive = is_massive(written, self.written)
+        return massive if read is written else massive | is_massive(read, self.read)
 
 
 def _shortened(x: Float[Tensor, "batch d_in"], largest: float) -> Float[Tensor, "batch d_in"]:

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from everyscope.describe.codes import LatentCodes, encode_rows, joined
 from everyscope.describe.explanations.passages import Passages, Windows
 from everyscope.sae.folded import Sae
-from everyscope.sae.normalisation import is_massive
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.capture import capture
-from everyscope.sites.names import Site
+from everyscope.sites.names import Site, places_of
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Firings:
 
 @torch.no_grad()
 def collect_firings(
-    model: Any, saes: Sequence[tuple[Site, Sae, float]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
+    model: Any, saes: Sequence[tuple[Site, Sae, NormLimits]], passages: Passages, batch_blocks: int, done: Callable[[int], None]
 ) -> list[Firings]:
     """The firings of each SAE over all counting tokens; `done` is called with blocks passed. The SAEs lie on the model's device.
 
-    On rows whose norm is above an SAE's limit it has no firings: it was not trained on them, and all its latents fire there.
+    On rows whose norm is above a limit of an SAE it has no firings: it was not trained on them, and all its latents fire there.
     """
-    places = list(dict.fromkeys(site.inputs[0] for site, _, _ in saes))
+    places = places_of(site for site, _, _ in saes)
     parts: list[list[LatentCodes]] = [[] for _ in saes]
     ctx = passages.input_ids.shape[1]
     for start in range(0, len(passages.input_ids), batch_blocks):
@@ -56,9 +56,10 @@ def collect_firings(
         tokens = np.flatnonzero(mask.numpy().ravel()) + start * ctx
         found = capture(model, places, ids)
         rows = {place: found[place][mask.to(found[place].device)] for place in places}
-        for part, (site, sae, norm_limit) in zip(parts, saes, strict=True):
-            usual = ~is_massive(rows[site.inputs[0]], norm_limit)
-            part.append(encode_rows(sae, rows[site.inputs[0]][usual], tokens[usual.cpu().numpy()]))
+        for part, (site, sae, limits) in zip(parts, saes, strict=True):
+            read = rows[site.inputs[0]]
+            usual = ~limits.massive(read, rows[site.outputs[0]])
+            part.append(encode_rows(sae, read[usual], tokens[usual.cpu().numpy()]))
         done(len(ids))
     return [Firings(codes.starts, codes.places, codes.values) for codes in map(joined, parts)]
 

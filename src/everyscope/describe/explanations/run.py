@@ -151,7 +151,7 @@ def _explain(
     size, num_blocks = config.saes_per_pass, len(ground.passages.input_ids)
     for start in range(0, len(targets), size):
         group = targets[start : start + size]
-        saes = [(target.site, read_sae(target.folder)[0].to(device), target.norm_limit) for target in group]
+        saes = [(target.site, read_sae(target.folder)[0].to(device), target.limits) for target in group]
         with meter("read", num_blocks, "blocks") as bar:
             found = collect_firings(model, saes, ground.passages, config.batch_blocks, bar.advance)
         with meter("explain", sum(firings.d_sae for firings in found), "latents") as bar:

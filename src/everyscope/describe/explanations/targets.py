@@ -11,6 +11,7 @@ from everyscope.base.ids import content_id
 from everyscope.describe.explanations.config import EndpointConfig, ExplainConfig
 from everyscope.describe.explanations.table import EXPLANATIONS_FILE, explanation_facts
 from everyscope.sae.files import WEIGHTS, read_record, trained_folders
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.names import Site, parse_folder
 
 IDLE_FIELDS = {"saes", "out", "trained", "batch_blocks", "saes_per_pass", "endpoint", "share"}
@@ -41,8 +42,8 @@ class ExplainTarget:
     out: Path
     """Where its explanations go."""
     width: int
-    norm_limit: float
-    """The norm above which rows are massive; infinity where none is."""
+    limits: NormLimits
+    """The norms above which rows are massive."""
     identity: str
     """Hash of all that decides the explanations."""
     endpoint: EndpointConfig | None
@@ -86,14 +87,16 @@ def _target(config: ExplainConfig, folder: Path) -> ExplainTarget:
     endpoint = config.endpoint if config.endpoint is not None and fnmatchcase(name, config.endpoint.saes) else None
     record = read_record(folder)
     limit = record.get("norm_limit")
-    norm_limit = math.inf if limit is None else float(limit)
+    written = record.get("target_norm_limit") if site.inputs != site.outputs else limit
+    limits = NormLimits(*(math.inf if one is None else float(one) for one in (limit, written)))
     decides: dict[str, Any] = config.model_dump(mode="json", exclude=IDLE_FIELDS)
     decides |= {
         "version": VERSION,
         "sae": record[WEIGHTS],
         "norm_limit": limit,
+        **({"target_norm_limit": written} if site.inputs != site.outputs else {}),
         "endpoint": endpoint and endpoint.model_dump(mode="json", include=DECIDING_ENDPOINT_FIELDS),
     }
     return ExplainTarget(
-        site, folder.name, folder, config.out / name, int(record["width"]), norm_limit, content_id(decides), endpoint
+        site, folder.name, folder, config.out / name, int(record["width"]), limits, content_id(decides), endpoint
     )

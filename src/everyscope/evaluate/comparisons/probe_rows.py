@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from everyscope.base.errors import TextError
 from everyscope.evaluate.comparisons.config import ProbingConfig
 from everyscope.evaluate.comparisons.labels import NO_LABEL, LabelledCorpus, Labels, token_labels
-from everyscope.sae.normalisation import is_massive
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.capture import capture
 from everyscope.sites.names import Site, places_of
 from everyscope.text.config import Split, TextConfig
@@ -103,15 +103,6 @@ def _places(num_tokens: int, text: TextConfig, most: int) -> list[slice]:
     return [slice(int(start), min(int(start) + size, num_tokens)) for start in starts]
 
 
-@dataclass(frozen=True)
-class NormLimits:
-    """Norms above which the rows of a site are massive, as its evaluation found them; infinite where none is."""
-
-    read: float
-    written: float
-    """The same of an SAE's site, which writes the place that it reads."""
-
-
 @dataclass(frozen=True, eq=False)
 class SiteActivations:
     """What coders at one site read on some rows."""
@@ -140,4 +131,4 @@ def activations_at(
 
 
 def _at(read: Float[Tensor, "n d_in"], written: Float[Tensor, "n d_out"], limits: NormLimits) -> SiteActivations:
-    return SiteActivations(read.float(), ~(is_massive(read, limits.read) | is_massive(written, limits.written)))
+    return SiteActivations(read.float(), ~limits.massive(read, written))

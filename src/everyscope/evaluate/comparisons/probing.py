@@ -24,7 +24,7 @@ from everyscope.evaluate.bootstrap import bootstrap_interval
 from everyscope.evaluate.comparisons.canonical import canonical_saes
 from everyscope.evaluate.comparisons.config import ProbingConfig
 from everyscope.evaluate.comparisons.labels import LabelledCorpus, labelled_python, read_labelled
-from everyscope.evaluate.comparisons.probe_rows import NormLimits, ProbeRows, SiteActivations, activations_at, read_rows
+from everyscope.evaluate.comparisons.probe_rows import ProbeRows, SiteActivations, activations_at, read_rows
 from everyscope.evaluate.comparisons.probes import (
     Encode,
     Task,
@@ -39,6 +39,7 @@ from everyscope.evaluate.comparisons.probes import (
 from everyscope.evaluate.comparisons.scored import Scored, read_scored
 from everyscope.evaluate.comparisons.slices import is_current, read_slice, write_slice
 from everyscope.sae.folded import Sae
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.model import load_language_model
 from everyscope.sites.names import Site
 from everyscope.text.tokenizer import load_tokenizer

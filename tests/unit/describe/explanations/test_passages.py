@@ -11,6 +11,7 @@ from everyscope.describe.explanations.firings import collect_firings
 from everyscope.describe.explanations.passages import CHECK, LEARN, SCORE, Passages, cut_windows, join_blocks
 from everyscope.describe.explanations.run import text_pieces
 from everyscope.sae.folded import Sae
+from everyscope.sae.normalisation import NormLimits
 from everyscope.sites.capture import capture
 from everyscope.sites.config import ModelConfig
 from everyscope.sites.model import load_language_model
@@ -80,7 +81,9 @@ def test_massive_rows_have_no_firings(passages: Passages):
     norms = rows[torch.from_numpy(some.mask.ravel())].norm(dim=1).sort().values
     limit = float(norms[len(norms) // 2 :][:2].mean())  # between two rows, not at one
     usual = set(np.flatnonzero(some.mask.ravel() & (rows.norm(dim=1).numpy() <= limit)).tolist())
-    every, kept = collect_firings(model, [(site, sae, math.inf), (site, sae, limit)], some, 2, lambda blocks: None)
+    every, kept = collect_firings(
+        model, [(site, sae, NormLimits(one, one)) for one in (math.inf, limit)], some, 2, lambda blocks: None
+    )
     assert 0 < len(usual) < int(some.mask.sum())
     assert set(kept.tokens.tolist()) <= usual < set(every.tokens.tolist())
     for latent in range(32):
@@ -88,3 +91,18 @@ def test_massive_rows_have_no_firings(passages: Passages):
         is_usual = np.isin(tokens, list(usual))
         np.testing.assert_array_equal(kept.of(latent)[0], tokens[is_usual])
         np.testing.assert_array_equal(kept.of(latent)[1], activations[is_usual])
+
+
+def test_a_transcoder_has_no_firings_where_either_side_is_massive(passages: Passages):
+    model = load_language_model(ModelConfig()).model
+    some, site = replace(passages, input_ids=passages.input_ids[:2], mask=passages.mask[:2]), Site("transcoder", 1)
+    reads, writes = site.inputs[0], site.outputs[0]
+    found = capture(model, [reads, writes], torch.from_numpy(some.input_ids).long())
+    read, written = (found[place].reshape(-1, found[place].shape[-1]).norm(dim=1).numpy() for place in (reads, writes))
+    limits = [float(np.quantile(norms[some.mask.ravel()], 0.7)) for norms in (read, written)]
+    d_in, d_out = found[reads].shape[-1], found[writes].shape[-1]
+    always = Sae(torch.zeros(d_in, 1), torch.ones(1, d_out), torch.ones(1), torch.zeros(d_out), torch.full((1,), 0.1))
+    (firings,) = collect_firings(model, [(site, always, NormLimits(*limits))], some, 2, lambda blocks: None)
+    usual = [some.mask.ravel() & (norms <= limit) for norms, limit in zip((read, written), limits, strict=True)]
+    assert (usual[0] != usual[1]).any()
+    assert firings.tokens.tolist() == np.flatnonzero(usual[0] & usual[1]).tolist()

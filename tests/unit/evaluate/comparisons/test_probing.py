@@ -14,10 +14,10 @@ from everyscope.base.files import write_sealed
 from everyscope.evaluate.comparisons import probing
 from everyscope.evaluate.comparisons.config import ProbingConfig
 from everyscope.evaluate.comparisons.labels import NO_LABEL, labelled_python, read_labelled
-from everyscope.evaluate.comparisons.probe_rows import NormLimits, activations_at, read_rows
+from everyscope.evaluate.comparisons.probe_rows import activations_at, read_rows
 from everyscope.evaluate.comparisons.probes import draw_rows, tasks_of
 from everyscope.evaluate.config import EvaluateConfig
-from everyscope.sae.normalisation import is_massive
+from everyscope.sae.normalisation import NormLimits, is_massive
 from everyscope.sites.capture import capture
 from everyscope.sites.model import load_language_model
 from everyscope.suite.scores import read_metrics
