@@ -113,8 +113,11 @@ def find_targets(config: DescribeConfig) -> tuple[DescribeTarget, ...]:
     targets = []
     for number, its in enumerate(found):
         relatives = _relatives(number, found)
-        limit = None if math.isinf(its.norm_limit) else its.norm_limit
-        identity = content_id({"version": VERSION, "site": its.site.folder, "sae": its.sae, "norm_limit": limit, **decides})
+        limits = {"norm_limit": its.norm_limit}
+        if its.site.inputs != its.site.outputs:
+            limits["input_norm_limit"] = its.input_limit
+        known = {name: None if math.isinf(limit) else limit for name, limit in limits.items()}
+        identity = content_id({"version": VERSION, "site": its.site.folder, "sae": its.sae, **known, **decides})
         seen = [[relation, other, found[other].sae] for relation, other in relatives]
         surroundings = content_id({"saes": seen, "count": config.neighbours, "scores": sha256(its.scores)})
         out = config.out / its.site.folder / its.name / LATENTS_FILE

@@ -48,6 +48,8 @@ LABEL_COLUMNS = pyarrow.schema(
     + [(name, pyarrow.float32()) for name in SCORES]
 )
 FIFTHS = 5
+MOST_TOKENS = 1 << 24
+"""No vocabulary is as large [tokens]."""
 MAX_TOKENS = 1024
 """Tokens of an example that Neuronpedia's API takes [tokens]."""
 BEFORE = 0.6
@@ -139,10 +141,15 @@ def read_text(suite: Path, tables: Tried) -> SuiteText:
             raise DataError(f"{folder / name}: missing, the suite is not described; run `everyscope describe` and publish again")
     tokens = _vocabulary(folder / VOCABULARY_FILE)
     table = read_table(folder / SEQUENCES_FILE, ["input_ids", "documents", "document_starts"], AGAIN)
-    blocks = [np.asarray(ids.values, np.int64) for ids in table["input_ids"]]
+    ids = table["input_ids"].combine_chunks()
+    if ids.null_count or ids.flatten().null_count:
+        raise DamagedData(f"{folder / SEQUENCES_FILE}: has a block or a token without a value; {AGAIN}")
+    blocks = [np.asarray(block.values, np.int64) for block in ids]
     if any(len(ids) and not 0 <= ids.min() <= ids.max() < len(tokens) for ids in blocks):
         raise DataError(f"{folder / SEQUENCES_FILE}: has tokens beyond the vocabulary's {len(tokens)}; {AGAIN}")
     starts = table["document_starts"].to_pylist()
+    if any(None in positions for positions in starts if positions):
+        raise DamagedData(f"{folder / SEQUENCES_FILE}: has a document without a beginning; {AGAIN}")
     model = read_sealed(folder / MODEL_FILE, REMEDY)
     try:
         num_layers, d_model = int(model["num_layers"]), int(model["d_model"])
@@ -163,8 +170,8 @@ def read_text(suite: Path, tables: Tried) -> SuiteText:
 def _vocabulary(path: Path) -> list[str]:
     table = read_table(path, ["token", "text"], AGAIN)
     ids = table["token"].to_pylist()
-    if ids and min(ids) < 0:
-        raise DataError(f"{path}: has a token of number {min(ids)}; {AGAIN}")
+    if any(id_ is None or not 0 <= id_ < MOST_TOKENS for id_ in ids):
+        raise DamagedData(f"{path}: has a token whose number is not in [0, {MOST_TOKENS}); {AGAIN}")
     texts = {
         id_: shortened(text or "⟨empty⟩", TOKEN_CHARACTERS) for id_, text in zip(ids, table["text"].to_pylist(), strict=True)
     }
@@ -196,6 +203,9 @@ def read_latents(home: Path, width: int, text: SuiteText, has_labels: bool) -> I
             raise DamagedData(
                 f"{path}: latent {expected} has logits of tokens beyond the vocabulary's {len(text.tokens)}; {AGAIN}"
             )
+        written = (entry["value"] for entry in chain(row["top_logits"], row["bottom_logits"]))
+        if None in row["histogram"] or not all(map(math.isfinite, (row["frequency"], row["max_activation"], *written))):
+            raise DamagedData(f"{path}: latent {expected} has a number that is missing, NaN or infinite; {AGAIN}")
         while -1 < at < expected:
             at, its_labels = next(labels, (-1, ()))
         own = [label for label in its_labels if label["label"] and label["kind"] not in UNLABELLED] if at == expected else []
@@ -205,7 +215,7 @@ def read_latents(home: Path, width: int, text: SuiteText, has_labels: bool) -> I
 def _labels(path: Path) -> Iterator[dict[str, Any]]:
     last = 0
     for row in _rows(path, LABEL_COLUMNS, "explain"):
-        if row["latent"] < last:
+        if row["latent"] is None or row["latent"] < last:
             raise DamagedData(f"{path}: is not in order of latent; run `everyscope explain` and publish again")
         last = row["latent"]
         yield row

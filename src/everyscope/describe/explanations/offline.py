@@ -100,16 +100,16 @@ def learn_labels(ground: Ground, firings: Firings, done: Callable[[int], None]) 
         latents = [latent for latent in range(start, min(start + BATCH, firings.d_sae)) if len(firings.of(latent)[0])]
         learnt = [_fires(firings, latent, ground.is_learning) for latent in latents]
         fits = ground.likeness.fits([tokens for tokens, _ in learnt])
-        found = [_rule(ground, firings, latent, *fires, fit) for latent, fires, fit in zip(latents, learnt, fits, strict=True)]
-        liked = [latent for latent, rule in zip(latents, found, strict=True) if isinstance(rule, Fit)]
+        found = [_rules(ground, firings, latent, *fires, fit) for latent, fires, fit in zip(latents, learnt, fits, strict=True)]
+        liked = [latent for latent, (_, is_liked) in zip(latents, found, strict=True) if is_liked]
         trained = [_fires(firings, latent, ground.is_training)[0] for latent in liked]
         again = {
             latent: like
             for latent, tokens, fit in zip(liked, trained, ground.both.fits(trained), strict=True)
             if fit is not None and all((like := ground.both.named(fit, tokens)).named.values())  # else nothing could be said
         }
-        for latent, (tokens, _), rule in zip(latents, learnt, found, strict=True):
-            labels.append(_label(ground, latent, tokens, again.get(latent) if isinstance(rule, Fit) else rule))
+        for latent, (tokens, _), (rule, _) in zip(latents, learnt, found, strict=True):
+            labels.append(_label(ground, latent, tokens, again.get(latent, rule)))
         done(min(BATCH, firings.d_sae - start))
     return labels
 
@@ -134,19 +134,19 @@ def _label(ground: Ground, latent: int, tokens: Int[np.ndarray, " n"], rule: Rul
     return Labelled(latent, tokens_with_shares(owned, shares.tolist(), ground.traits), NO_RULE, owned)
 
 
-def _rule(
+def _rules(
     ground: Ground,
     firings: Firings,
     latent: int,
     tokens: Int[np.ndarray, " n"],
     activations: Float[np.ndarray, " n"],
     fit: Fit | None,
-) -> Rule | Fit | None:
-    """The better of the best rule of sets and that of likeness, on the documents that neither was learnt on, where it is clearly
-    better than chance there.
+) -> tuple[Rule | None, bool]:
+    """The best rule of sets, where it is clearly better than chance on documents that it was not learnt on, and whether that of
+    likeness is, and is the better one there.
     """
     if len(tokens) < MIN_FIRINGS:
-        return None
+        return None, False
     found = ground.search.best(tokens, activations)
     sets = None if found is None else shortened(found.rule, ground.traits)
     checked = None if sets is None else _checked(ground, firings, latent, _check_answers(ground, sets))
@@ -154,8 +154,8 @@ def _rule(
     if fit is not None and (rule is None or found is None or found.gain <= PLAIN_GAIN):
         liked = _checked(ground, firings, latent, ground.peaks.answers(fit))
         if _beats_chance(liked) and (checked is None or liked.value > checked.value + LIKENESS_PRICE):
-            return fit
-    return rule
+            return rule, True
+    return rule, False
 
 
 def _check_answers(ground: Ground, rule: Rule) -> Bool[np.ndarray, " windows"]:

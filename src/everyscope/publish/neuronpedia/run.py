@@ -185,7 +185,7 @@ class _Export:
     def _write_latents(self, hook: str, progress: Meter) -> dict[str, Any]:
         config, source, width = self._config, self._source, self._source.record.width
         per_file = latents_per_file(width, len(KINDS), config.latents_per_file)
-        has_labels = (self._home / EXPLANATIONS_FILE).is_file()
+        has_labels = EXPLANATIONS_FILE in source.record.files
         rows = Rows(self._text, source, config, hook, read_firings(self._home))
         with ExitStack() as stack:
             batches = {kind: Batches(self._bulk / kind, per_file, config.max_file_bytes) for kind in KINDS}

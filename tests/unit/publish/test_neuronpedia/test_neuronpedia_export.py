@@ -496,6 +496,31 @@ def test_tokens_that_no_vocabulary_has_are_one_clear_error(suite: Path, tmp_path
         export.run(config_of(suite, tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [
+        ("latents.parquet", "max_activation", float("nan")),
+        ("latents.parquet", "frequency", float("inf")),
+        ("latents.parquet", "histogram", [1, None, 2]),
+        ("explanations.parquet", "latent", None),
+        ("text/sequences.parquet", "input_ids", None),
+        ("text/sequences.parquet", "input_ids", [1, None]),
+        ("text/sequences.parquet", "document_starts", [None]),
+        ("text/vocabulary.parquet", "token", None),
+        ("text/vocabulary.parquet", "token", 2**31 - 1),
+    ],
+)
+def test_numbers_that_are_missing_or_no_numbers_are_one_clear_error(suite: Path, tmp_path: Path, name: str, column: str, value):
+    path = suite / name if name.startswith("text/") else suite / "attn_out/layer_1/width_6/average_l0_2" / name
+    table = pyarrow.parquet.read_table(path)
+    rows = table.to_pylist()
+    rows[0][column] = value
+    write_table(path, pyarrow.Table.from_pylist(rows, table.schema))
+    forge(suite, path)
+    with pytest.raises(DamagedData, match=path.name.replace(".", r"\.")):
+        export.run(config_of(suite, tmp_path / "out"))
+
+
 def forge(suite: Path, path: Path) -> None:
     """Let suite.json say that `path` is as it was published."""
     index = read_sealed(suite / "suite.json")
