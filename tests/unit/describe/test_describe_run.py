@@ -231,3 +231,18 @@ def test_damaged_codes_are_named(tmp_path):
         folder.read("a")
     CodesFolder(tmp_path / "codes", ("b",), 1).open()
     assert not folder.portion(0).exists()
+
+
+def test_another_limit_of_what_a_transcoder_reads_is_another_description(tmp_path, tiny_random_model_folder):
+    config = build_description(tmp_path, tiny_random_model_folder, (MLP,))
+    for folder in (config.trained, config.scores):
+        (folder / "transcoder").mkdir()
+        (folder / MLP.folder).rename(folder / "transcoder" / f"layer_{MLP.layer}")
+
+    def identities(limit: float) -> list[str]:
+        for path in config.scores.rglob("metrics.json"):
+            write_sealed(path, read_sealed(path) | {"massive": {"norm_limit": 5.0, "input_norm_limit": limit}})
+        return [target.identity for target in find_targets(config)]
+
+    assert identities(3.0) == identities(3.0)
+    assert not set(identities(3.0)) & set(identities(4.0))
