@@ -28,7 +28,7 @@ from everyscope.sae.presets import fast, fast_transcoder
 from everyscope.sae.thresholds import warm_start
 from everyscope.sae.trainable import new_sae
 
-SHAPES = ("128,512,256,25", "128,1024,256,25", "384,8192,2048,50", "576,4096,512,50", "576,16384,512,50", "2304,16384,1024,100")
+SHAPES = ("128,1024,256,25", "384,8192,2048,50", "576,4096,512,50", "576,16384,512,50", "2304,8192,512,100")
 KINDS = ("SAE", "transcoder", "with skip")
 BATCHES = 4
 SECONDS = 0.3

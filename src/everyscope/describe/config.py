@@ -28,8 +28,8 @@ class DescribeConfig(Schema):
     num_sequences: int = Field(default=4096, gt=1)
     """Blocks read, half of them from training documents and half from held-out ones; fewer where a split ends early [blocks]."""
     train_stride: int = Field(default=8, gt=0)
-    """One of this many blocks of the training documents is read, so that more documents are seen; fewer where the text is too
-    short for that [blocks]."""
+    """Distance between blocks of the training documents that are read, so that more documents are seen; smaller where the text
+    is too short for that [blocks]."""
     batch_blocks: int = Field(default=16, gt=0)
     """Blocks per forward pass [blocks]."""
     portion_batches: int = Field(default=4, gt=0)

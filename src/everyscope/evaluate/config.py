@@ -47,8 +47,8 @@ class EvaluateConfig(Schema):
     num_sequences: int = Field(default=2048, gt=0)
     """Held-out blocks that are measured, from the first on; fewer where the text ends early [blocks]."""
     stride: int = Field(default=1, gt=0)
-    """One of this many held-out blocks is read: where documents are long, more of them are seen, and intervals are better
-    for it [blocks]."""
+    """Distance between held-out blocks that are read: where documents are long, a larger one sees more of them, and intervals
+    become narrower [blocks]."""
     batch_blocks: int = Field(default=16, gt=0)
     """Blocks per forward pass [blocks]."""
     checkpoint_batches: int = Field(default=16, gt=0)

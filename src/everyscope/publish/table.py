@@ -19,7 +19,7 @@ from everyscope.suite.ties import estimate, rank_spans
 COLUMNS = ("site", "layer", "width", "L0", "FVU", "plain FVU", "FVU of PCA", "delta loss", "recovered", "dead", "dense")
 """Headings, in the order of a row's cells."""
 HEADINGS = {"plain FVU": "plain\nFVU", "FVU of PCA": "FVU of\nPCA", "delta loss": "delta\nloss", "recovered": "recov."}
-"""Those that take two lines in a terminal."""
+"""Those that a terminal shows otherwise, in two lines or cut."""
 NOT_KNOWN = "n/a"
 """Stands for a share of a cost that is within its noise."""
 LIKE_L0 = 1.25

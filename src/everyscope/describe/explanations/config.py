@@ -90,8 +90,8 @@ class ExplainConfig(Schema):
     num_sequences: int = Field(default=512, gt=0)
     """Blocks of training documents that labels are learnt on [blocks]."""
     block_stride: int = Field(default=8, gt=0)
-    """One of this many blocks of the train split is read, so that many documents are seen; fewer where the text is too short for
-    that [blocks]."""
+    """Distance between blocks of the train split that are read, so that many documents are seen; smaller where the text is too
+    short for that [blocks]."""
     num_held_out_sequences: int = Field(default=512, gt=0)
     """Held-out blocks that labels are scored on, from the first on; fewer where the text ends early [blocks]."""
     batch_blocks: int = Field(default=16, gt=0)
