@@ -24,21 +24,11 @@ from everyscope.browse.latent_rows import Rows
 from everyscope.browse.parts import PATIENCE, TEXT, Parts
 from everyscope.browse.pieces import Piece, unknown_piece
 from everyscope.browse.slices import read_slices, read_splits, slice_names
-from everyscope.sites.names import Site, SiteKind
+from everyscope.sites.names import SITE_TITLES, Site
 from everyscope.suite.latents import UNLABELLED
 from everyscope.suite.layout import EXPLANATIONS_FILE, LATENTS_FILE, METRICS_FILE, width_label
 from everyscope.suite.records import SuiteIndex
 
-SITE_TITLES: dict[SiteKind, str] = {
-    "attn_out": "Attention output",
-    "mlp_out": "MLP output",
-    "resid_post": "Residual stream",
-    "embed": "Embedding",
-    "mlp_in": "MLP input",
-    "resid_mid": "Residual stream before the MLP",
-    "transcoder": "Transcoder",
-    "resid_transcoder": "Transcoder of the residual stream",
-}
 DAMAGED_INDEX = (sqlite3.DatabaseError, zlib.error, KeyError, json.JSONDecodeError)
 """What shows that the file of an index was changed after it was written."""
 MAX_VARIABLES = 500

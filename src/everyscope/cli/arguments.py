@@ -4,7 +4,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -110,12 +110,14 @@ def parser_of(name: str, command: Command) -> OneLineParser:
     return parser
 
 
-def set_apart(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def set_apart(command: Command, own: Collection[str], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command-line words without the flags of a config's fields and their values, and those: argparse, which does not know them,
-    would take a value that stands before the path, as in `browse --port 9000 runs/tiny`, for the path.
+    would take a value that stands before the path, as in `browse --port 9000 runs/tiny`, for the path. Flags that are the
+    command's `own` stay, even where a field has the same name.
     """
     fields = {} if command.takes_recipe or command.config is None else command.config.model_fields
     flags = {f"--{name.replace('_', '-')}" for name, field in fields.items() if field.annotation is not bool}
+    flags -= set(own)
     rest, apart = list(arguments), []
     for place in reversed(range(len(rest) - 1)):
         if rest[place] in flags:

@@ -88,8 +88,9 @@ def computed(options: argparse.Namespace, suite: Path) -> tuple[Graph, str, Test
 
 def imported(options: argparse.Namespace) -> tuple[Graph, str, Tested]:
     """The graph of circuit-tracer's JSON, or of a file written before, and the name of its file."""
-    given = {"--target": options.target, "--latent": options.latent, "--validate": options.validate, "PROMPT": options.prompt}
-    both = next((name for name, value in given.items() if value), None)
+    asked = ("target", "against", "latent", "through", "width", "l0", "max_latents", "model", "validate", "prompt")
+    given = [name for name in asked if getattr(options, name) not in (None, 0)]
+    both = next(("PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}" for name in given), None)
     if both is not None:
         raise ConfigError(f"--import and {both}: a graph that is imported is not computed; leave one out")
     path: Path = options.import_file

@@ -49,7 +49,7 @@ def show_help(parser: OneLineParser, command: Command, options: argparse.Namespa
 
 ERROR_EXIT = 1
 INTERRUPTED_EXIT = 130
-STAGES = ("run", "harvest", "train", "evaluate", "describe", "explain")
+BATCH_COMMANDS = ("run", "harvest", "train", "evaluate", "describe", "explain")
 """Commands that work through batches and end."""
 
 
@@ -73,7 +73,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     name = arguments[0]
     command = command_named(name, COMMANDS)
     parser = parser_of(name, command)
-    words, apart = set_apart(command, arguments[1:])
+    words, apart = set_apart(command, parser.flags(), arguments[1:])
     options, fields = parser.parse_known_args(words)
     fields += apart
     options.command, options.flags = name, parser.flags()
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows ? for what it lacks, and ends no run
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        if given[:1] and given[0] in STAGES:
+        if given[:1] and given[0] in BATCH_COMMANDS:
             keep_freed_memory()
     try:
         dispatch(given)

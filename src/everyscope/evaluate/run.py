@@ -38,7 +38,7 @@ from everyscope.evaluate.work import Counter, Work, counted, planned_blocks
 from everyscope.sae.folded import Sae
 from everyscope.sae.metrics import ReconstructionSums
 from everyscope.sites.model import load_language_model
-from everyscope.sites.names import Site, places_of
+from everyscope.sites.names import Site, places_of, site_of_convention
 from everyscope.sites.registry import ModelAdapter
 
 PROGRESS_FILE = "progress.safetensors"
@@ -146,10 +146,10 @@ def _load(
     sae = target.sae()
     if target.is_of_unscaled_embeddings:
         sae = of_embeddings(sae, scale)
-    if target.site.kind == "transcoder" and sae.metadata.convention == "residual":
+    if (other := site_of_convention(target.site, sae.metadata.convention)) is not None:
         raise ConfigError(
-            f"{target.folder}: reads the residual stream before the MLP's norm, and would be scored at {target.site}, which "
-            "reads mlp_in; move it below resid_transcoder/"
+            f"{target.folder}: reads {other.inputs[0]}, and would be scored at {target.site}, which reads "
+            f"{target.site.inputs[0]}; move it below {other.kind}/"
         )
     sizes = {"d_in": (sae.d_in, target.site.inputs[0]), "d_out": (sae.d_out, target.site.outputs[0])}
     for name, (got, place) in sizes.items():
@@ -222,7 +222,7 @@ def _wanted(group: tuple[EvaluateTarget, ...], state: SaeState) -> dict[Site, se
     for target in group:
         sums = state.saes[target.identity].reconstruction
         wanted.setdefault(target.site, set()).update(
-            baselines_of(sums.l0, len(sums.firings), is_transcoder=target.site.inputs != target.site.outputs)
+            baselines_of(sums.l0, len(sums.firings), is_transcoder=target.site.is_transcoder)
         )
     return wanted
 

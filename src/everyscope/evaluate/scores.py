@@ -161,7 +161,7 @@ def _baselines(target: EvaluateTarget, found: Findings, ablations: dict[str, Any
             "delta_loss": ablations["delta_loss_mean"],
         },
     }
-    for baseline in baselines_of(usual.l0, len(usual.firings), is_transcoder=target.site.inputs != target.site.outputs):
+    for baseline in baselines_of(usual.l0, len(usual.firings), is_transcoder=target.site.is_transcoder):
         measured = found.baselines.sizes[target.site, baseline]
         is_summed = baseline.needs_rows
         of_usual, of_massive = (float(measured.errors), float(measured.massive_errors)) if is_summed else site.errors(baseline)

@@ -53,6 +53,9 @@ LIVE_HOLD_SECONDS = 60.0
 """How long, without a disk, a trainer that lags may keep rows from being replaced: computing them again is costly [s]."""
 LIVE_CHUNKS = 8
 """The least into which a bucket is cut there, where chunks would not be larger than usual [chunks]."""
+CAPTURED_BYTES = 4 * 2 * 4
+"""What a GPU holds for each layer and coordinate of a token: four places, in two passes, in float32; one pass is on its way to
+the host while the next is made [bytes]."""
 LOGIT_BYTES = 16
 """What an evaluation holds for each logit: the clean and the spliced model's, in both number formats [bytes]."""
 UNAIMED_L0 = 100
@@ -130,20 +133,19 @@ class RunConfig(Schema):
         wanted = max(group.num_tokens for group in self.groups if place in places_of(self.sites(group)))
         return wanted if self.harvest.num_tokens is None else min(wanted, self.harvest.num_tokens)
 
-    @property
-    def _captured_bytes(self) -> int:
-        """What the places of a token take on the model's device, of two passes in float32: one is on its way to the host while
-        the next is made [bytes].
-        """
-        return 2 * 4 * sum(self.sizes.d_in(place) for place in self.all_places)
+    def _blocks(self, least: int, logits: bool = False) -> int:
+        """Blocks in a pass of the model: `least`, or as many as fill its device.
 
-    def _for_device(
-        self, settings: HarvestSettings | EvaluateSettings | DescribeSettings | ExplainSettings, logits: bool = False
-    ) -> dict[str, Any]:
-        """The fields of a stage's settings, with as many blocks in a pass as fill the model's device."""
-        kept = self._captured_bytes + (LOGIT_BYTES * self.sizes.words if logits else 0)
-        blocks = blocks_at_once(settings.batch_blocks, self.text.context, self.model.device, kept)
-        return settings.model_dump() | {"batch_blocks": blocks}
+        By the model alone, and not by the sites: blocks decide the last bits, so that scores are known by them, and a site more
+        must not make those of the others again.
+        """
+        sizes = self.sizes
+        kept = CAPTURED_BYTES * sizes.d_model * sizes.num_layers + (LOGIT_BYTES * sizes.words if logits else 0)
+        return blocks_at_once(least, self.text.context, self.model.device, kept)
+
+    def _filled(self, settings: EvaluateSettings | DescribeSettings | ExplainSettings, logits: bool = False) -> dict[str, Any]:
+        """A stage's settings, with as many blocks in a pass as its device takes."""
+        return settings.model_dump() | {"batch_blocks": self._blocks(settings.batch_blocks, logits)}
 
     def harvest_config(self, out: Path) -> HarvestConfig:
         """The one pass of the model that feeds all groups."""
@@ -154,7 +156,7 @@ class RunConfig(Schema):
             num_tokens=max(self.tokens_of(place) for place in self.all_places),
             bucket_rows=self.harvest.bucket_rows,
             dtype=self.harvest.dtype,
-            batch_blocks=self._for_device(self.harvest)["batch_blocks"],
+            batch_blocks=self._blocks(self.harvest.batch_blocks),
             seed=self.seed,
             max_bytes=self.harvest.max_bytes,
             shuffle_bytes=self.harvest.shuffle_bytes,
@@ -268,7 +270,7 @@ class RunConfig(Schema):
             out=out / "scores",
             seed=self.seed,
             max_norm=self.max_norm,
-            **self._for_device(self.evaluate, logits=True),
+            **self._filled(self.evaluate, logits=True),
         )
 
     def comparison_configs(self, out: Path, has_shards: bool = True) -> list[ComparisonConfig]:
@@ -326,7 +328,7 @@ class RunConfig(Schema):
             scores=out / "scores",
             out=out / "descriptions",
             seed=self.seed,
-            **self._for_device(self.describe),
+            **self._filled(self.describe),
         )
 
     def explain_config(self, out: Path) -> ExplainConfig:
@@ -337,7 +339,7 @@ class RunConfig(Schema):
             trained=out / "train",
             out=out / "descriptions",
             seed=self.seed,
-            **self._for_device(self.explain),
+            **self._filled(self.explain),
         )
 
     def publish_config(self, out: Path) -> PublishConfig:

@@ -214,6 +214,8 @@ STAGES: dict[str, Callable[[Stages, JobEngine], Any]] = {
     "explain": run_explanation,
 }
 """What comes before the publication, in order."""
+MOST_WRONG = 3.0
+"""By this factor a plan's times are corrected at most [1]."""
 SKIPPED_SECONDS = 2.0
 """A stage that took less was finished before, and tells nothing of the others [s]."""
 
@@ -230,14 +232,14 @@ class Outlook:
     def begin(self, stage: str) -> None:
         """The stage before it is done."""
         now = self._clock()
-        if self._began is not None and now - self._began[1] > SKIPPED_SECONDS:
+        if self._began is not None and now - self._began[1] > SKIPPED_SECONDS and self._expected[self._began[0]] > 0:
             self._planned += self._expected[self._began[0]]
             self._taken += now - self._began[1]
         names = list(self._expected)
         place = names.index(stage)
         rest = sum(self._expected[name] for name in names[place:])
-        if self._planned > 0:
-            rest *= self._taken / self._planned
+        if self._planned > 0:  # within bounds, for a stage that was resumed tells less
+            rest *= min(max(self._taken / self._planned, 1 / MOST_WRONG), MOST_WRONG)
         left = f", about {human_time(rest)} left of the run" if rest >= 1 else ""
         say(f"Stage {place + 1} of {len(names)}{left}")
         self._began = stage, now

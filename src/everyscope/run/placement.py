@@ -62,8 +62,9 @@ def group_work(group: TrainConfig, d_in: int) -> float:
     settings = group.settings
     if not _on_gpu(group):
         return float(group.num_tokens) * d_in * sum(sae.width for sae in group.saes) / settings.ranks
+    sizes = settings.batch_rows, settings.latent_shards, settings.replicas
     loads = [
-        Load.of(d_in, sae.width, sae.target_l0 or UNAIMED_L0, settings.batch_rows, settings.latent_shards, settings.replicas)
+        Load.of(d_in, sae.width, sae.target_l0 or UNAIMED_L0, *sizes, prefixes=len(sae.prefixes), has_skip=sae.skip)
         for sae in group.saes
     ]
     return group.steps * sum(compute_time(load, H100, group.products).total for load in loads)

@@ -15,8 +15,8 @@ from everyscope.base.errors import DamagedData, DataError, NonFinite, ShapeMisma
 from everyscope.base.files import read_sealed, sha256, unreadable, write_sealed
 from everyscope.base.tensors import write_tensors
 from everyscope.sae.folded import Sae, from_tensors
-from everyscope.sae.metadata import CONVENTIONS, SaeMetadata
-from everyscope.sites.names import Site, parse_folder
+from everyscope.sae.metadata import SaeMetadata
+from everyscope.sites.names import CONVENTIONS, Site, parse_folder
 
 TENSOR_FILE, RECORD_FILE = "sae.safetensors", "sae.json"
 WEIGHTS = "weights_sha256"

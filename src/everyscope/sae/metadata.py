@@ -3,16 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from everyscope.sites.names import Site, site_of
+from everyscope.sites.names import InputConvention, Site, site_of
 
-InputConvention = Literal["normalised", "mlp_input", "residual"]
-"""In which form a transcoder takes what an MLP reads. normalised: behind the norm, without its gain (Gemma Scope 1). mlp_input:
-what the MLP module itself receives, with the gain, as mlp_in has it (Gemma Scope 2, Qwen). residual: the stream before the norm,
-resid_mid. The first two convert into each other exactly (`sae.conventions`); the norm lies between them and the third."""
 CoderKind = Literal["sae", "transcoder"]
 """An sae reconstructs what it reads; a transcoder predicts another place."""
-CONVENTIONS: dict[str, InputConvention] = {"mlp_in": "mlp_input", "resid_mid": "residual"}
-"""The convention of what is captured at a kind of site."""
 
 
 @dataclass(frozen=True)

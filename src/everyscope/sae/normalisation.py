@@ -79,8 +79,8 @@ def normalised_pair(
 
     Each side is centred, divided and shortened as its own normalisation says; by `means` that lie on the rows' device, if given.
     """
-    massive = NormLimits(of_input.norm_limit, of_target.norm_limit).massive(batch, target)
     if math.isfinite(of_input.norm_limit) or math.isfinite(of_target.norm_limit):
+        massive = NormLimits(of_input.norm_limit, of_target.norm_limit).massive(batch, target)
         batch, target = _replaced(batch, massive), _replaced(target, massive)
     all_rows = replace(of_input, norm_limit=math.inf), replace(of_target, norm_limit=math.inf)
     if means is not None:

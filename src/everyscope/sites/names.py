@@ -25,6 +25,23 @@ IN_LAYERS: tuple[SiteKind, ...] = tuple(kind for kind in HOOKS if kind != "embed
 """The kinds that are one place in every layer."""
 TRANSCODER_READS: dict[SiteKind, SiteKind] = {"transcoder": "mlp_in", "resid_transcoder": "resid_mid"}
 """The kinds that are two places, with what is read there; both write mlp_out."""
+InputConvention = Literal["normalised", "mlp_input", "residual"]
+"""In which form a transcoder takes what an MLP reads. normalised: behind the norm, without its gain (Gemma Scope 1). mlp_input:
+what the MLP module itself receives, with the gain, as mlp_in has it (Gemma Scope 2, Qwen). residual: the stream before the norm,
+resid_mid. The first two convert into each other exactly (`sae.conventions`); the norm lies between them and the third."""
+CONVENTIONS: dict[str, InputConvention] = {"mlp_in": "mlp_input", "resid_mid": "residual"}
+"""The convention of what is captured at a kind of site."""
+SITE_TITLES: dict[SiteKind, str] = {
+    "attn_out": "Attention output",
+    "mlp_out": "MLP output",
+    "resid_post": "Residual stream",
+    "embed": "Embedding",
+    "mlp_in": "MLP input",
+    "resid_mid": "Residual stream before the MLP",
+    "transcoder": "Transcoder",
+    "resid_transcoder": "Transcoder of the residual stream",
+}
+"""Of kinds of sites, for people."""
 _OURS = re.compile(rf"({'|'.join((*IN_LAYERS, *TRANSCODER_READS))})(?:/layer_|/| layer |\.)(\d+)")
 _BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
 """A block as a module of a Hugging Face model, as in model.layers.3; its output is resid_post."""
@@ -165,6 +182,14 @@ def sites_in(sites: "Site | str | Iterable[Site | str]") -> tuple[Site, ...]:
 def places_of(sites: Iterable[Site]) -> tuple[Site, ...]:
     """Every place that coders at these sites read or write, once, in order of the sites."""
     return tuple(dict.fromkeys(place for site in sites for place in (*site.inputs, *site.outputs)))
+
+
+def site_of_convention(site: Site, convention: str | None) -> Site | None:
+    """Where a transcoder of this input convention sits at the layer of `site`, if that is a place of another kind."""
+    for kind, reads in TRANSCODER_READS.items():
+        if site.is_transcoder and kind != site.kind and CONVENTIONS.get(reads) == convention:
+            return Site(kind, site.layer)
+    return None
 
 
 def site_of(reads: Site, writes: Site) -> Site | None:

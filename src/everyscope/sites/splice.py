@@ -14,7 +14,7 @@ from everyscope.base.errors import ConfigError, ModelError, ShapeMismatch
 from everyscope.sites.block_output import returns_tuple
 from everyscope.sites.hooks import Visitor, visiting
 from everyscope.sites.model import LanguageModel, bare
-from everyscope.sites.names import BySite, Site, Value, as_site
+from everyscope.sites.names import BySite, Site, Value, as_site, site_of_convention
 from everyscope.sites.registry import HookPoint, ModelAdapter, adapter_of
 
 Edit = Callable[..., Float[Tensor, "batch ctx d_out"]]
@@ -121,9 +121,9 @@ def _through_latents(site: Site, sae: Autoencoder, edit: LatentEdit | None, keep
     """Encode, edit, decode. The error that is kept is a constant to gradients, which therefore go through the latents."""
     has_skip = getattr(sae, "W_skip", None) is not None  # then what is decoded depends on what was read
     convention = getattr(getattr(sae, "metadata", None), "convention", None)
-    if site.kind == "transcoder" and convention == "residual":
+    if (other := site_of_convention(site, convention)) is not None:
         raise ConfigError(
-            f"splice at {site}: this transcoder reads resid_mid, {site} reads mlp_in; splice it at resid_transcoder"
+            f"splice at {site}: this transcoder reads {other.inputs[0]}, {site} reads {site.inputs[0]}; splice it at {other}"
         )
     if convention == "normalised":
         raise ConfigError(

@@ -18,10 +18,10 @@ from everyscope.base.errors import ConfigError, ShapeMismatch
 from everyscope.base.progress import meter
 from everyscope.sae.config import SaeConfig, SaePreset
 from everyscope.sae.folded import Sae
-from everyscope.sae.metadata import CONVENTIONS, SaeMetadata
+from everyscope.sae.metadata import SaeMetadata
 from everyscope.sae.presets import PresetName, preset_of
 from everyscope.sae.trainable import StepLosses
-from everyscope.sites.names import Site, as_site
+from everyscope.sites.names import CONVENTIONS, Site, as_site
 from everyscope.train.config import EngineName, Precision, SinkName, products_of
 from everyscope.train.metrics import losses_row
 from everyscope.train.run import fit

@@ -31,7 +31,7 @@ PLACES = ("shards", "target_shards", "source", "target_source", "order", "tls_ro
 def products_of(device: str, engine: EngineName, precision: Precision, *, has_skip: bool = False) -> Products:
     """The precision that steps have on this device by this engine; ConfigError where it has no kernels for the one asked for.
 
-    On a CPU the products of skips are all that it is about.
+    On a CPU bfloat16 concerns the products of a skip alone.
     """
     kind = device.partition(":")[0]
     has_kernels = kind == "cuda" and engine != "dense"

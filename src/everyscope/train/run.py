@@ -36,7 +36,7 @@ from everyscope.train.checkpoint import (
     opened,
     save_checkpoint,
 )
-from everyscope.train.config import TrainConfig, sae_name
+from everyscope.train.config import TrainConfig, products_of, sae_name
 from everyscope.train.feed import batches
 from everyscope.train.launch import RankInfo, launch
 from everyscope.train.metrics import losses_row
@@ -322,7 +322,7 @@ def record_of(
 
     A transcoder also has the place that it `reads`, and the sizes of its `target`.
     """
-    sides = sides_of(source)
+    sides, settings = sides_of(source), config.settings
     transcoders: dict[str, Any] = {}
     if target is not None:
         limit = None if math.isinf(target.norm_limit) else target.norm_limit
@@ -341,7 +341,7 @@ def record_of(
         "steps": config.steps,
         "batch_rows": config.settings.batch_rows,
         "config": sae.as_json(),
-        "precision": config.products,
+        "precision": products_of(settings.device, settings.engine, settings.precision, has_skip=sae.skip),
         "parents": [side.identity for side in sides],
         "run_id": config.identity_of(sae, source.identity),
         "version": {"everyscope": version("everyscope"), "torch": torch.__version__},

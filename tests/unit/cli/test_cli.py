@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from everyscope.cli.arguments import set_apart
+from everyscope.cli.arguments import parser_of, set_apart
 from everyscope.cli.commands import COMMANDS
 from everyscope.cli.flags import flags_of
 from everyscope.cli.main import MAIN_FIELDS, main
@@ -187,5 +187,7 @@ def test_a_flag_before_the_path_keeps_its_value():
         (["--port"], (["--port"], [])),
         ([], ([], [])),
     ):
-        assert set_apart(COMMANDS["browse"], given) == want
-    assert set_apart(COMMANDS["run"], ["--out", "x", "tiny"]) == (["--out", "x", "tiny"], [])
+        assert set_apart(COMMANDS["browse"], (), given) == want
+    assert set_apart(COMMANDS["run"], (), ["--out", "x", "tiny"]) == (["--out", "x", "tiny"], [])
+    watching = ["HOST:1", "--watch", "--token-file", "secret"]  # a flag of the command and a field of its config
+    assert set_apart(COMMANDS["serve"], parser_of("serve", COMMANDS["serve"]).flags(), watching) == (watching, [])

@@ -25,6 +25,10 @@ def test_a_stage_that_was_finished_before_says_nothing_of_the_others(capsys):
     assert said(capsys, ("harvest", 0.0), ("train", 0.5))[-1] == "Stage 2 of 3, about 30 min left of the run"
 
 
+def test_a_stage_that_was_nearly_finished_corrects_the_rest_within_bounds(capsys):
+    assert said(capsys, ("harvest", 0.0), ("train", 5.0))[-1] == "Stage 2 of 3, about 10 min left of the run"  # a third of 30
+
+
 def test_without_a_plan_only_the_stage_is_named(capsys):
     Outlook(dict.fromkeys(EXPECTED, 0.0)).begin("evaluate")
     assert capsys.readouterr().err == "Stage 3 of 3\n"

@@ -81,16 +81,17 @@ def fill(writers: Writers, bucket: Bucket, config: HarvestConfig, capture: Captu
             taken = np.flatnonzero(bucket.mask[batch])
             with timings.spending("forward"):
                 activations = capture(sites, torch.from_numpy(bucket.input_ids[batch].astype(np.int64)))
-            device = activations[sites[0]].device
-            is_on_cpu, made = device.type == "cpu", _made(device)
+            # Of a model that is spread over devices each site is made on its own block's.
+            made = {device: _made(device) for device in {activations[site].device for site in sites}}
+            is_on_cpu = any(device.type == "cpu" for device in made)
             _wait(writing, timings)
             where, first = places[done : done + len(taken)], bucket.before.blocks + start
             sequence, position = first + taken // config.text.context, taken % config.text.context
 
-            writing = [
-                threads.submit(_put, writer, activations[site].flatten(0, 1), where, sequence, position, taken, timings, made)
-                for site, writer in writers.items()
-            ]
+            writing = []
+            for site, writer in writers.items():
+                rows = activations[site].flatten(0, 1)
+                writing.append(threads.submit(_put, writer, rows, where, sequence, position, taken, timings, made[rows.device]))
             if is_on_cpu:
                 _wait(writing, timings)
             done += len(taken)

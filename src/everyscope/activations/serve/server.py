@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
 import pyarrow.flight as flight
@@ -164,10 +164,16 @@ class ActivationServer(flight.FlightServerBase):
         with self._places_lock:  # computed once, and no more than one for each site
             if asked.site not in self._places_of:
                 self._places_of[asked.site] = in_background(self._origin.places, asked.site)
+            found = self._places_of[asked.site]
+        wait([found], self._config.wait_seconds)
+        if not found.done():
+            raise Refused(Refusal.WAIT, "the rows' places are still being read; ask again")
+        if found.exception() is not None:
+            with self._places_lock:  # whoever asks next has them read again: a disk may have been away
+                if self._places_of.get(asked.site) is found:
+                    del self._places_of[asked.site]
         try:
-            return encode(Places(places=self._places_of[asked.site].result(self._config.wait_seconds)))
-        except TimeoutError:
-            raise Refused(Refusal.WAIT, "the rows' places are still being read; ask again") from None
+            return encode(Places(places=found.result()))
         except EveryscopeError as error:
             raise Refused(Refusal.DATA, str(error)) from error
 

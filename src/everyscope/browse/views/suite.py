@@ -8,10 +8,10 @@ from typing import Any
 from markupsafe import Markup
 
 from everyscope.browse.links import Links
-from everyscope.browse.queries import SITE_TITLES, Index, SaeFacts
+from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.svg.elements import element
 from everyscope.browse.svg.maps import HeatmapCell, Point, heat_map, layer_step, mark, pareto, pareto_ends
-from everyscope.sites.names import SITE_KINDS, SiteKind
+from everyscope.sites.names import SITE_KINDS, SITE_TITLES, SiteKind
 from everyscope.suite.layout import width_label
 
 

@@ -14,9 +14,10 @@ from everyscope.base.errors import ConfigError
 from everyscope.browse.links import Links
 from everyscope.browse.live import Asking, Float32Array, Reading, SaeQuestion
 from everyscope.browse.pieces import Piece
-from everyscope.browse.queries import SITE_TITLES, Index, SaeFacts
+from everyscope.browse.queries import Index, SaeFacts
 from everyscope.browse.views.examples import level, plain_text, shaded, shaded_token
 from everyscope.browse.views.fields import INDEX_SECONDS, Query, captioned, default_sae, example, first, read_sae, read_text
+from everyscope.sites.names import SITE_TITLES
 from everyscope.suite.layout import width_label
 
 PER_TOKEN = 8

@@ -18,16 +18,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 """Width markers, narrow to wide."""
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 1.6)), (0, (5, 2, 1, 2)))
 """Line styles where colour alone does not distinguish the lines."""
-SITE_TITLES: dict[SiteKind, str] = {
-    "attn_out": "Attention output",
-    "mlp_out": "MLP output",
-    "resid_post": "Residual stream",
-    "embed": "Embedding",
-    "mlp_in": "MLP input",
-    "resid_mid": "Residual stream before the MLP",
-    "transcoder": "Transcoder",
-    "resid_transcoder": "Transcoder of the residual stream",
-}
 SITE_COLOURS: dict[SiteKind, str] = {
     "attn_out": "#2f7fd0",
     "mlp_out": "#e08a1e",

@@ -6,12 +6,13 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from everyscope.publish.drawing.palette import DASHES, NEUTRAL, SITE_COLOURS, SITE_MARKERS, SITE_TITLES
+from everyscope.publish.drawing.palette import DASHES, NEUTRAL, SITE_COLOURS, SITE_MARKERS
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.drawing.scales import bars, scale_value
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.sections.fidelity import DELTA_LOSS, FVU, FidelityMeasure
 from everyscope.publish.sections.section import Section
+from everyscope.sites.names import SITE_TITLES
 from everyscope.suite.layout import width_label
 from everyscope.suite.records import SaeRecord
 

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from everyscope.publish.drawing.palette import NEUTRAL, SITE_TITLES
+from everyscope.publish.drawing.palette import NEUTRAL
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.drawing.scales import LOWEST_L0, bars, scale_l0, scale_value
 from everyscope.publish.evidence import Evidence, kind_of, layer_of
 from everyscope.publish.sections.section import Section, middle_text, plural
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 from everyscope.suite.records import Interval, SaeRecord
 
 BASELINES: dict[str, tuple[str, Any]] = {

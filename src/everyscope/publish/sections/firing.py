@@ -7,11 +7,11 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from everyscope.publish.drawing.palette import DASHES, NEUTRAL, SITE_TITLES
+from everyscope.publish.drawing.palette import DASHES, NEUTRAL
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.sections.section import Section
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 from everyscope.suite.layout import width_label
 
 DENSE = -1.0

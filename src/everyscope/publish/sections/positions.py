@@ -6,12 +6,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from everyscope.publish.drawing.palette import SITE_TITLES
 from everyscope.publish.drawing.pictures import Panel, Picture
 from everyscope.publish.drawing.scales import scale_log, scale_value
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.sections.section import Section
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 from everyscope.suite.positions import Curve, position_delta_loss, position_fvu, relative_error
 from everyscope.suite.records import SaeRecord
 

@@ -4,11 +4,12 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from everyscope.publish.drawing.palette import SITE_COLOURS, SITE_MARKERS, SITE_TITLES
+from everyscope.publish.drawing.palette import SITE_COLOURS, SITE_MARKERS
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, present
 from everyscope.publish.sections.dots import Dot, draw_dots
 from everyscope.publish.sections.section import Section, plural
+from everyscope.sites.names import SITE_TITLES
 
 EXACT = ("float32", "float32")
 MEASURES = (

@@ -6,11 +6,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from everyscope.publish.drawing.palette import NEUTRAL, SITE_COLOURS, SITE_MARKERS, SITE_TITLES
+from everyscope.publish.drawing.palette import NEUTRAL, SITE_COLOURS, SITE_MARKERS
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, present
 from everyscope.publish.sections.section import Section
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 
 LINES: dict[str, Any] = {"neurons": (0, (4, 2)), "dense": (0, (1, 1.6))}
 """Line styles of the baselines."""

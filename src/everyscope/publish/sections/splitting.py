@@ -6,11 +6,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from everyscope.publish.drawing.palette import RELATIONS, SITE_TITLES
+from everyscope.publish.drawing.palette import RELATIONS
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.section import Section, plural, range_text
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 from everyscope.suite.layout import width_label
 
 BAR, NULL_BAR = 0.44, 0.2

@@ -5,12 +5,11 @@ from statistics import median
 from typing import Any
 
 from everyscope.base.progress import human_count
-from everyscope.publish.drawing.palette import SITE_TITLES
 from everyscope.publish.drawing.pictures import Panel, Picture
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.dots import Dot, draw_dots, interval_of
 from everyscope.publish.sections.section import ReportCell, ReportTable, Section
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 
 MEASURES = (("delta_loss", "Delta loss [nats/token]", True), ("fvu_usual", "FVU [1]", False))
 

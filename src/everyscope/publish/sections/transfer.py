@@ -7,12 +7,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from everyscope.publish.drawing.palette import NEUTRAL, SITE_COLOURS, SITE_MARKERS, SITE_TITLES
+from everyscope.publish.drawing.palette import NEUTRAL, SITE_COLOURS, SITE_MARKERS
 from everyscope.publish.drawing.pictures import LegendKey, Panel, Picture
 from everyscope.publish.drawing.scales import bars, is_mostly_positive, scale_log
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.dots import FEW_TICKS, Dot, draw_dots, interval_of
 from everyscope.publish.sections.section import Section, plural
+from everyscope.sites.names import SITE_TITLES
 
 SEGMENTS = {"all": "All turns", "user": "The user's turn", "model": "The model's turn"}
 MEASURES = (("delta_loss", "Delta loss [nats/token]"), ("fvu_usual", "FVU [1]"))

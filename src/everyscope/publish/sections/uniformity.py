@@ -4,13 +4,12 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from everyscope.publish.drawing.palette import SITE_TITLES
 from everyscope.publish.drawing.pictures import Panel, Picture
 from everyscope.publish.drawing.scales import scale_l0
 from everyscope.publish.evidence import Evidence
 from everyscope.publish.sections.fidelity import FidelityMeasure, draw_line
 from everyscope.publish.sections.section import Section, range_text
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 
 
 def uniformity_section(evidence: Evidence) -> Section | None:

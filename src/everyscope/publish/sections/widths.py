@@ -5,12 +5,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from everyscope.publish.drawing.palette import SITE_TITLES
 from everyscope.publish.drawing.pictures import Panel, Picture
 from everyscope.publish.drawing.scales import scale_value
 from everyscope.publish.evidence import Evidence, kind_of, layer_of, present
 from everyscope.publish.sections.section import Section, plural
-from everyscope.sites.names import SiteKind
+from everyscope.sites.names import SITE_TITLES, SiteKind
 from everyscope.suite.layout import width_label
 
 MEASURES = (("delta_loss_at_l0", "delta_loss", "Delta loss [nats/token]", True), ("fvu_usual_at_l0", "fvu", "FVU [1]", False))
