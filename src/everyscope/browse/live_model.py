@@ -202,9 +202,11 @@ class SuiteModel:
         return [self._ablation(effects, variant) for variant in range(1, len(edits) + 1)]
 
     def _in_float32(self) -> Any:
-        """The model, from now on in float32: in bfloat16 a graph's sums would not hold."""
+        """The model, from now on in float32, on the threads that reading takes: in bfloat16 a graph's sums would not hold."""
+        torch.set_num_threads(self.threads["reading"])
         if self._model.dtype != torch.float32:
             self._model.float()
+            self._readings.clear()
         return self._model
 
     def _ablation(self, effects: Effects, variant: int) -> Ablation:

@@ -84,8 +84,14 @@ class Preparation:
 
     @property
     def graphs(self) -> dict[str, Path]:
-        """The suite's attribution graphs by name: those beside it, and those that pages made of a read-only suite."""
-        return graphs_in(self._cache) | graphs_in(self.suite)
+        """The suite's attribution graphs by name: those beside it, and those that pages made of a read-only suite; of two the
+        younger.
+        """
+        found = [graphs_in(self.suite), graphs_in(self._cache)]
+        return {
+            name: max((paths[name] for paths in found if name in paths), key=lambda path: path.stat().st_mtime)
+            for name in sorted({*found[0], *found[1]})
+        }
 
     @property
     def new_graphs(self) -> Path:
@@ -126,10 +132,12 @@ class Preparation:
     def wish(self, number: int) -> None:
         """See Parts."""
         with self._lock:
-            if self._parts[number].ready.is_set() or number in self._wanted:
+            if self._parts[number].ready.is_set():
                 return
-            self._wanted.append(number)
+            if number not in self._wanted:
+                self._wanted.append(number)
             if self._helper is None:
+                self.error = ""  # of an attempt before: a disk may have room again
                 self._helper = threading.Thread(target=self._guarded, args=(self._fulfil,), name="wanted", daemon=True)
                 self._helper.start()
 

@@ -178,8 +178,7 @@ class Index:
         """Take in the database of a part that is ready; any of DAMAGED_INDEX where it is no such database."""
         database = Database(path)
         facts = dict(database.rows("SELECT name, value FROM facts"))
-        with self._lock:
-            self._databases[number] = database
+        self._keep(number, database)
         if number == TEXT:
             self.text_problem = facts.get("problem")
         else:
@@ -198,14 +197,18 @@ class Index:
         path = self._parts.require(number)
         with self._lock:
             database = self._databases.get(number)
-        if database is None:
-            database = Database(path)
+            if database is not None:
+                self._databases.move_to_end(number)
+        return (database or self._keep(number, Database(path))).rows(question, values)
+
+    def _keep(self, number: int, database: Database) -> Database:
+        """Keep the database of a part open, as the last used of MAX_OPEN; one that was opened meanwhile stays in its place."""
         with self._lock:
-            self._databases[number] = database
+            database = self._databases.setdefault(number, database)
             self._databases.move_to_end(number)
-            if len(self._databases) > MAX_OPEN:
+            while len(self._databases) > MAX_OPEN:
                 self._databases.popitem(last=False)
-        return database.rows(question, values)
+        return database
 
     def require(self, sae: SaeFacts, seconds: float = PATIENCE) -> None:
         """Wait for an SAE's part and for the text's; Preparing where that takes longer."""

@@ -47,4 +47,5 @@ def report_answer(files: Mapping[str, Path], name: str, index: Index, links: Lin
         return None
     is_page = path.suffix == ".html"
     content = report_page(path, index, links, is_served=True) if is_page else read_bytes(path)
-    return Response(content, media_type=TYPES[path.suffix], headers={"content-security-policy": SANDBOX})
+    headers = {"content-security-policy": SANDBOX} if is_page else {}  # browsers refuse to show a PDF in a sandbox
+    return Response(content, media_type=TYPES[path.suffix], headers=headers)

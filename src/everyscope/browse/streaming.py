@@ -48,7 +48,11 @@ async def streamed(work: Callable[[Say], None], request: Request, asking: Asking
     first = asyncio.ensure_future(lines.get())
     await until_left(request, asking, running, first)
     if not first.done():
-        await running
+        try:
+            await running
+        finally:
+            if lines.empty() and not first.done():
+                first.cancel()
     return Streamed(_events(running, first, lines), asking)
 
 

@@ -9,6 +9,7 @@ from everyscope.base.schema import Schema
 from everyscope.sites.names import SUBLAYERS, SiteKind
 
 MAX_DIGITS = 12
+"""Of a number that somebody types: more are no position, latent or layer [digits]."""
 
 
 class AttributionConfig(Schema):

@@ -93,7 +93,7 @@ def test_what_is_pinned_stays_in_circuit_tracers_form_however_little_it_matters(
     least = node_id(graph, int(latents[graph.influence[latents].argmin()]))
     plain = client.get("/circuit/good/circuit-tracer.json?nodes=50&edges=80").json()
     assert least not in [node["node_id"] for node in plain["nodes"]]
-    query = {"nodes": 50, "edges": 80, "pins": f"{least},nothing", "group": f"one%3Atwo:{least}"}
+    query = {"nodes": 50, "edges": 80, "pins": f"{least},nothing", "group": f"one:two:{least}"}
     found = client.get("/circuit/good/circuit-tracer.json", params=query).json()
     assert least in [node["node_id"] for node in found["nodes"]]
     assert from_json(found, "").facts.pins == (least,)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -24,6 +25,7 @@ from everyscope.base.tables import write_table
 from everyscope.browse import cache as cache_module
 from everyscope.browse import preparation as preparation_module
 from everyscope.browse.app import Browser
+from everyscope.browse.parts import TEXT
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, finite
 from everyscope.browse.search import SearchRequest, by_label, by_number, by_token, jump
@@ -140,7 +142,9 @@ def test_facets_narrow_a_search(index: Index):
         assert 0 < len(want) < whole.total
         assert found.rows == want
         tokens = find_tokens(index, "return")
-        assert all(keeps(row, index.saes[row["sae"]]) for row in by_token(index, replace(request, typed="return"), tokens).rows)
+        rows = by_token(index, replace(request, typed="return"), tokens).rows
+        assert rows
+        assert all(keeps(row, index.saes[row["sae"]]) for row in rows)
         assert SearchRequest.read(request.query) == request
 
 
@@ -300,6 +304,27 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_wishes_outlive_a_part_that_could_not_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_invented_suite(tmp_path / "suite", TINY)
+    preparation, make, tried = Preparation(tmp_path / "suite", tmp_path / "cache"), Preparation._make, threading.Event()
+
+    def fails(self: Preparation, *more: Any) -> None:
+        tried.wait(10)
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(Preparation, "_make", fails)
+    for number in (TEXT, 0):
+        preparation.wish(number)
+    tried.set()
+    while preparation._helper is not None:
+        time.sleep(0.01)
+    assert "full" in preparation.error
+    monkeypatch.setattr(Preparation, "_make", make)
+    for number in (TEXT, 0):
+        assert preparation.require(number, 30).is_file()
+    assert not preparation.error
+
+
 def test_a_broken_off_index_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     suite, cache = write_invented_suite(tmp_path / "suite", TINY), tmp_path / "cache"
 
@@ -405,7 +430,7 @@ def test_a_run_folder_leads_to_its_suite(tmp_path: Path):
 def test_a_damaged_index_is_built_anew_or_said_to_be_damaged(suite: Path, tmp_path: Path):
     """Before it is opened, and while pages are read."""
     folders = [sae.folder for sae in Preparation(suite, tmp_path).run().saes]
-    number = next(sae.number for sae in Preparation(suite, tmp_path).index.saes)
+    number = 0
     path = Preparation(suite, tmp_path).require(number, 60)
     good = path.read_bytes()
     for bad in (b"", b"no database" * 1000, good[: len(good) // 2]):

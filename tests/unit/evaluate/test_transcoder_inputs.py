@@ -44,3 +44,6 @@ def test_the_gain_is_folded_into_a_transcoder_that_takes_its_input_without_it(ti
     target.site, sizes[Site("resid_mid", 1)] = Site("resid_transcoder", 1), sizes[reads]
     as_it_is = run._load(target, sizes, config, language.adapter, torch.device("cpu"), 1.0)
     assert torch.equal(as_it_is(mid.float()), coder(mid.float()))
+    coder.metadata = SaeMetadata(reads, target=writes, convention="mlp_input")
+    with pytest.raises(ConfigError, match="move it below transcoder/"):
+        run._load(target, sizes, config, language.adapter, torch.device("cpu"), 1.0)

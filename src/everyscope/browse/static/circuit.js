@@ -71,7 +71,7 @@ function start(graph) {
     const said = new URLSearchParams(location.hash.slice(1));
     const pins = said.has("pins") || said.has("node") ? listed(said.get("pins")) : known(graph.pins);
     const groups = said.has("group") || said.has("node")
-      ? said.getAll("group").map((text) => [decodeURIComponent(text.slice(0, text.lastIndexOf(":"))), listed(text.slice(text.lastIndexOf(":") + 1))])
+      ? said.getAll("group").map((text) => [text.slice(0, text.lastIndexOf(":")), listed(text.slice(text.lastIndexOf(":") + 1))])
       : graph.groups.map(([name, ...ids]) => [name, known(ids)]);
     state.groups = groups.filter(([, members]) => members.length).map(([name, members]) => ({ name: name.slice(0, 80), members }));
     state.pins = [...new Set([...pins, ...state.groups.flatMap((group) => group.members)])];
@@ -92,7 +92,7 @@ function start(graph) {
     const said = new URLSearchParams({ node: nodes[state.chosen].id, nodes: state.nodes, edges: state.edges });
     const ids = (places) => places.map((at) => nodes[at].id).join(",");
     if (state.pins.length) said.set("pins", ids(state.pins));
-    for (const group of state.groups) said.append("group", `${encodeURIComponent(group.name)}:${ids(group.members)}`);
+    for (const group of state.groups) said.append("group", `${group.name}:${ids(group.members)}`);
     if (state.moved.size) said.set("at", [...state.moved].map(([key, [x, y]]) => `${key}:${Math.round(x)}:${Math.round(y)}`).join(";"));
     if (state.seek) said.set("seek", state.seek);
     history.replaceState(null, "", `#${said}`);

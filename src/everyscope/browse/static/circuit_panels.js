@@ -10,7 +10,10 @@ async function cardOf(node) {
   if (node.kind !== "latent") return null;
   if (graph.cards) return graph.cards[`${node.coder}_${node.index}`] ?? null;
   const address = `${graph.card}/${node.coder}/${node.index}`;
-  if (!cards.has(address)) cards.set(address, fetch(address).then((answer) => (answer.ok ? answer.json() : null)).catch(() => null));
+  if (!cards.has(address)) cards.set(address, fetch(address).then((answer) => (answer.ok ? answer.json() : null)).catch(() => null).then((card) => {
+    if (!card) cards.delete(address); // its SAE may be indexed by the next time
+    return card;
+  }));
   return cards.get(address);
 }
 

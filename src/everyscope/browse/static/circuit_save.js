@@ -91,7 +91,7 @@ function tellForeign() {
   if (!graph.foreign) return;
   const fields = new URLSearchParams({ nodes: state.nodes, edges: state.edges, node: nodes[state.chosen].id });
   if (state.pins.length) fields.set("pins", ids(state.pins).join(","));
-  for (const group of state.groups) fields.append("group", `${encodeURIComponent(group.name)}:${ids(group.members).join(",")}`);
+  for (const group of state.groups) fields.append("group", `${group.name}:${ids(group.members).join(",")}`);
   link.href = `${graph.foreign}?${fields}`;
 }
 function saveForeign(event) {

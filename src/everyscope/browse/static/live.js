@@ -119,7 +119,15 @@ async function look(button) {
   const fields = new URLSearchParams(location.search);
   if (!fields.get("text")) new FormData(reader).forEach((value, name) => fields.set(name, value));
   fields.set("at", button.value);
-  const { isFine, page } = await fetched(reader.dataset.pane, fields);
+  look.last = button;
+  let answer;
+  try {
+    answer = await fetched(reader.dataset.pane, fields);
+  } catch {
+    return refuse(reader, "The server does not answer: is everyscope browse still running?");
+  }
+  if (look.last !== button) return; // another was chosen meanwhile
+  const { isFine, page } = answer;
   if (!isFine) return refuse(reader, saidBy(page));
   document.querySelectorAll(".looked").forEach((other) => other.classList.remove("looked"));
   byId("pane").replaceWith(page.getElementById("pane"));
@@ -355,8 +363,13 @@ async function nameLatent(row) {
   const caption = row.querySelector(".caption");
   row.asked = `${sae} ${latent}`;
   if (!latent) return caption.replaceChildren();
-  const answer = await fetch(`${steerer.dataset.caption}?${new URLSearchParams({ sae, latent })}`);
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  let answer, page;
+  try {
+    answer = await fetch(`${steerer.dataset.caption}?${new URLSearchParams({ sae, latent })}`);
+    page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  } catch {
+    return caption.replaceChildren(); // it is only a caption
+  }
   if (row.asked !== `${sae} ${latent}`) return; // another was chosen meanwhile
   caption.classList.toggle("wrong", !answer.ok);
   if (answer.ok) caption.replaceChildren(...page.body.childNodes);

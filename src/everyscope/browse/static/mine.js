@@ -204,7 +204,7 @@
     const url = URL.createObjectURL(new Blob([asJson(read())], { type: "application/json" }));
     const link = make("a", undefined, { href: url, download: "mine.json" });
     link.click();
-    URL.revokeObjectURL(url);
+    setTimeout(() => URL.revokeObjectURL(url), 10_000); // some browsers begin later
   }
 
   if (table) {

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote
 
 from everyscope.base.errors import ConfigError
 from everyscope.browse.live import MAX_TEXT, Ablation, AblationRequest, Asking, CircuitRequest
@@ -11,15 +10,17 @@ from everyscope.browse.pieces import Piece
 from everyscope.browse.preparation import Preparation
 from everyscope.browse.queries import Index, finite
 from everyscope.browse.views.circuit import FOREIGN_EDGE_SHARE, FOREIGN_NODE_SHARE
-from everyscope.browse.views.fields import MAX_DIGITS, Query, example, first
+from everyscope.browse.views.fields import Query, example, first
 from everyscope.circuits.circuit_tracer import node_id
-from everyscope.circuits.config import Contrast, Latent, Target, TargetTokens
+from everyscope.circuits.config import MAX_DIGITS, Contrast, Latent, Target, TargetTokens
 from everyscope.circuits.files import ENDING, slug_of
 from everyscope.circuits.graph import LATENT, Graph
 from everyscope.suite.layout import INDEX_FILE
 
 MAX_FACTOR = 1000.0
 """Of an ablated latent's activation, either way [1]."""
+MAX_NAME = 80
+"""Characters of a group's name that are kept [characters]."""
 MAX_PINS = 1000
 """Nodes, and groups, that a download takes [nodes]."""
 MAX_VARIANTS, MAX_EDITED = 40, 256
@@ -118,7 +119,7 @@ def foreign_request(graph: Graph, query: Query) -> tuple[Graph, float, float]:
     groups = []
     for given in list(query.get("group", ()))[:MAX_PINS]:
         name, _, members = given.rpartition(":")
-        groups.append((unquote(name)[: MAX_DIGITS * 10], *members.split(",")[:MAX_PINS]))
+        groups.append((name[:MAX_NAME], *members.split(",")[:MAX_PINS]))
     facts = graph.facts.model_copy(update={"pins": pins, "groups": tuple(groups)} if pins or groups else {})
     return replace(graph, facts=facts), shares[0], shares[1]
 

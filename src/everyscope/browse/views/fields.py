@@ -7,10 +7,10 @@ from typing import Any
 from everyscope.base.errors import ConfigError
 from everyscope.browse.live import MAX_TEXT
 from everyscope.browse.queries import Index, SaeFacts
+from everyscope.circuits.config import MAX_DIGITS
 
 Query = Mapping[str, Sequence[str]]
 """Every value of each name."""
-MAX_DIGITS = 12
 INDEX_SECONDS = 60.0
 """How long a page that asks the language model waits for the index of an SAE that it needs [s]."""
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n"

@@ -78,8 +78,8 @@ class SteerRequest:
 
 
 def steer_request(index: Index, query: Query) -> SteerRequest:
-    """From a form or an address; ConfigError for what cannot be read."""
-    return SteerRequest(
+    """From a form or an address; ConfigError for what cannot be read, and for a sweep that would push beyond MAX_STRENGTH."""
+    asked = SteerRequest(
         prompt=read_text(query, "prompt"),
         rows=tuple(_push_rows(index, query)),
         is_sweep=bool(first(query, "sweep")),
@@ -87,6 +87,10 @@ def steer_request(index: Index, query: Query) -> SteerRequest:
         temperature=_temperature(query),
         seed=int(number(first(query, "seed"), "seed", 0, 0, 2**31 - 1)),
     )
+    strongest = max((abs(strength) for column in asked.strengths for strength in column), default=0.0)
+    if strongest > MAX_STRENGTH:
+        raise ConfigError(f"a sweep of these strengths would push by {strongest:.3g}; bring them closer together")
+    return asked
 
 
 def steer_view(index: Index, links: Links, live: Asking, query: Query) -> dict[str, Any]:

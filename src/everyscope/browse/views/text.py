@@ -4,6 +4,7 @@ Activations of different latents do not compare, so latents are ranked and shade
 that fire on more than DENSE of all tokens are left out, unless the form says otherwise.
 """
 
+import re
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -91,16 +92,16 @@ def text_request(index: Index, query: Query) -> TextRequest:
     chosen = first(query, "sae")
     if not chosen:
         ours = default_sae(index)
-        chosen = next((value for value, stack in known.items() if ours.site.kind in value.split("/")), ours.folder)
+        chosen = next((value for value, stack in known.items() if stack.saes[0].site.kind == ours.site.kind), ours.folder)
     saes = known[chosen].saes if chosen in known else (read_sae(index, chosen),)
     by = first(query, "by") or SHARE
     if by not in (SHARE, ACTIVATION):
         raise ConfigError(f"by {by[:40]!r}: expected {SHARE} or {ACTIVATION}")
-    parts = first(query, "at").split(".")
-    if not all(part.isdecimal() and len(part) < 8 for part in parts if part) or len(parts) > 2:
-        raise ConfigError(f"at {'.'.join(parts)[:40]!r}: expected a token's number, or that and a layer's, as in 12 or 12.3")
-    numbers = [int(part) for part in parts if part]
-    at = (numbers[0], numbers[1] if len(numbers) > 1 else None) if numbers else None
+    typed = first(query, "at")
+    parts = re.fullmatch(r"(\d{1,7})(?:\.(\d{1,7}))?", typed, re.ASCII)
+    if typed and parts is None:
+        raise ConfigError(f"at {typed[:40]!r}: expected a token's number, or that and a layer's, as in 12 or 12.3")
+    at = parts and (int(parts[1]), None if parts[2] is None else int(parts[2]))
     return TextRequest(read_text(query, "text"), chosen, saes, chosen in known, by, first(query, "dense") == "show", at)
 
 

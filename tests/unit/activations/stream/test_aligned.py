@@ -89,16 +89,20 @@ def test_served_rows_of_the_same_tokens_are_taken_and_others_refused(start, shar
                 Aligned(LocalSource(shards / SWAPPED), reads)
 
 
-def test_damaged_places_end_the_client(start, shards, tmp_path):
+def test_damaged_places_end_the_client_and_are_read_again_for_the_next(start, shards, tmp_path):
     root = tmp_path / "damaged"
     write(root / READS, READS, np.arange(ROWS) // 16, np.arange(ROWS) % 16, (ROWS,))
     path = shard_path(root / READS, 0)
-    raw = bytearray(path.read_bytes())
+    good = path.read_bytes()
+    raw = bytearray(good)
     raw[5000] ^= 1  # within `sequence`
     port = start(shards=root).port  # described from the manifest, before anybody reads
     path.write_bytes(raw)
     with FlightSource(f"flight://127.0.0.1:{port}/{READS}", use_files=False) as source, pytest.raises(DataError):
         source.places_identity()
+    path.write_bytes(good)
+    with FlightSource(f"flight://127.0.0.1:{port}/{READS}", use_files=False) as source:
+        assert source.places_identity() == Shards(root / READS).places_identity()
 
 
 def test_a_model_gives_rows_of_the_same_tokens_at_every_site():
